@@ -1,0 +1,88 @@
+// Which pixels of a row lie inside of at least one box, kept up to date while the rows go by.
+//
+// A count for each column changes only in rows where a box starts or ends, so that the cost of the boxes does not
+// depend on the size of the map, and the cost of a row does not depend on the number of boxes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/vectorize.h"
+
+namespace debiaskd {
+
+namespace {
+
+DEBIASKD_CLONES void add_range(int32_t* counts, int64_t n, int32_t value) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) counts[i] += value;
+}
+
+// covered = counts > 0; returns how many.
+DEBIASKD_CLONES int64_t mark_covered(const int32_t* counts, int32_t* covered, int64_t n) {
+  int32_t area = 0;
+#pragma omp simd reduction(+ : area)
+  for (int64_t i = 0; i < n; ++i) {
+    covered[i] = counts[i] > 0;
+    area += covered[i];
+  }
+  return area;
+}
+
+}  // namespace
+
+class Coverage {
+ public:
+  // Of a map of `width` columns and `height` rows. Keeps its memory from image to image.
+  Coverage(int64_t height, int64_t width)
+      : height_(height), width_(width), first_(height), counts_(width), covered_(width) {}
+
+  // Begins a map with `count` boxes, packed as (x0, y0, x1, y1).
+  void start(const int32_t* boxes, int64_t count) {
+    std::fill(first_.begin(), first_.end(), -1);
+    std::fill(counts_.begin(), counts_.end(), 0);
+    std::fill(covered_.begin(), covered_.end(), 0);
+    events_.clear();
+    area_ = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t* box = boxes + 4 * i;
+      const int64_t x0 = std::max<int64_t>(box[0], 0), x1 = std::min<int64_t>(box[2], width_);
+      const int64_t y0 = std::max<int64_t>(box[1], 0), y1 = std::min<int64_t>(box[3], height_);
+      if (x0 >= x1 || y0 >= y1) continue;
+      push(y0, x0, x1, 1);
+      if (y1 < height_) push(y1, x0, x1, -1);
+    }
+  }
+
+  // Goes on to row y (rows come in order, none left out); returns whether anything changed.
+  bool enter(int64_t y) {
+    if (first_[y] < 0) return false;
+    for (int32_t e = first_[y]; e >= 0; e = events_[e].next) {
+      add_range(counts_.data() + events_[e].x0, events_[e].x1 - events_[e].x0, events_[e].value);
+    }
+    area_ = mark_covered(counts_.data(), covered_.data(), width_);
+    return true;
+  }
+
+  const int32_t* covered() const { return covered_.data(); }  // 0 or 1 for each column
+  int64_t area() const { return area_; }                      // pixels covered in this row
+
+ private:
+  struct Event {
+    int64_t x0, x1;
+    int32_t value, next;
+  };
+
+  void push(int64_t y, int64_t x0, int64_t x1, int32_t value) {
+    events_.push_back({x0, x1, value, first_[y]});
+    first_[y] = static_cast<int32_t>(events_.size()) - 1;
+  }
+
+  int64_t height_, width_, area_ = 0;
+  std::vector<int32_t> first_;  // first event of each row, -1 for none
+  std::vector<Event> events_;
+  std::vector<int32_t> counts_, covered_;
+};
+
+}  // namespace debiaskd

@@ -1,0 +1,29 @@
+"""debiaskd: compress vision models without inheriting their shortcuts.
+
+    import debiaskd as dk
+
+Fast losses for the loop you have (`feature_match_loss`, `localization_loss`), on whichever backend runs them fastest
+(`backend`, `debiaskd doctor`), and what stands around them: boxes, transplanting, reweighting.
+"""
+
+from debiaskd.boxes import Boxes, collate
+from debiaskd.losses import EnergyLoss, FeatureMatchLoss, LocalizationLoss
+from debiaskd.ops.backend import BackendError, backend
+from debiaskd.ops.feature_match import feature_match_loss
+from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
+from debiaskd.version import __version__
+
+__all__ = [
+    "BackendError",
+    "Boxes",
+    "EnergyLoss",
+    "FeatureMatchLoss",
+    "LocalizationLoss",
+    "__version__",
+    "backend",
+    "collate",
+    "energy_loss",
+    "feature_match_loss",
+    "localization_loss",
+    "normalize_attribution",
+]

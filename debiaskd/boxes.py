@@ -1,0 +1,314 @@
+"""Bounding boxes of a batch of images, packed: no padding, no list of tensors, one copy to the device.
+
+`coords[offsets[i]:offsets[i + 1]]` are the boxes of image `i`, as half-open pixel ranges `[y0:y1, x0:x1]`. The union
+of an image's boxes is the mask M of the localization losses. An image may also be *not annotated*: then nothing is
+known about it, which is not the same as knowing that it holds no box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiaskd import checks
+
+
+class Boxes:
+    """Boxes of N images.
+
+    Args:
+        coords: int32 [M,4], rows (x0, y0, x1, y1) in pixels, half-open, x0 <= x1 and y0 <= y1. They may reach outside
+            the image; what lies outside is ignored.
+        offsets: int64 [N+1], non-decreasing from 0 to M.
+        labels: int64 [M], a class for each box, or None.
+        annotated: bool [N], False where nothing is known about an image; None means that all are annotated.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype.
+        ValueError: an argument has another shape or device, a box is inverted, or offsets do not fit. Values are
+            looked at on the CPU only, so that boxes on an accelerator never synchronise with it.
+
+    Example:
+        >>> boxes = Boxes.from_lists([[[4, 2, 9, 8]], [], None])
+        >>> len(boxes), boxes.annotated.tolist(), boxes.mask((10, 10)).sum((1, 2)).tolist()
+        (3, [True, True, False], [30, 0, 0])
+    """
+
+    __slots__ = ("annotated", "coords", "labels", "offsets")
+
+    coords: Tensor
+    offsets: Tensor
+    labels: Tensor | None
+    annotated: Tensor
+
+    def __init__(
+        self, coords: Tensor, offsets: Tensor, labels: Tensor | None = None, annotated: Tensor | None = None
+    ) -> None:
+        _check(coords, offsets, labels, annotated)
+        self.coords, self.offsets, self.labels = coords, offsets, labels
+        if annotated is None:
+            annotated = torch.ones(offsets.numel() - 1, dtype=torch.bool, device=offsets.device)
+        self.annotated = annotated
+
+    @classmethod
+    def from_lists(cls, boxes: Sequence[Any], labels: Sequence[Any] | None = None) -> Boxes:
+        """From one [k,4] list, array or tensor an image; None for an image that is not annotated.
+
+        `labels` has one sequence of k classes an image (None or empty where there are no boxes). Coordinates must be
+        whole numbers: how fractions are rounded is the caller's choice to make.
+        """
+        rows = [_as_rows(f"boxes[{i}]", b) for i, b in enumerate(boxes)]
+        counts = torch.tensor([0] + [len(r) for r in rows], dtype=torch.int64)
+        coords = torch.cat(rows) if rows else torch.zeros(0, 4, dtype=torch.int32)
+        annotated = torch.tensor([b is not None for b in boxes], dtype=torch.bool)
+        packed = None
+        if labels is not None:
+            if len(labels) != len(rows):
+                raise ValueError(f"labels must have one entry an image, {len(rows)}, got {len(labels)}")
+            per_image = [_as_labels(f"labels[{i}]", v, len(r)) for i, (v, r) in enumerate(zip(labels, rows))]
+            packed = torch.cat(per_image) if per_image else torch.zeros(0, dtype=torch.int64)
+        return cls(coords, counts.cumsum(0), packed, annotated)
+
+    @classmethod
+    def cat(cls, boxes: Sequence[Boxes]) -> Boxes:
+        """The images of several `Boxes`, one after another. Either all of them have labels or none has."""
+        if not boxes:
+            raise ValueError("boxes must hold at least one Boxes, got an empty sequence")
+        for i, b in enumerate(boxes):
+            if not isinstance(b, Boxes):
+                raise TypeError(f"boxes[{i}] must be a dk.Boxes, got {type(b).__name__}")
+        labels = [b.labels for b in boxes if b.labels is not None]
+        if labels and len(labels) != len(boxes):
+            raise ValueError(f"boxes must all have labels or none of them, got labels in {len(labels)} of {len(boxes)}")
+        counts = torch.cat([b.offsets[:1] * 0, *(b.offsets.diff() for b in boxes)])
+        return cls._trusted(
+            torch.cat([b.coords for b in boxes]),
+            counts.cumsum(0),
+            torch.cat(labels) if labels else None,
+            torch.cat([b.annotated for b in boxes]),
+        )
+
+    @classmethod
+    def _trusted(cls, coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor) -> Boxes:
+        """What our own arithmetic made needs no second look."""
+        made = cls.__new__(cls)
+        made.coords, made.offsets, made.labels, made.annotated = coords, offsets, labels, annotated
+        return made
+
+    def _with_coords(self, coords: Tensor) -> Boxes:
+        return self._trusted(coords, self.offsets, self.labels, self.annotated)
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Boxes:
+        """The boxes of one image, or of several, as `Boxes` again: `boxes[3]`, `boxes[4:8]`, `boxes[[0, 2]]`."""
+        chosen = _as_image_ids(index, len(self), self.offsets.device)
+        counts = self.offsets.diff()[chosen]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        rows = torch.arange(int(offsets[-1]), device=offsets.device)
+        rows = rows + torch.repeat_interleave(self.offsets[:-1][chosen] - offsets[:-1], counts)
+        labels = None if self.labels is None else self.labels[rows]
+        return self._trusted(self.coords[rows], offsets, labels, self.annotated[chosen])
+
+    def __iter__(self) -> Iterator[Boxes]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        labels = "" if self.labels is None else ", labels"
+        return f"Boxes({len(self)} images, {self.coords.shape[0]} boxes{labels}, device={self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.coords.device
+
+    def image_ids(self) -> Tensor:
+        """int64 [M]: which image each box belongs to."""
+        images = torch.arange(len(self), device=self.device)
+        return torch.repeat_interleave(images, self.offsets.diff(), output_size=self.coords.shape[0])
+
+    def for_class(self, target: Tensor) -> Boxes:
+        """Only the boxes whose label is their image's `target`, int64 [N]. Annotation stays as it was."""
+        if self.labels is None:
+            raise ValueError("for_class needs boxes with labels, got labels=None")
+        checks.tensor("target", target)
+        checks.shape("target", target, "[N]", [len(self)])
+        checks.same_device("target", target, "boxes", self.coords)
+        return self._keep(self.labels == target[self.image_ids()])
+
+    def _keep(self, keep: Tensor) -> Boxes:
+        """Boxes that are not kept disappear; on an accelerator they become empty instead, since counting what
+        remains would wait for the device."""
+        if self.device.type != "cpu":
+            return self._with_coords(self.coords * keep[:, None])
+        kept_before = torch.cat([self.offsets.new_zeros(1), keep.cumsum(0)])
+        labels = None if self.labels is None else self.labels[keep]
+        return self._trusted(self.coords[keep], kept_before[self.offsets], labels, self.annotated)
+
+    # -- geometry: whatever moves the pixels moves the boxes --------------------------------------------------------
+
+    def dilate(self, fraction: float, size: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
+        """Each side moved outwards by `fraction` of the box's width or height (rounded down), clipped to `size` (H, W).
+
+        `inclusive_clip=True` clips at size - 1, which leaves the last pixel row and column outside of every box: a
+        flaw of published code (Rao et al. 2023) that reproducing its numbers needs.
+        """
+        fraction = checks.number("fraction", fraction, minimum=0)
+        height, width = checks.size("size", size)
+        x0, y0, x1, y1 = self.coords.double().unbind(1)
+        by_x, by_y = ((x1 - x0) * fraction).floor(), ((y1 - y0) * fraction).floor()
+        grown = torch.stack([x0 - by_x, y0 - by_y, x1 + by_x, y1 + by_y], 1)
+        return self._with_coords(_clip(grown, height, width, inclusive_clip))
+
+    def resize(self, old: tuple[int, int], new: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
+        """From an image of `old` (H, W) squashed to `new` (H, W). Rounded to the nearest pixel edge, clipped to `new`.
+
+        A box that covers some pixels keeps at least one. `inclusive_clip` as in `dilate`.
+        """
+        old_height, old_width = checks.size("old", old)
+        height, width = checks.size("new", new)
+        scale = [width / old_width, height / old_height] * 2
+        scaled = self.coords.double() * torch.tensor(scale, dtype=torch.float64, device=self.device)
+        moved = (scaled + 0.5).floor()
+        nonempty = self.coords[:, 2:] > self.coords[:, :2]
+        last = torch.tensor([width - 1, height - 1], device=self.device)
+        start = torch.where(nonempty, torch.minimum(moved[:, :2], last), moved[:, :2])
+        end = torch.where(nonempty, torch.maximum(moved[:, 2:], start + 1), moved[:, 2:])
+        return self._with_coords(_clip(torch.cat([start, end], 1), height, width, inclusive_clip))
+
+    def hflip(self, width: int) -> Boxes:
+        """Mirrored left to right in an image `width` pixels wide."""
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise ValueError(f"width must be an integer >= 1, got {width!r}")
+        x0, y0, x1, y1 = self.coords.unbind(1)
+        return self._with_coords(torch.stack([width - x1, y0, width - x0, y1], 1))
+
+    def crop(self, y: int, x: int, h: int, w: int) -> Boxes:
+        """In the frame of the crop `image[y:y + h, x:x + w]`: what reaches over its edge is clipped, a box that lies
+        outside disappears."""
+        checks.size("crop (h, w)", (h, w))
+        shift = torch.tensor([x, y, x, y], dtype=torch.int32, device=self.device)
+        cropped = self._with_coords(_clip(self.coords - shift, h, w, False))
+        return cropped._keep((cropped.coords[:, 2:] > cropped.coords[:, :2]).all(1))
+
+    def mask(self, size: tuple[int, int]) -> Tensor:
+        """bool [N,H,W]: the union of each image's boxes in a picture of `size` (H, W)."""
+        height, width = checks.size("size", size)
+        x0, y0, x1, y1 = _clip(self.coords, height, width, False).long().unbind(1)
+        image = self.image_ids()
+        # Corners of a two-dimensional difference array: its running sum counts the boxes over each pixel. Integer
+        # sums are exact in any order, so that this is deterministic on every device.
+        corners = torch.zeros(len(self), height + 1, width + 1, dtype=torch.int32, device=self.device)
+        one = torch.ones_like(image, dtype=torch.int32)
+        for rows, columns, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+            corners.index_put_((image, rows, columns), one * sign, accumulate=True)
+        return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
+
+    # -- where it lies ----------------------------------------------------------------------------------------------
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Boxes:
+        labels = None if self.labels is None else function(self.labels)
+        return self._trusted(function(self.coords), function(self.offsets), labels, function(self.annotated))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Boxes:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Boxes:
+        return self._map(Tensor.pin_memory)
+
+
+def collate(batch: Sequence[Any]) -> Any:
+    """`collate_fn` for a DataLoader whose samples hold `Boxes` anywhere; all else collates as PyTorch does.
+
+    Example:
+        >>> sample = (torch.zeros(3, 8, 8), 1, Boxes.from_lists([[[0, 0, 4, 4]]]))
+        >>> images, targets, boxes = collate([sample, sample])
+        >>> images.shape[0], targets.tolist(), len(boxes)
+        (2, [1, 1], 2)
+    """
+    from torch.utils.data._utils.collate import collate as torch_collate
+    from torch.utils.data._utils.collate import default_collate_fn_map
+
+    def boxes_only(parts: Sequence[Boxes], *, collate_fn_map: Any = None) -> Boxes:
+        return Boxes.cat(parts)
+
+    return torch_collate(batch, collate_fn_map={**default_collate_fn_map, Boxes: boxes_only})
+
+
+def _clip(coords: Tensor, height: int, width: int, inclusive: bool) -> Tensor:
+    x_limit, y_limit = (width - 1, height - 1) if inclusive else (width, height)
+    x = coords[:, 0::2].clamp(0, x_limit)
+    y = coords[:, 1::2].clamp(0, y_limit)
+    return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1).to(torch.int32)
+
+
+def _as_rows(name: str, boxes: Any) -> Tensor:
+    if boxes is None:
+        return torch.zeros(0, 4, dtype=torch.int32)
+    rows = torch.as_tensor(boxes)
+    if rows.numel() == 0 and rows.dim() <= 2:
+        return torch.zeros(0, 4, dtype=torch.int32)
+    if rows.dim() != 2 or rows.shape[1] != 4:
+        raise ValueError(f"{name} must have shape [k,4], got {list(rows.shape)}")
+    if rows.dtype.is_floating_point and not bool((rows == rows.round()).all() and rows.isfinite().all()):
+        raise ValueError(f"{name} must hold whole numbers of pixels, got {rows.tolist()}")
+    if rows.dtype.is_complex or rows.dtype == torch.bool:
+        raise TypeError(f"{name} must hold numbers, got {rows.dtype}")
+    return rows.to(torch.int32)
+
+
+def _as_labels(name: str, labels: Any, count: int) -> Tensor:
+    values = torch.as_tensor([] if labels is None else labels, dtype=torch.int64)
+    if values.dim() != 1 or len(values) != count:
+        raise ValueError(f"{name} must have one class a box, {count}, got {list(values.shape)}")
+    return values
+
+
+def _as_image_ids(index: int | slice | Sequence[int] | Tensor, count: int, device: torch.device) -> Tensor:
+    if isinstance(index, slice):
+        return torch.arange(count, device=device)[index]
+    if isinstance(index, int):
+        if not -count <= index < count:
+            raise IndexError(f"image {index} is out of range for boxes of {count} images")
+        return torch.tensor([index % count], device=device)
+    ids = torch.as_tensor(index, device=device)
+    return ids.nonzero()[:, 0] if ids.dtype == torch.bool else ids.long()
+
+
+def _check(coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor | None) -> None:
+    for name, value, dtype in (
+        ("coords", coords, torch.int32),
+        ("offsets", offsets, torch.int64),
+        ("labels", labels, torch.int64),
+        ("annotated", annotated, torch.bool),
+    ):
+        if value is None and name in ("labels", "annotated"):
+            continue
+        if checks.tensor(name, value).dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")  # type: ignore[union-attr]
+        checks.same_device(name, value, "coords", coords)  # type: ignore[arg-type]
+    if coords.dim() != 2 or coords.shape[1] != 4:
+        raise ValueError(f"coords must have shape [M,4], got {list(coords.shape)}")
+    if offsets.dim() != 1 or offsets.numel() < 1:
+        raise ValueError(f"offsets must have shape [N+1], got {list(offsets.shape)}")
+    if labels is not None:
+        checks.shape("labels", labels, "[M]", [coords.shape[0]])
+    if annotated is not None:
+        checks.shape("annotated", annotated, "[N]", [offsets.numel() - 1])
+    if coords.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(coords, offsets)
+
+
+def _check_values(coords: Tensor, offsets: Tensor) -> None:
+    if int(offsets[0]) != 0 or int(offsets[-1]) != coords.shape[0] or bool((offsets.diff() < 0).any()):
+        shown = offsets.tolist() if offsets.numel() <= 9 else [*offsets[:4].tolist(), "...", int(offsets[-1])]
+        raise ValueError(f"offsets must rise from 0 to the number of boxes, {coords.shape[0]}, got {shown}")
+    inverted = (coords[:, 2:] < coords[:, :2]).any(1)
+    if bool(inverted.any()):
+        row = int(inverted.nonzero()[0])
+        raise ValueError(f"coords[{row}] must have x0 <= x1 and y0 <= y1, got {coords[row].tolist()} (inverted box)")

@@ -1,0 +1,102 @@
+"""Argument checks. Every message names the argument, what was expected and what came.
+
+Wrong kinds of thing (not a tensor, an integer dtype) raise `TypeError`; right kinds with wrong contents (shape,
+device, range, option) raise `ValueError`. All checks here read metadata only, except `finite_nonnegative`, which
+reads values and therefore runs only where reading them costs no device synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(name: str, value: object) -> Tensor:
+    value = tensor(name, value)
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
+
+
+def rank(name: str, value: Tensor, dimensions: str) -> None:
+    """`dimensions` names the expected axes, such as "[N,H,W]"."""
+    expected = dimensions.count(",") + 1
+    if value.dim() != expected:
+        raise ValueError(f"{name} must have shape {dimensions}, got {list(value.shape)}")
+
+
+def shape(name: str, value: Tensor, dimensions: str, expected: Sequence[int]) -> None:
+    """`dimensions` names the axes of `expected`, such as "[N]"."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {dimensions}={list(expected)}, got {list(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(f"{name} must be on the device of {reference_name}, {reference.device}, got {value.device}")
+
+
+def same_dtype(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    if value.dtype != reference.dtype:
+        raise TypeError(f"{name} must have the dtype of {reference_name}, {reference.dtype}, got {value.dtype}")
+
+
+def constant(name: str, value: Tensor) -> None:
+    """A teacher or a weight: the loss gives it no gradient, so one that asks for a gradient is a mistake."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad (it gets no gradient here), got requires_grad=True: "
+            f"pass {name}.detach() or compute it under torch.no_grad()"
+        )
+
+
+def option(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def number(name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    too_small = value <= minimum if exclusive else value < minimum
+    if not math.isfinite(value) or too_small:
+        bound = "" if minimum == -math.inf else f" {'>' if exclusive else '>='} {minimum:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return float(value)
+
+
+def size(name: str, value: object) -> tuple[int, int]:
+    """A (height, width) pair of positive integers."""
+    if (
+        isinstance(value, Tensor)
+        or not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    ):
+        raise TypeError(f"{name} must be a (height, width) pair of integers, got {value!r}")
+    if min(value) < 1:
+        raise ValueError(f"{name} must be (height, width), both >= 1, got {tuple(value)}")
+    return int(value[0]), int(value[1])
+
+
+def finite_nonnegative(name: str, value: Tensor) -> None:
+    """Values, not only metadata: on the CPU and outside of a compiled graph, where looking costs nothing."""
+    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (float(v) for v in torch.aminmax(value))
+    if not (low >= 0 and high < math.inf):
+        raise ValueError(f"{name} must be finite and >= 0 everywhere, got values in [{low:g}, {high:g}]")

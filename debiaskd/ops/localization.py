@@ -1,0 +1,231 @@
+"""Localization losses: an attribution map pulled into the object's boxes.
+
+Formula, for one map a [H,W] and the union M of its image's boxes (1 inside, 0 outside):
+
+    energy  1 - sum(M a+) / sum(a+)     a+ = max(a, 0);  1 - sum(M a+) where sum(a+) < 1e-7
+    l1      mean |a - M|
+    ppce    mean over M of -log a       log clamped at -100; 0 without a box
+    rrr     sum (1 - M) a^2
+
+Gradient of energy, with E = sum(a+) and I = sum(M a+), where a > 0 and E >= 1e-7:
+
+    dL/da = -(E - I) / E^2 inside,  I / E^2 outside
+
+so that two numbers a map and one bit a pixel make up all of it. A map smaller than `size` is upsampled bilinearly
+(align_corners=False) inside the op; the gradient is the transposed interpolation of the above.
+
+Images that are not annotated contribute nothing. `mean` divides by the number of annotated images (0 without any),
+`sum` adds up, `none` gives [N].
+
+Source: Rao et al. 2023, "Studying How to Efficiently and Effectively Guide Models with Explanations",
+arXiv 2303.11932.
+
+Bytes that must move: the map read in forward, its gradient written in backward, and for energy 1/32 of the map in
+bits, written and read. The other kinds read the map again in backward. What the boxes cost does not depend on
+the size of the map; the upsampled map is never stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from debiaskd import checks
+from debiaskd.boxes import Boxes
+from debiaskd.ops.backend import REDUCTIONS, choose, native
+
+KINDS = {"energy": 0, "l1": 1, "ppce": 2, "rrr": 3}
+
+
+def localization_loss(
+    attribution: Tensor,
+    boxes: Boxes,
+    *,
+    kind: str = "energy",
+    size: tuple[int, int] | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far an attribution map is from lying inside the boxes.
+
+    Args:
+        attribution: [N,H,W] maps of one class each; any floating dtype, any strides.
+        boxes: of the N images, in pixels of `size`; choose the class with `boxes.for_class(target)` first.
+        kind: "energy", "l1", "ppce" or "rrr". energy takes raw maps; l1 and ppce expect maps in [0,1], rrr in
+            [-1,1]: see `normalize`.
+        size: (height, width) that the boxes refer to and that the map is upsampled to; the map's own by default.
+        normalize: first do to the map what its kind expects, as published: keep positives (l1, ppce), then divide by
+            the map's largest absolute value (l1, ppce, rrr). The gradient includes both. Nothing for energy.
+        reduction: "mean" over annotated images, "sum" or "none".
+
+    Returns:
+        Scalar, or [N] for "none" (0 where an image is not annotated). float32 for half precisions, else the dtype of
+        the map.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> boxes = Boxes.from_lists([[[0, 0, 2, 4]]])
+        >>> localization_loss(torch.ones(1, 4, 4), boxes).item()
+        0.5
+
+    Source: Rao et al. 2023, arXiv 2303.11932.
+    """
+    height, width = _check(attribution, boxes, kind, size, normalize, reduction)
+    if normalize:
+        attribution = normalize_attribution(attribution, kind)
+    if choose("localization", attribution) == "eager":
+        return eager(attribution, boxes, kind, (height, width), reduction)
+    loss: Tensor = _Localization.apply(  # type: ignore[no-untyped-call]
+        attribution, boxes.coords, boxes.offsets, boxes.annotated, KINDS[kind], height, width, REDUCTIONS[reduction]
+    )
+    return loss
+
+
+def energy_loss(
+    attribution: Tensor, boxes: Boxes, *, size: tuple[int, int] | None = None, reduction: str = "mean"
+) -> Tensor:
+    """`localization_loss` of kind "energy": the share of positive attribution that lies outside of the boxes."""
+    return localization_loss(attribution, boxes, kind="energy", size=size, reduction=reduction)
+
+
+def normalize_attribution(attribution: Tensor, kind: str) -> Tensor:
+    """A raw map [N,H,W] as the loss of this kind expects it: positives only (l1, ppce), largest |a| = 1 (not energy).
+
+    An all-zero map stays zero, with a zero gradient.
+    """
+    if kind == "energy":
+        return attribution
+    if kind in ("l1", "ppce"):
+        attribution = attribution.clamp(min=0)
+    if attribution.numel() == 0:
+        return attribution
+    largest = attribution.abs().amax((1, 2), keepdim=True)
+    return attribution / torch.where(largest > 0, largest, 1)
+
+
+def eager(attribution: Tensor, boxes: Boxes, kind: str, size: tuple[int, int], reduction: str) -> Tensor:
+    """The oracle: the formula as it stands, in PyTorch."""
+    wide = torch.promote_types(attribution.dtype, torch.float32)
+    maps = attribution.to(wide)
+    if tuple(maps.shape[1:]) != tuple(size) and len(boxes):
+        maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    mask = boxes.mask(size)
+    each = torch.where(boxes.annotated, _each(maps, mask, kind), 0)
+    if reduction == "none":
+        return each
+    if reduction == "sum":
+        return each.sum()
+    return each.sum() / boxes.annotated.sum().clamp(min=1)
+
+
+def _each(maps: Tensor, mask: Tensor, kind: str) -> Tensor:
+    inside = mask.to(maps.dtype)
+    if kind == "energy":
+        positive = maps.clamp(min=0)
+        total, kept = positive.sum((1, 2)), (positive * inside).sum((1, 2))
+        return 1 - kept / torch.where(total < 1e-7, 1, total)
+    if kind == "l1":
+        return (maps - inside).abs().mean((1, 2))
+    if kind == "ppce":
+        # Outside of the boxes 1 stands in, whose logarithm is 0 and whose gradient ends here.
+        logs = torch.where(mask, maps, 1).clamp(min=0).log().clamp(min=-100)
+        return -logs.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    return ((1 - inside) * maps.square()).sum((1, 2))
+
+
+class _Localization(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        attribution: Tensor,
+        coords: Tensor,
+        offsets: Tensor,
+        annotated: Tensor,
+        kind: int,
+        height: int,
+        width: int,
+        reduction: int,
+    ) -> Tensor:
+        loss, coefficients, positive = torch.ops.debiaskd.localization(
+            attribution, coords, offsets, annotated, kind, height, width, reduction, ctx.needs_input_grad[0]
+        )
+        # Energy at the map's own size is done with the map: its bits say the rest.
+        map_size = attribution.shape[1:]
+        by_bits = kind == KINDS["energy"] and map_size == (height, width)
+        ctx.save_for_backward(None if by_bits else attribution, coords, offsets, annotated, coefficients, positive)
+        ctx.options = (kind, height, width, map_size[0], map_size[1], attribution.dtype)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradient = torch.ops.debiaskd.localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+        return gradient, *[None] * 7
+
+
+if native:
+
+    @torch.library.register_fake("debiaskd::localization")
+    def _(
+        attribution: Tensor,
+        coords: Tensor,
+        offsets: Tensor,
+        annotated: Tensor,
+        kind: int,
+        height: int,
+        width: int,
+        reduction: int,
+        with_state: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        images = attribution.shape[0]
+        wide = torch.promote_types(attribution.dtype, torch.float32)
+        loss = attribution.new_empty((images,) if reduction == REDUCTIONS["none"] else (), dtype=wide)
+        coefficients = attribution.new_empty((images if with_state else 0, 2), dtype=wide)
+        by_bits = with_state and kind == KINDS["energy"] and attribution.shape[1:] == (height, width)
+        words = (images, height, (width + 31) // 32) if by_bits else (0,)
+        return loss, coefficients, attribution.new_empty(words, dtype=torch.int32)
+
+    @torch.library.register_fake("debiaskd::localization_backward")
+    def _(
+        grad_output: Tensor,
+        attribution: Tensor | None,
+        coords: Tensor,
+        offsets: Tensor,
+        annotated: Tensor,
+        coefficients: Tensor,
+        positive: Tensor,
+        kind: int,
+        height: int,
+        width: int,
+        map_height: int,
+        map_width: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return coefficients.new_empty((annotated.shape[0], map_height, map_width), dtype=dtype)
+
+
+def _check(
+    attribution: Tensor, boxes: Boxes, kind: str, size: tuple[int, int] | None, normalize: bool, reduction: str
+) -> tuple[int, int]:
+    checks.floating("attribution", attribution)
+    checks.rank("attribution", attribution, "[N,H,W]")
+    if not isinstance(boxes, Boxes):
+        raise TypeError(f"boxes must be a dk.Boxes, got {type(boxes).__name__}")
+    if len(boxes) != attribution.shape[0]:
+        raise ValueError(f"boxes must be of N={attribution.shape[0]} images, as attribution is, got {len(boxes)}")
+    checks.same_device("boxes", boxes.coords, "attribution", attribution)
+    checks.option("kind", kind, tuple(KINDS))
+    checks.flag("normalize", normalize)
+    checks.option("reduction", reduction, tuple(REDUCTIONS))
+    if size is None:
+        height, width = attribution.shape[1], attribution.shape[2]
+    else:
+        height, width = checks.size("size", size)
+    if len(boxes) and (attribution.numel() == 0 or height < 1 or width < 1):
+        raise ValueError(f"attribution must have at least one pixel a map, got {list(attribution.shape)}")
+    return height, width

@@ -1,0 +1,1 @@
+"""Triton kernels, one module an op. None has arrived yet."""
