@@ -35,8 +35,7 @@ def compiler(library):
     if switch not in (None, "", "0", "1"):
         raise SystemExit(f"DEBIASKD_CUDA must be 0 or 1, got {switch!r}")
     if library != "cuda":
-        name = os.environ.get("CXX", "g++ c++ clang++")
-        found = next(filter(None, map(shutil.which, [name, *name.split()])), None)
+        found = next(filter(None, map(shutil.which, os.environ.get("CXX", "g++ c++ clang++").split())), None)
         return (found, None) if found else (None, "no C++ compiler was found at install; install g++ and reinstall")
     if switch == "0":
         return None, "DEBIASKD_CUDA=0 at install"
@@ -107,8 +106,7 @@ class BuildLibraries(build_ext):
         output = Path(self.get_ext_fullpath(extension.name))
         output.unlink(missing_ok=True)
         if reason:
-            if library != "cuda":
-                print(f"WARNING: debiaskd is installed WITHOUT native {library} ops: {reason}", file=sys.stderr)
+            print(f"WARNING: debiaskd is built WITHOUT its {library} library: {reason}", file=sys.stderr)
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         # Not one of distutils' own errors, which an optional extension would swallow: a failing compiler is an error.

@@ -30,7 +30,7 @@ DEBIASKD_HOST_DEVICE inline MapLoss map_loss(int64_t kind, const MapSums& sums, 
     case kEnergy:
       if (sums.all < kNoEnergy) return {1 - sums.inside, -1, 0};
       return {1 - sums.inside / sums.all, -(sums.all - sums.inside) / (sums.all * sums.all),
-              sums.inside / (sums.all * sums.all)};
+          sums.inside / (sums.all * sums.all)};
     case kL1: return {sums.all / pixels, 1 / pixels, 1 / pixels};
     case kPpce:
       if (sums.area == 0) return {0, 0, 0};

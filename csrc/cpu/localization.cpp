@@ -17,7 +17,7 @@
 namespace debiaskd {
 namespace {
 
-// ---- one image --------------------------------------------------------------------------------------------------------------
+// ---- one image ----
 
 struct BoxTable {
   BoxTable(const Tensor& coords, const Tensor& offsets, const Tensor& annotated)
@@ -70,11 +70,10 @@ MapSums sum_image(int64_t kind, const Shape& shape, Rows<T>& rows, Coverage& cov
   return sums;
 }
 
-// ---- the ops ---------------------------------------------------------------------------------------------------------------
+// ---- the ops ----
 
-std::tuple<Tensor, Tensor, Tensor> localization(
-    const Tensor& attribution, const Tensor& coords, const Tensor& offsets, const Tensor& annotated, int64_t kind,
-    int64_t height, int64_t width, int64_t reduction, bool with_state) {
+std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const Tensor& coords, const Tensor& offsets,
+    const Tensor& annotated, int64_t kind, int64_t height, int64_t width, int64_t reduction, bool with_state) {
   const Shape shape{attribution.size(0), attribution.size(1), attribution.size(2), height, width};
   const BoxTable boxes(coords, offsets, annotated);
   const bool with_bits = with_state && kind == kEnergy && !shape.upsampled();
@@ -126,9 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> localization(
 
 // The gradient of one image: from its bits, or from its rows, or gathered from its upsampled rows.
 template <typename T, typename A>
-void image_gradient(
-    int64_t kind, const Shape& shape, Rows<T>* rows, const int32_t* bits, Downward<T>* downward, Coverage& coverage,
-    A inside, A outside, std::vector<A>& scratch, T* out) {
+void image_gradient(int64_t kind, const Shape& shape, Rows<T>* rows, const int32_t* bits, Downward<T>* downward,
+    Coverage& coverage, A inside, A outside, std::vector<A>& scratch, T* out) {
   if (downward) downward->start();
   for (int64_t y = 0; y < shape.height; ++y) {
     const bool changed = coverage.enter(y);
@@ -146,10 +144,9 @@ void image_gradient(
   if (downward) downward->finish(out);
 }
 
-Tensor localization_backward(
-    const Tensor& grad_output, const std::optional<Tensor>& attribution, const Tensor& coords, const Tensor& offsets,
-    const Tensor& annotated, const Tensor& coefficients, const Tensor& positive, int64_t kind, int64_t height,
-    int64_t width, int64_t map_height, int64_t map_width, ScalarType dtype) {
+Tensor localization_backward(const Tensor& grad_output, const std::optional<Tensor>& attribution, const Tensor& coords,
+    const Tensor& offsets, const Tensor& annotated, const Tensor& coefficients, const Tensor& positive, int64_t kind,
+    int64_t height, int64_t width, int64_t map_height, int64_t map_width, ScalarType dtype) {
   const BoxTable boxes(coords, offsets, annotated);
   const Shape shape{boxes.images(), map_height, map_width, height, width};
   const int64_t image_words = height * words_per_row(width), map_pixels = map_height * map_width;
@@ -181,8 +178,7 @@ Tensor localization_backward(
         if (rows) rows->start(i);
         boxes.start(coverage, i);
         image_gradient<T, A>(kind, shape, rows ? &*rows : nullptr, bits ? bits + i * image_words : nullptr,
-                             downward ? &*downward : nullptr, coverage, state[2 * i] * scale,
-                             state[2 * i + 1] * scale, scratch, image);
+            downward ? &*downward : nullptr, coverage, state[2 * i] * scale, state[2 * i + 1] * scale, scratch, image);
       }
     });
   });

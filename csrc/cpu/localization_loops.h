@@ -11,7 +11,7 @@
 namespace debiaskd {
 namespace {
 
-// ---- inner loops: one row of pixels -------------------------------------------------------------------------------------
+// ---- inner loops: one row of pixels ----
 
 template <typename A>
 struct RowSums {
@@ -96,8 +96,8 @@ template <typename T, typename A>
 DEBIASKD_INLINE void gradient_body(
     int64_t kind, const A* a, const int32_t* covered, A inside, A outside, T* out, int64_t n) {
   // One loop a kind, so that the choice is made once and not for each pixel.
-#define DEBIASKD_LOOP(KIND)                                                                       \
-  _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] =                                    \
+#define DEBIASKD_LOOP(KIND)                                    \
+  _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = \
       static_cast<T>(pixel_gradient<A>(KIND, a[i], covered[i] != 0, inside, outside))
   switch (kind) {
     case kEnergy: DEBIASKD_LOOP(kEnergy); break;
@@ -126,32 +126,30 @@ DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(in[i]);
 }
 
-#define DEBIASKD_ROWS(A)                                                                                      \
+#define DEBIASKD_ROWS(A)                                                                                          \
   DEBIASKD_CLONES RowSums<A> energy_row(const A* a, const int32_t* c, int64_t n) { return energy_body(a, c, n); } \
-  DEBIASKD_CLONES A l1_row(const A* a, const int32_t* c, int64_t n) { return l1_body(a, c, n); }              \
-  DEBIASKD_CLONES A rrr_row(const A* a, const int32_t* c, int64_t n) { return rrr_body(a, c, n); }            \
-  DEBIASKD_CLONES A ppce_row(const A* a, const int32_t* c, int64_t n) { return ppce_body(a, c, n); }          \
-  DEBIASKD_CLONES void pack_row(const A* a, int32_t* words, int64_t n) { pack_body(a, words, n); }            \
-  DEBIASKD_CLONES void blend_row(const A* low, const A* high, A weight, A* out, int64_t n) {                  \
-    blend_body(low, high, weight, out, n);                                                                    \
-  }                                                                                                           \
-  DEBIASKD_CLONES void select_row(const int32_t* c, A inside, A outside, A* out, int64_t n) {                 \
-    select_body(c, inside, outside, out, n);                                                                  \
-  }                                                                                                           \
-  DEBIASKD_CLONES void add_scaled_row(const A* in, A weight, A* out, int64_t n) {                             \
-    add_scaled_body(in, weight, out, n);                                                                      \
-  }
+  DEBIASKD_CLONES A l1_row(const A* a, const int32_t* c, int64_t n) { return l1_body(a, c, n); }                  \
+  DEBIASKD_CLONES A rrr_row(const A* a, const int32_t* c, int64_t n) { return rrr_body(a, c, n); }                \
+  DEBIASKD_CLONES A ppce_row(const A* a, const int32_t* c, int64_t n) { return ppce_body(a, c, n); }              \
+  DEBIASKD_CLONES void pack_row(const A* a, int32_t* words, int64_t n) { pack_body(a, words, n); }                \
+  DEBIASKD_CLONES void blend_row(const A* low, const A* high, A weight, A* out, int64_t n) {                      \
+    blend_body(low, high, weight, out, n);                                                                        \
+  }                                                                                                               \
+  DEBIASKD_CLONES void select_row(const int32_t* c, A inside, A outside, A* out, int64_t n) {                     \
+    select_body(c, inside, outside, out, n);                                                                      \
+  }                                                                                                               \
+  DEBIASKD_CLONES void add_scaled_row(const A* in, A weight, A* out, int64_t n) { add_scaled_body(in, weight, out, n); }
 DEBIASKD_ROWS(float)
 DEBIASKD_ROWS(double)
 
-#define DEBIASKD_TYPED_ROWS(T, A)                                                                             \
-  DEBIASKD_CLONES void convert_row(const T* in, A* out, int64_t n) { convert_body(in, out, n); }              \
-  DEBIASKD_CLONES void unpack_row(const int32_t* words, const A* value, T* out, int64_t n) {                  \
-    unpack_body(words, value, out, n);                                                                        \
-  }                                                                                                           \
-  DEBIASKD_CLONES void gradient_row(                                                                          \
-      int64_t kind, const A* a, const int32_t* c, A inside, A outside, T* out, int64_t n) {                   \
-    gradient_body(kind, a, c, inside, outside, out, n);                                                       \
+#define DEBIASKD_TYPED_ROWS(T, A)                                                                \
+  DEBIASKD_CLONES void convert_row(const T* in, A* out, int64_t n) { convert_body(in, out, n); } \
+  DEBIASKD_CLONES void unpack_row(const int32_t* words, const A* value, T* out, int64_t n) {     \
+    unpack_body(words, value, out, n);                                                           \
+  }                                                                                              \
+  DEBIASKD_CLONES void gradient_row(                                                             \
+      int64_t kind, const A* a, const int32_t* c, A inside, A outside, T* out, int64_t n) {      \
+    gradient_body(kind, a, c, inside, outside, out, n);                                          \
   }
 DEBIASKD_TYPED_ROWS(float, float)
 DEBIASKD_TYPED_ROWS(double, double)

@@ -12,7 +12,7 @@
 namespace debiaskd {
 namespace {
 
-// ---- rows of one image ----------------------------------------------------------------------------------------------------
+// ---- rows of one image ----
 
 struct Shape {
   int64_t images, map_height, map_width, height, width;
@@ -57,7 +57,7 @@ class Rows {
     const Tap tap = bilinear_tap(y, shape_.height, shape_.map_height);
     const A* wide = wide_.data();
     blend_row(wide + tap.low * shape_.width, wide + tap.high * shape_.width, static_cast<A>(tap.weight), row_.data(),
-              shape_.width);
+        shape_.width);
     return row_.data();
   }
 
@@ -87,7 +87,8 @@ class Downward {
  public:
   using A = typename accumulator<T>::type;
 
-  explicit Downward(const Shape& shape) : shape_(shape), wide_(shape.map_height * shape.width), narrow_(shape.map_width) {
+  explicit Downward(const Shape& shape)
+      : shape_(shape), wide_(shape.map_height * shape.width), narrow_(shape.map_width) {
     for (int64_t x = 0; x < shape.width; ++x) columns_.push_back(bilinear_tap(x, shape.width, shape.map_width));
   }
 

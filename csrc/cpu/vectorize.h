@@ -3,8 +3,7 @@
 #pragma once
 
 // Sanitizers cannot instrument the resolver that chooses among the clones: it runs before they are initialised.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(DEBIASKD_SANITIZE)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(DEBIASKD_SANITIZE)
 #define DEBIASKD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define DEBIASKD_CLONES

@@ -67,7 +67,7 @@ def feature_match_loss(
     teacher = _check(student, teacher, weight, normalize, reduction)
     if choose("feature_match", student) == "eager":
         return eager(student, teacher, weight, normalize, reduction)
-    loss: Tensor = _FeatureMatch.apply(student, teacher, weight, normalize, REDUCTIONS[reduction])  # type: ignore[no-untyped-call]
+    loss: Tensor = _FeatureMatch.apply(student, teacher, weight, normalize, REDUCTIONS[reduction])
     return loss
 
 
@@ -93,7 +93,7 @@ def eager(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bo
 
 class _FeatureMatch(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int
     ) -> Tensor:
         ahead = (
@@ -106,8 +106,8 @@ class _FeatureMatch(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher, weight = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:

@@ -80,7 +80,7 @@ def localization_loss(
         attribution = normalize_attribution(attribution, kind)
     if choose("localization", attribution) == "eager":
         return eager(attribution, boxes, kind, (height, width), reduction)
-    loss: Tensor = _Localization.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _Localization.apply(
         attribution, boxes.coords, boxes.offsets, boxes.annotated, KINDS[kind], height, width, REDUCTIONS[reduction]
     )
     return loss
@@ -140,7 +140,7 @@ def _each(maps: Tensor, mask: Tensor, kind: str) -> Tensor:
 
 class _Localization(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         attribution: Tensor,
         coords: Tensor,
@@ -162,8 +162,8 @@ class _Localization(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradient = torch.ops.debiaskd.localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
         return gradient, *[None] * 7
 

@@ -1,0 +1,64 @@
+# Every target does all of its own set-up. `make quickstart` and `make test` are the two that a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+OLD_VENV := .venv-torch210
+ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
+	$(shell g++ -print-file-name=libstdc++.so)
+
+.PHONY: quickstart test bench lint format sanitize abi clean
+
+quickstart: $(VENV)/.train
+	$(BIN)/debiaskd quickstart --out quickstart-out
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	$(BIN)/debiaskd bench
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# The op tests against libraries that check every memory access and all arithmetic. LeakSanitizer would report Python.
+sanitize: $(VENV)/.dev
+	rm -rf build/sanitize
+	DEBIASKD_SANITIZE=1 DEBIASKD_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
+	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		DEBIASKD_LIBRARY_DIR=build/sanitize/debiaskd PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest -m "not compiles" tests/test_feature_match.py tests/test_localization.py
+
+# The libraries as built against the newest torch, run under the oldest one supported.
+abi: $(VENV)/.dev $(OLD_VENV)/.done
+	DEBIASKD_OLD_PYTHON=$(abspath $(OLD_VENV))/bin/python $(BIN)/python -m pytest tests/test_build.py
+
+# torchvision names the torch that it fits: asked for together, torch is downloaded once, and never again for the build.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install "torch>=2.10" torchvision numpy "setuptools>=77"
+
+$(VENV)/.train: $(BIN)/python $(NATIVE)
+	$(BIN)/pip install --no-build-isolation --editable ".[train]"
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python $(NATIVE)
+	$(BIN)/pip install --no-build-isolation --editable ".[dev]"
+	touch $@ $(VENV)/.train
+
+$(OLD_VENV)/.done:
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/pip install --quiet torch==2.10.0 numpy
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info debiaskd/*.so debiaskd/build_record.json $(VENV) $(OLD_VENV)
