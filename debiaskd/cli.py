@@ -1,0 +1,119 @@
+"""The command line. Only this module prints.
+
+Exit codes: 0 done; 2 bad usage or input, with one line on stderr; 130 stopped by Ctrl-C; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from debiaskd.version import __version__
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+class UsageError(Exception):
+    """Something the user can put right: printed as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `debiaskd` command; returns its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        _check_environment()
+        _COMMANDS[options.command](options)
+        sys.stdout.flush()
+    except (UsageError, OSError) as error:
+        return _fail(_describe(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "debiaskd":
+            raise
+        return _fail(f"this command needs {error.name}, which is not installed: pip install 'debiaskd[train]'")
+    except KeyboardInterrupt:
+        _fail("stopped")
+        return INTERRUPTED
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"debiaskd: {message}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="debiaskd", description="Compress vision models without inheriting their shortcuts.")
+    parser.add_argument("--version", action="version", version=f"debiaskd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="train a biased and a debiased student on real pictures and report",
+        description="Trains a debiased teacher and students by several methods on pictures with a known shortcut, then "
+        "writes OUT/results.json and OUT/report.html. Downloads nothing; minutes on two CPU cores.",
+    )
+    quickstart.add_argument(
+        "--out", type=Path, default=Path("quickstart-out"), metavar="DIR", help="default: %(default)s"
+    )
+    quickstart.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s"
+    )
+
+    commands.add_parser("doctor", help="which backend runs each op here, and why not the others")
+
+    bench = commands.add_parser("bench", help="time the ops on every backend that runs here", add_help=False)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _check_environment() -> None:
+    from debiaskd.ops import backend
+
+    try:
+        backend.requested()
+    except ValueError as error:
+        raise UsageError(error) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from debiaskd import doctor
+
+    for line in doctor.report():
+        print(line)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import_module("debiaskd.bench.__main__").main(options.rest)
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+_COMMANDS = {"quickstart": _quickstart, "doctor": _doctor, "bench": _bench}
+
+if __name__ == "__main__":
+    sys.exit(main())
