@@ -11,19 +11,29 @@ from debiaskd.losses import EnergyLoss, FeatureMatchLoss, LocalizationLoss
 from debiaskd.ops.backend import BackendError, backend
 from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
+from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
+from debiaskd.transplant import FrozenTeacher, Transplanted, match_spatial, transplant
 from debiaskd.version import __version__
 
 __all__ = [
     "BackendError",
     "Boxes",
     "EnergyLoss",
+    "ErrorSetWarning",
     "FeatureMatchLoss",
+    "FrozenTeacher",
     "LocalizationLoss",
+    "Transplanted",
     "__version__",
     "backend",
     "collate",
     "energy_loss",
+    "error_weights",
     "feature_match_loss",
+    "group_weights",
     "localization_loss",
+    "match_spatial",
     "normalize_attribution",
+    "predict_correct",
+    "transplant",
 ]

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad usage or input, with one line on stderr; 130 stopped b
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_environment()
         _COMMANDS[options.command](options)
         sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UsageError, OSError) as error:
         return _fail(_describe(error))
     except ModuleNotFoundError as error:

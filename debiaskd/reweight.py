@@ -1,0 +1,200 @@
+"""Sample weights for DeTT and its relatives: upweight what a plainly trained model gets wrong, or even out groups.
+
+Without group annotation: train an identification model (the student's architecture, plain cross-entropy, briefly),
+then, with its weights fixed, predict over the whole training set; its mistakes are the error set.
+Liu et al. 2021, "Just Train Twice" (arXiv 2107.09044); Lee & Lee 2023, DeTT (arXiv 2302.11187).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from debiaskd import checks
+
+
+class ErrorSetWarning(UserWarning):
+    """The error set cannot do its work: it is empty, or it is most of the data."""
+
+
+def error_weights(correct: Tensor, up: float = 50.0, *, convention: str = "weight") -> Tensor:
+    """Weight `up` on the mistakes of an identification model, 1 elsewhere.
+
+    Reads the values, so on a GPU it waits for the device; it is called once, before training.
+
+    Args:
+        correct: [N] bool, whether the identification model predicted sample i rightly.
+        up: λ > 0. JTT's settings: Waterbirds 100, CelebA 50, MultiNLI 4, CivilComments 6.
+        convention: "weight": mistakes weigh `up`. "copies": JTT's scripts, which append `up` copies (a whole
+            number) of each mistake to the data; each then counts `up + 1` times.
+
+    Returns:
+        [N] float32 on the device of `correct`, not normalised.
+
+    Warns:
+        ErrorSetWarning: no mistake at all, or mistakes on more than half of the samples.
+
+    Raises:
+        TypeError: `correct` is not a bool tensor, `up` not a number.
+        ValueError: `correct` is not [N] with N ≥ 1, `up` out of range, an unknown convention.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.reweight import error_weights
+        >>> error_weights(torch.tensor([True, False, True, True]), up=20.0)
+        tensor([ 1., 20.,  1.,  1.])
+    """
+    correct = checks.tensor("correct", correct)
+    if correct.dtype != torch.bool:
+        raise TypeError(f"correct must be bool (prediction == label), got {correct.dtype}")
+    _samples("correct", correct)
+    up = checks.number("up", up, minimum=0.0, exclusive=True)
+    checks.option("convention", convention, ("weight", "copies"))
+    if convention == "copies":
+        if up != int(up):
+            raise ValueError(f"up must be a whole number of copies for convention='copies', got {up!r}")
+        up += 1.0
+    _report(int((~correct).sum()), correct.numel())
+    return torch.where(correct, 1.0, up).to(torch.float32)
+
+
+def _report(mistakes: int, samples: int) -> None:
+    if mistakes == 0:
+        warnings.warn(
+            f"the error set is empty: the identification model predicts all {samples} samples rightly, so every "
+            "weight is 1 and nothing is debiased; train it for fewer epochs, with stronger weight decay or a lower "
+            "learning rate, so that it cannot memorise the samples that contradict the bias",
+            ErrorSetWarning,
+            stacklevel=3,
+        )
+    elif 2 * mistakes > samples:
+        warnings.warn(
+            f"the error set is {mistakes} of {samples} samples ({100 * mistakes / samples:.1f} %): more than half of "
+            "the data is upweighted, so the mistakes no longer point at what contradicts the bias; train the "
+            "identification model for longer, and check that predictions and labels are in the same order",
+            ErrorSetWarning,
+            stacklevel=3,
+        )
+
+
+def group_weights(groups: Tensor) -> Tensor:
+    """`w_i = N / (G · n_group(i))`: every group counts alike, and the weights average to 1.
+
+    G is the number of groups that occur. An id that no sample has is not a group, so ids may have gaps.
+
+    Args:
+        groups: [N] int64, each sample's group ≥ 0.
+
+    Returns:
+        [N] float32 on the device of `groups`.
+
+    Raises:
+        TypeError: `groups` is not an int64 tensor.
+        ValueError: `groups` is not [N] with N ≥ 1, or an id is negative (often a mark for "unknown": leave such
+            samples out).
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.reweight import group_weights
+        >>> group_weights(torch.tensor([0, 0, 0, 7]))
+        tensor([0.6667, 0.6667, 0.6667, 2.0000])
+    """
+    groups = checks.tensor("groups", groups)
+    if groups.dtype != torch.int64:
+        raise TypeError(f"groups must be int64, got {groups.dtype}")
+    _samples("groups", groups)
+    lowest = int(groups.min())
+    if lowest < 0:
+        raise ValueError(f"groups must be >= 0, got {lowest}: leave out samples whose group is unknown")
+    unique: tuple[Tensor, Tensor, Tensor] = torch.unique(groups, return_inverse=True, return_counts=True)
+    _, index, counts = unique
+    weights = groups.numel() / (counts.numel() * counts.to(torch.float64))
+    return weights.to(torch.float32)[index]
+
+
+def _samples(name: str, value: Tensor) -> None:
+    checks.rank(name, value, "[N]")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must have at least one sample, got shape [0]")
+
+
+def predict_correct(model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None) -> Tensor:
+    """Whether the trained `model` predicts each sample rightly: the `correct` of `error_weights`.
+
+    Call it after the identification model's training, over the training set in its own order and without random
+    augmentation: predictions recorded while a model trains come from a different model each step. The model runs in
+    eval mode without gradients; every submodule's mode is put back, also after an error.
+
+    Args:
+        model: images to logits [n,K], K ≥ 2.
+        batches: sequences that start with (images, labels), labels [n] int64. A `DataLoader` must not shuffle and
+            not drop the last batch, because weights are matched to samples by position.
+        device: where batches are sent; None: the device of the model's first parameter. The model is not moved.
+
+    Returns:
+        [N] bool on the CPU, in the order of `batches`.
+
+    Raises:
+        TypeError: not a module, a batch that is no such sequence, labels that are not int64.
+        ValueError: a shuffling or dropping loader, no batch, logits that are not [n,K] for the labels or are NaN,
+            a label outside [0,K).
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.reweight import error_weights, predict_correct
+        >>> images, labels = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> correct = predict_correct(torch.nn.Identity(), [(images[:2], labels[:2]), (images[2:], labels[2:])])
+        >>> error_weights(correct)
+        tensor([ 1.,  1., 50.])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _in_order(batches)
+    if device is None:
+        tensor = next(chain(model.parameters(), model.buffers()), None)
+        device = torch.device("cpu") if tensor is None else tensor.device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = [_correct(model, batch, device) for batch in batches]
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not found:
+        raise ValueError("batches must give at least one batch, got none (an iterator is used up after one pass)")
+    return torch.cat(found).cpu()
+
+
+def _in_order(batches: object) -> None:
+    if isinstance(batches, DataLoader):
+        if isinstance(batches.sampler, RandomSampler):
+            raise ValueError("batches must keep the order of the data set, got a DataLoader with shuffle=True")
+        if batches.drop_last:
+            raise ValueError("batches must cover every sample, got a DataLoader with drop_last=True")
+
+
+def _correct(model: nn.Module, batch: Any, device: torch.device | str) -> Tensor:
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise TypeError(f"batches must give sequences (images, labels, ...), got {type(batch).__name__}")
+    labels = checks.tensor("labels", batch[1]).to(device)
+    logits = checks.tensor("the model's output", model(batch[0].to(device)))
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    checks.rank("labels", labels, "[n]")
+    if logits.dim() != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
+        raise ValueError(f"model must give logits [n,K] = [{labels.shape[0]}, K >= 2], got {list(logits.shape)}")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise ValueError(
+            f"labels must lie in [0, {logits.shape[1]}), the model's classes, "
+            f"got values in [{int(labels.min())}, {int(labels.max())}]"
+        )
+    if bool(torch.isnan(logits).any()):
+        raise ValueError("model must give logits that are numbers, got NaN: its training has diverged")
+    return torch.eq(logits.argmax(dim=1), labels)

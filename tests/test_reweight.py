@@ -1,0 +1,165 @@
+"""Sample weights, and the error set's traps: empty, most of the data, recorded too early, out of order."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
+
+CORRECT = torch.tensor([True, True, False, True, True])
+
+
+def test_mistakes_weigh_up() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = error_weights(CORRECT)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == [1, 1, 50, 1, 1]
+    assert error_weights(CORRECT, 0.5).tolist() == [1, 1, 0.5, 1, 1]
+
+
+def test_copies_are_jtts_data_set() -> None:
+    copies = torch.cat([torch.arange(5), torch.tensor([2] * 4)])  # the data, and 4 more of the one mistake
+    assert error_weights(CORRECT, 4, convention="copies").tolist() == torch.bincount(copies).tolist()
+
+
+@pytest.mark.parametrize(
+    "mistakes, message",
+    [
+        (0, "empty.*all 10 samples.*fewer epochs"),
+        (6, r"6 of 10 samples \(60.0 %\).*train.*for longer"),
+        (10, "10 of 10"),
+    ],
+)
+def test_an_error_set_that_says_nothing_is_reported(mistakes: int, message: str) -> None:
+    correct = torch.arange(10) >= mistakes
+    with pytest.warns(ErrorSetWarning, match=message) as caught:
+        error_weights(correct)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("mistakes", [1, 5])
+def test_up_to_half_is_quiet(mistakes: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert error_weights(torch.arange(10) >= mistakes, 3.0).sum() == 10 + 2 * mistakes
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 5, 10**12]), min_size=1, max_size=40))
+def test_group_weights_follow_the_formula(ids: list[int]) -> None:
+    weights = group_weights(torch.tensor(ids))
+    expected = [len(ids) / (len(set(ids)) * ids.count(i)) for i in ids]
+    torch.testing.assert_close(weights, torch.tensor(expected))
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_weights_stay_on_the_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    assert error_weights(CORRECT.cuda()).is_cuda
+    assert group_weights(torch.tensor([0, 1], device="cuda")).is_cuda
+
+
+class Biased(nn.Module):
+    """Right by its eval mode alone: dropout and batch norm would spoil what a training mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.drop = nn.Dropout(0.9)
+        self.fc = nn.Linear(2, 2, bias=False)
+        nn.init.eye_(self.fc.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(self.norm(x)))
+
+
+INPUTS = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [3.0, 0.0]])
+LABELS = torch.tensor([0, 1, 1, 1, 0])
+
+
+def test_predictions_are_made_after_training_with_the_weights_fixed() -> None:
+    model = Biased().train()
+    model.norm.eval()  # a user's own choice, to be put back as it was
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    loader = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2)
+    correct = predict_correct(model, loader)
+    assert correct.tolist() == [True, True, False, True, True]
+    assert correct.device.type == "cpu" and correct.dtype == torch.bool
+    assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert model.fc.weight.grad is None
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = Biased().train()
+    with pytest.raises(RuntimeError):
+        predict_correct(model, [(torch.randn(4, 3), LABELS[:4])])
+    assert model.training and model.norm.training
+
+
+def test_error_weights_refuse() -> None:
+    with pytest.raises(TypeError, match=r"correct must be bool .*, got torch.int64"):
+        error_weights(CORRECT.long())
+    with pytest.raises(TypeError, match=r"correct must be a torch.Tensor, got list"):
+        error_weights([True])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"correct must have shape \[N\], got \[1, 5\]"):
+        error_weights(CORRECT[None])
+    with pytest.raises(ValueError, match=r"correct must have at least one sample, got shape \[0\]"):
+        error_weights(CORRECT[:0])
+    for up in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="up must be a finite number > 0"):
+            error_weights(CORRECT, up)
+    with pytest.raises(TypeError, match="up must be a number, got str"):
+        error_weights(CORRECT, "50")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"up must be a whole number of copies.*got 1.5"):
+        error_weights(CORRECT, 1.5, convention="copies")
+    with pytest.raises(ValueError, match="convention must be one of 'weight', 'copies', got 'jtt'"):
+        error_weights(CORRECT, convention="jtt")
+
+
+def test_group_weights_refuse() -> None:
+    with pytest.raises(TypeError, match=r"groups must be int64, got torch.int32"):
+        group_weights(torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"groups must have shape \[N\], got \[1, 3\]"):
+        group_weights(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="groups must have at least one sample"):
+        group_weights(torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="groups must be >= 0, got -1"):
+        group_weights(torch.tensor([0, -1]))
+
+
+def loader(**options: object) -> DataLoader:
+    return DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "batches, error, message",
+    [
+        (loader(shuffle=True), ValueError, "batches must keep the order .* shuffle=True"),
+        (loader(drop_last=True), ValueError, "batches must cover every sample, got .* drop_last=True"),
+        ([], ValueError, "batches must give at least one batch"),
+        ([INPUTS], TypeError, r"batches must give sequences \(images, labels, ...\), got Tensor"),
+        ([(INPUTS, LABELS.float())], TypeError, "labels must be int64, got torch.float32"),
+        ([(INPUTS, LABELS + 1)], ValueError, r"labels must lie in \[0, 2\).* got values in \[1, 2\]"),
+        ([(INPUTS, LABELS[:3])], ValueError, r"model must give logits \[n,K\] = \[3, K >= 2\], got \[5, 2\]"),
+        ([(INPUTS * float("nan"), LABELS)], ValueError, "got NaN: its training has diverged"),
+    ],
+)
+def test_predict_correct_refuses(batches: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        predict_correct(Biased(), batches)  # type: ignore[arg-type]
+
+
+def test_predict_correct_refuses_single_logits_and_functions() -> None:
+    with pytest.raises(ValueError, match=r"K >= 2\], got \[5, 1\]"):
+        predict_correct(nn.Linear(2, 1), [(INPUTS, LABELS)])
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
+        predict_correct(lambda x: x, [(INPUTS, LABELS)])  # type: ignore[arg-type]
