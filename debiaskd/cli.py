@@ -8,12 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from debiaskd.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from debiaskd.report import Summary
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -114,7 +120,58 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-    raise NotImplementedError
+    from rich.console import Console
+
+    from debiaskd import quickstart, report
+
+    with _progress(Console(stderr=True)) as progress:
+        results = quickstart.run(options.out, options.seeds, progress=progress)
+    summaries = report.summarize(results.rows)
+    _print_table(summaries)
+    print(report.headline(summaries))
+    for finding in report.findings(summaries):
+        print(f"  {'ok' if finding.held else 'NOT AS EXPECTED'}: {finding.text}")
+    print(f"{options.out / 'report.html'}\n{options.out / 'results.json'}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal; elsewhere, in a log file say, a line for each thing that begins."""
+    if not console.is_terminal:
+        begun: set[str] = set()
+
+        def line(task: str, done: float) -> None:
+            if task not in begun:
+                begun.add(task)
+                print(f"{100 * done:3.0f} % {task}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+
+    from rich import progress
+
+    columns = (progress.TextColumn("{task.description:24}"), *progress.Progress.get_default_columns()[1:])
+    with progress.Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("data", total=1.0)
+        yield lambda task, done: bars.update(bar, description=task, completed=done)
+
+
+def _print_table(summaries: Sequence[Summary]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from debiaskd.report import COLUMNS
+
+    table = Table("method", box=box.SIMPLE)
+    columns = [(key, heading, digits) for key, heading, digits in COLUMNS if all(key in s.figures for s in summaries)]
+    for _, heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for summary in summaries:
+        table.add_row(summary.method, *(summary.figures[key].text(digits) for key, _, digits in columns))
+    terminal = Console()
+    # A file has no width of its own, and a table cut to a guessed one would lose numbers.
+    (terminal if terminal.is_terminal else Console(width=160)).print(table)
 
 
 _COMMANDS = {"quickstart": _quickstart, "doctor": _doctor, "bench": _bench}

@@ -1,0 +1,128 @@
+"""The command line: exit codes, one line for each mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from debiaskd import cli
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "'nonsense'"),
+        (["quickstart", "--sede", "3"], "--sede"),
+        (["quickstart", "--seeds", "0"], "must be an integer >= 1, got '0'"),
+        (["quickstart", "--seeds", "many"], "must be an integer >= 1, got 'many'"),
+        (["doctor", "--loud"], "--loud"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_unknown_backend_in_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEBIASKD_BACKEND", "fortran")
+    code, _, err = run(capsys, "doctor")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "DEBIASKD_BACKEND" in err
+    assert "'fortran'" in err
+
+
+def test_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(options: object) -> None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+    monkeypatch.setitem(cli._COMMANDS, "quickstart", missing)
+    code, _, err = run(capsys, "quickstart")
+    assert code == 2
+    assert "sklearn" in err
+    assert "pip install 'debiaskd[train]'" in err
+
+
+def test_a_missing_module_of_our_own_is_a_bug_and_not_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: object) -> None:
+        raise ModuleNotFoundError("No module named 'debiaskd.nothing'", name="debiaskd.nothing")
+
+    monkeypatch.setitem(cli._COMMANDS, "doctor", broken)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["doctor"])
+
+
+def test_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.json")
+
+    monkeypatch.setitem(cli._COMMANDS, "quickstart", full)
+    code, _, err = run(capsys, "quickstart")
+    assert (code, err) == (2, "debiaskd: results.json: No space left on device\n")
+
+
+def test_output_directory_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the quickstart needs the train extra")
+    target = tmp_path / "file"
+    target.write_text("mine")
+    code, _, err = run(capsys, "quickstart", "--out", str(target))
+    assert code == 2
+    assert err.strip().count("\n") == 0
+    assert str(target) in err
+    assert target.read_text() == "mine"
+
+
+def test_doctor_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    from debiaskd.ops import backend
+
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for name in (*backend.IMPLEMENTATIONS, *backend.BACKENDS[1:]):
+        assert name in out
+    chosen = backend.choose("feature_match", __import__("torch").empty(0))
+    assert re.search(rf"feature_match\s+{chosen}\n", out)
+
+
+def test_interrupt_leaves_nothing_and_exits_130(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the quickstart needs the train extra")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "debiaskd.cli", "quickstart", "--out", str(out), "--seeds", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    first = process.stderr.readline()  # training has begun
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in first + err
+    assert err.splitlines()[-1] == "debiaskd: stopped"
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m debiaskd.cli doctor | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("debiaskd ")
+    assert done.stderr == ""
