@@ -15,6 +15,8 @@ from torch import Tensor
 
 from debiaskd import checks
 
+_INT32 = torch.iinfo(torch.int32)
+
 
 class Boxes:
     """Boxes of N images.
@@ -47,7 +49,7 @@ class Boxes:
     def __init__(
         self, coords: Tensor, offsets: Tensor, labels: Tensor | None = None, annotated: Tensor | None = None
     ) -> None:
-        _check(coords, offsets, labels, annotated)
+        checks.packed_boxes(coords, offsets, labels, annotated)
         self.coords, self.offsets, self.labels = coords, offsets, labels
         if annotated is None:
             annotated = torch.ones(offsets.numel() - 1, dtype=torch.bool, device=offsets.device)
@@ -60,13 +62,14 @@ class Boxes:
         `labels` has one sequence of k classes an image (None or empty where there are no boxes). Coordinates must be
         whole numbers: how fractions are rounded is the caller's choice to make.
         """
+        checks.sequence("boxes", boxes)
         rows = [_as_rows(f"boxes[{i}]", b) for i, b in enumerate(boxes)]
         counts = torch.tensor([0] + [len(r) for r in rows], dtype=torch.int64)
         coords = torch.cat(rows) if rows else torch.zeros(0, 4, dtype=torch.int32)
         annotated = torch.tensor([b is not None for b in boxes], dtype=torch.bool)
         packed = None
         if labels is not None:
-            if len(labels) != len(rows):
+            if len(checks.sequence("labels", labels)) != len(rows):
                 raise ValueError(f"labels must have one entry an image, {len(rows)}, got {len(labels)}")
             per_image = [_as_labels(f"labels[{i}]", v, len(r)) for i, (v, r) in enumerate(zip(labels, rows))]
             packed = torch.cat(per_image) if per_image else torch.zeros(0, dtype=torch.int64)
@@ -75,7 +78,7 @@ class Boxes:
     @classmethod
     def cat(cls, boxes: Sequence[Boxes]) -> Boxes:
         """The images of several `Boxes`, one after another. Either all of them have labels or none has."""
-        if not boxes:
+        if not checks.sequence("boxes", boxes):
             raise ValueError("boxes must hold at least one Boxes, got an empty sequence")
         for i, b in enumerate(boxes):
             if not isinstance(b, Boxes):
@@ -136,7 +139,8 @@ class Boxes:
         """Only the boxes whose label is their image's `target`, int64 [N]. Annotation stays as it was."""
         if self.labels is None:
             raise ValueError("for_class needs boxes with labels, got labels=None")
-        checks.tensor("target", target)
+        if checks.tensor("target", target).dtype != torch.int64:
+            raise TypeError(f"target must be torch.int64, got {target.dtype}")
         checks.shape("target", target, "[N]", [len(self)])
         checks.same_device("target", target, "boxes", self.coords)
         return self._keep(self.labels == target[self.image_ids()])
@@ -168,14 +172,15 @@ class Boxes:
     def resize(self, old: tuple[int, int], new: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
         """From an image of `old` (H, W) squashed to `new` (H, W). Rounded to the nearest pixel edge, clipped to `new`.
 
-        A box that covers some pixels keeps at least one. `inclusive_clip` as in `dilate`.
+        A box that covers some pixels of the image keeps at least one. `inclusive_clip` as in `dilate`.
         """
         old_height, old_width = checks.size("old", old)
         height, width = checks.size("new", new)
         scale = [width / old_width, height / old_height] * 2
-        scaled = self.coords.double() * torch.tensor(scale, dtype=torch.float64, device=self.device)
+        coords = _clip(self.coords, old_height, old_width, False)  # a box that covers no pixel must not gain one
+        scaled = coords.double() * torch.tensor(scale, dtype=torch.float64, device=self.device)
         moved = (scaled + 0.5).floor()
-        nonempty = self.coords[:, 2:] > self.coords[:, :2]
+        nonempty = coords[:, 2:] > coords[:, :2]
         last = torch.tensor([width - 1, height - 1], device=self.device)
         start = torch.where(nonempty, torch.minimum(moved[:, :2], last), moved[:, :2])
         end = torch.where(nonempty, torch.maximum(moved[:, 2:], start + 1), moved[:, 2:])
@@ -183,16 +188,18 @@ class Boxes:
 
     def hflip(self, width: int) -> Boxes:
         """Mirrored left to right in an image `width` pixels wide."""
-        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        if checks.integer("width", width) < 1:
             raise ValueError(f"width must be an integer >= 1, got {width!r}")
-        x0, y0, x1, y1 = self.coords.unbind(1)
-        return self._with_coords(torch.stack([width - x1, y0, width - x0, y1], 1))
+        x0, y0, x1, y1 = self.coords.long().unbind(1)
+        flipped = torch.stack([width - x1, y0, width - x0, y1], 1)
+        return self._with_coords(flipped.clamp(_INT32.min, _INT32.max).to(torch.int32))
 
     def crop(self, y: int, x: int, h: int, w: int) -> Boxes:
         """In the frame of the crop `image[y:y + h, x:x + w]`: what reaches over its edge is clipped, a box that lies
         outside disappears."""
-        checks.size("crop (h, w)", (h, w))
-        shift = torch.tensor([x, y, x, y], dtype=torch.int32, device=self.device)
+        checks.size("(h, w)", (h, w))
+        y, x = checks.integer("y", y), checks.integer("x", x)
+        shift = torch.tensor([x, y, x, y], device=self.device)
         cropped = self._with_coords(_clip(self.coords - shift, h, w, False))
         return cropped._keep((cropped.coords[:, 2:] > cropped.coords[:, :2]).all(1))
 
@@ -250,23 +257,26 @@ def _clip(coords: Tensor, height: int, width: int, inclusive: bool) -> Tensor:
 def _as_rows(name: str, boxes: Any) -> Tensor:
     if boxes is None:
         return torch.zeros(0, 4, dtype=torch.int32)
-    rows = torch.as_tensor(boxes)
+    rows = checks.convertible(name, boxes, "rows of four numbers")
     if rows.numel() == 0 and rows.dim() <= 2:
         return torch.zeros(0, 4, dtype=torch.int32)
     if rows.dim() != 2 or rows.shape[1] != 4:
         raise ValueError(f"{name} must have shape [k,4], got {list(rows.shape)}")
-    if rows.dtype.is_floating_point and not bool((rows == rows.round()).all() and rows.isfinite().all()):
-        raise ValueError(f"{name} must hold whole numbers of pixels, got {rows.tolist()}")
     if rows.dtype.is_complex or rows.dtype == torch.bool:
         raise TypeError(f"{name} must hold numbers, got {rows.dtype}")
+    wide = rows.double()  # NaN is neither its own round nor within the bounds
+    if not bool(((wide == wide.round()) & (wide >= _INT32.min) & (wide <= _INT32.max)).all()):
+        raise ValueError(f"{name} must hold whole numbers of pixels that fit into int32, got {rows.tolist()}")
     return rows.to(torch.int32)
 
 
 def _as_labels(name: str, labels: Any, count: int) -> Tensor:
-    values = torch.as_tensor([] if labels is None else labels, dtype=torch.int64)
+    values = checks.convertible(name, [] if labels is None else labels, "one class a box")
     if values.dim() != 1 or len(values) != count:
         raise ValueError(f"{name} must have one class a box, {count}, got {list(values.shape)}")
-    return values
+    if count and not checks.is_integer(values.dtype):
+        raise TypeError(f"{name} must hold integers, got {values.dtype}")
+    return values.to(torch.int64)
 
 
 def _as_image_ids(index: int | slice | Sequence[int] | Tensor, count: int, device: torch.device) -> Tensor:
@@ -276,39 +286,10 @@ def _as_image_ids(index: int | slice | Sequence[int] | Tensor, count: int, devic
         if not -count <= index < count:
             raise IndexError(f"image {index} is out of range for boxes of {count} images")
         return torch.tensor([index % count], device=device)
-    ids = torch.as_tensor(index, device=device)
-    return ids.nonzero()[:, 0] if ids.dtype == torch.bool else ids.long()
-
-
-def _check(coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor | None) -> None:
-    for name, value, dtype in (
-        ("coords", coords, torch.int32),
-        ("offsets", offsets, torch.int64),
-        ("labels", labels, torch.int64),
-        ("annotated", annotated, torch.bool),
-    ):
-        if value is None and name in ("labels", "annotated"):
-            continue
-        if checks.tensor(name, value).dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")  # type: ignore[union-attr]
-        checks.same_device(name, value, "coords", coords)  # type: ignore[arg-type]
-    if coords.dim() != 2 or coords.shape[1] != 4:
-        raise ValueError(f"coords must have shape [M,4], got {list(coords.shape)}")
-    if offsets.dim() != 1 or offsets.numel() < 1:
-        raise ValueError(f"offsets must have shape [N+1], got {list(offsets.shape)}")
-    if labels is not None:
-        checks.shape("labels", labels, "[M]", [coords.shape[0]])
-    if annotated is not None:
-        checks.shape("annotated", annotated, "[N]", [offsets.numel() - 1])
-    if coords.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(coords, offsets)
-
-
-def _check_values(coords: Tensor, offsets: Tensor) -> None:
-    if int(offsets[0]) != 0 or int(offsets[-1]) != coords.shape[0] or bool((offsets.diff() < 0).any()):
-        shown = offsets.tolist() if offsets.numel() <= 9 else [*offsets[:4].tolist(), "...", int(offsets[-1])]
-        raise ValueError(f"offsets must rise from 0 to the number of boxes, {coords.shape[0]}, got {shown}")
-    inverted = (coords[:, 2:] < coords[:, :2]).any(1)
-    if bool(inverted.any()):
-        row = int(inverted.nonzero()[0])
-        raise ValueError(f"coords[{row}] must have x0 <= x1 and y0 <= y1, got {coords[row].tolist()} (inverted box)")
+    ids = checks.convertible("index", index, "an integer, a slice, integers or bool [N]").to(device)
+    if ids.dtype == torch.bool:
+        checks.shape("index", ids, "[N]", [count])
+        return ids.nonzero()[:, 0]
+    if ids.dim() > 1 or (ids.numel() and not checks.is_integer(ids.dtype)):
+        raise TypeError(f"index must hold integers or be bool [N], got {ids.dtype} {list(ids.shape)}")
+    return ids.reshape(-1).long()

@@ -1,14 +1,15 @@
 """Argument checks. Every message names the argument, what was expected and what came.
 
 Wrong kinds of thing (not a tensor, an integer dtype) raise `TypeError`; right kinds with wrong contents (shape,
-device, range, option) raise `ValueError`. All checks here read metadata only, except `finite_nonnegative`, which
-reads values and therefore runs only where reading them costs no device synchronisation.
+device, range, option) raise `ValueError`. All checks here read metadata only, except `finite_nonnegative` and the end
+of `packed_boxes`, which read values and therefore run only where reading them costs no device synchronisation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,31 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return value
+
+
+def sequence(name: str, value: Any) -> Any:
+    """Anything that has a length and can be walked through."""
+    if not hasattr(value, "__len__") or not hasattr(value, "__iter__") or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence, got {type(value).__name__}")
+    return value
+
+
+def convertible(name: str, value: Any, expected: str) -> Tensor:
+    """As a tensor: lists, arrays, tensors. `expected` says in words what it should have been."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({error})") from None
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def number(name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -100,3 +126,38 @@ def finite_nonnegative(name: str, value: Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(value))
     if not (low >= 0 and high < math.inf):
         raise ValueError(f"{name} must be finite and >= 0 everywhere, got values in [{low:g}, {high:g}]")
+
+
+def packed_boxes(coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor | None) -> None:
+    """What `Boxes` is made of: metadata everywhere, values on the CPU and outside of a compiled graph."""
+    for name, value, dtype in (
+        ("coords", coords, torch.int32),
+        ("offsets", offsets, torch.int64),
+        ("labels", labels, torch.int64),
+        ("annotated", annotated, torch.bool),
+    ):
+        if value is None and name in ("labels", "annotated"):
+            continue
+        if tensor(name, value).dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")  # type: ignore[union-attr]
+        same_device(name, value, "coords", coords)  # type: ignore[arg-type]
+    if coords.dim() != 2 or coords.shape[1] != 4:
+        raise ValueError(f"coords must have shape [M,4], got {list(coords.shape)}")
+    if offsets.dim() != 1 or offsets.numel() < 1:
+        raise ValueError(f"offsets must have shape [N+1], got {list(offsets.shape)}")
+    if labels is not None:
+        shape("labels", labels, "[M]", [coords.shape[0]])
+    if annotated is not None:
+        shape("annotated", annotated, "[N]", [offsets.numel() - 1])
+    if coords.device.type == "cpu" and not torch.compiler.is_compiling():
+        _box_values(coords, offsets)
+
+
+def _box_values(coords: Tensor, offsets: Tensor) -> None:
+    if int(offsets[0]) != 0 or int(offsets[-1]) != coords.shape[0] or bool((offsets.diff() < 0).any()):
+        shown = offsets.tolist() if offsets.numel() <= 9 else [*offsets[:4].tolist(), "...", int(offsets[-1])]
+        raise ValueError(f"offsets must rise from 0 to the number of boxes, {coords.shape[0]}, got {shown}")
+    inverted = (coords[:, 2:] < coords[:, :2]).any(1)
+    if bool(inverted.any()):
+        row = int(inverted.nonzero()[0])
+        raise ValueError(f"coords[{row}] must have x0 <= x1 and y0 <= y1, got {coords[row].tolist()} (inverted box)")

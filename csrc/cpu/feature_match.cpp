@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "common/stable.h"
+#include "cpu/half.h"
 #include "cpu/sample_layout.h"
 #include "cpu/vectorize.h"
 
@@ -16,20 +17,24 @@ namespace {
 
 // ---- inner loops: one row of elements, evenly spaced ----
 
+// So many elements are summed in the accumulator's type before a double takes the sum, which therefore rounds no more
+// than PyTorch's own.
+constexpr int64_t kRun = 256;
+
 template <typename T, typename A>
-DEBIASKD_INLINE A match_body(const T* s, const T* t, T* g, int64_t n, A scale) {
+DEBIASKD_INLINE A match_run(const T* s, const T* t, T* g, int64_t n, A scale) {
   A sum = 0;
   if (g) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
-      const A d = static_cast<A>(s[i]) - static_cast<A>(t[i]);
+      const A d = load(s[i]) - load(t[i]);
       sum += d * d;
-      g[i] = static_cast<T>(scale * d);
+      store(scale * d, g + i);
     }
   } else {
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
-      const A d = static_cast<A>(s[i]) - static_cast<A>(t[i]);
+      const A d = load(s[i]) - load(t[i]);
       sum += d * d;
     }
   }
@@ -37,24 +42,37 @@ DEBIASKD_INLINE A match_body(const T* s, const T* t, T* g, int64_t n, A scale) {
 }
 
 template <typename T, typename A>
-DEBIASKD_INLINE A norm_body(const T* t, int64_t n) {
-  A sum = 0;
+DEBIASKD_INLINE double match_body(const T* s, const T* t, T* g, int64_t n, A scale) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kRun) {
+    total += match_run<T, A>(s + i, t + i, g ? g + i : nullptr, std::min(kRun, n - i), scale);
+  }
+  return total;
+}
+
+template <typename T, typename A>
+DEBIASKD_INLINE double norm_body(const T* t, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kRun) {
+    A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<A>(t[i]) * static_cast<A>(t[i]);
-  return sum;
+    for (int64_t j = i; j < std::min(i + kRun, n); ++j) sum += load(t[j]) * load(t[j]);
+    total += sum;
+  }
+  return total;
 }
 
 template <typename T, typename A>
 DEBIASKD_INLINE void scale_body(T* g, int64_t n, A scale) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] = static_cast<T>(static_cast<A>(g[i]) * scale);
+  for (int64_t i = 0; i < n; ++i) store(load(g[i]) * scale, g + i);
 }
 
-#define DEBIASKD_ROWS(T, A)                                                              \
-  DEBIASKD_CLONES A match_row(const T* s, const T* t, T* g, int64_t n, A scale) {        \
-    return match_body<T, A>(s, t, g, n, scale);                                          \
-  }                                                                                      \
-  DEBIASKD_CLONES A norm_row(const T* t, int64_t n, A) { return norm_body<T, A>(t, n); } \
+#define DEBIASKD_ROWS(T, A)                                                                   \
+  DEBIASKD_CLONES double match_row(const T* s, const T* t, T* g, int64_t n, A scale) {        \
+    return match_body<T, A>(s, t, g, n, scale);                                               \
+  }                                                                                           \
+  DEBIASKD_CLONES double norm_row(const T* t, int64_t n, A) { return norm_body<T, A>(t, n); } \
   DEBIASKD_CLONES void scale_row(T* g, int64_t n, A scale) { scale_body<T, A>(g, n, scale); }
 DEBIASKD_ROWS(float, float)
 DEBIASKD_ROWS(double, double)
@@ -63,21 +81,26 @@ DEBIASKD_ROWS(Half, float)
 
 // Elements that do not lie side by side: rare, correct, without a copy.
 template <typename T, typename A>
-A match_strided(const T* s, const T* t, T* g, int64_t n, int64_t ss, int64_t ts, int64_t gs, A scale) {
-  A sum = 0;
+double match_strided(const T* s, const T* t, T* g, int64_t n, int64_t ss, int64_t ts, int64_t gs, A scale) {
+  double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const A d = static_cast<A>(s[i * ss]) - static_cast<A>(t[i * ts]);
+    const A d = load(s[i * ss]) - load(t[i * ts]);
     sum += d * d;
-    if (g) g[i * gs] = static_cast<T>(scale * d);
+    if (g) store(scale * d, g + i * gs);
   }
   return sum;
 }
 
 template <typename T, typename A>
-A norm_strided(const T* t, int64_t n, int64_t ts) {
-  A sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<A>(t[i * ts]) * static_cast<A>(t[i * ts]);
+double norm_strided(const T* t, int64_t n, int64_t ts) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += load(t[i * ts]) * load(t[i * ts]);
   return sum;
+}
+
+template <typename T, typename A>
+void scale_strided(T* g, int64_t n, int64_t gs, A scale) {
+  for (int64_t i = 0; i < n; ++i) store(load(g[i * gs]) * scale, g + i * gs);
 }
 
 // ---- what each sample counts ----
@@ -209,8 +232,10 @@ void feature_match_scale_(Tensor gradient, const Tensor& grad_output) {
     sum_per_sample(layout, [&](int64_t sample, int64_t block) {
       const double scale = upstream[scalar ? 0 : sample];
       if (scale == 1.0) return 0.0;
-      for_each_piece(layout, sample, block,
-          [&](int64_t, int64_t, int64_t g, int64_t n) { scale_row(data + g, n, static_cast<A>(scale)); });
+      for_each_piece(layout, sample, block, [&](int64_t, int64_t, int64_t g, int64_t n) {
+        if (layout.contiguous()) return scale_row(data + g, n, static_cast<A>(scale));
+        scale_strided(data + g, n, layout.inner.gradient, static_cast<A>(scale));
+      });
       return 0.0;
     });
   });

@@ -1,5 +1,6 @@
 // Reading and writing half precision in loops that vectorise: integer arithmetic on the bits, without a branch and
-// without an instruction set that every clone would have to have. Exact for every value; rounds to nearest, ties to even.
+// without an instruction set that every clone would have to have. Exact for every value; rounds to nearest, ties to
+// even.
 #pragma once
 
 #include <cstdint>

@@ -105,6 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const
           boxes.start(coverage, i);
           const MapSums sums = sum_image<T>(kind, shape, rows, coverage, bits ? bits + i * image_words : nullptr);
           result = map_loss(kind, sums, static_cast<double>(height * width));
+        } else if (bits) {
+          std::fill_n(
+              bits + i * image_words, image_words, 0);  // nobody reads them, but an output is never left unwritten
         }
         losses[i] = result.loss * factor;
         if (state) {

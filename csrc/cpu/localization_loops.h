@@ -6,6 +6,7 @@
 
 #include "common/localization.h"
 #include "common/stable.h"
+#include "cpu/half.h"
 #include "cpu/vectorize.h"
 
 namespace debiaskd {
@@ -23,7 +24,7 @@ DEBIASKD_INLINE RowSums<A> energy_body(const A* a, const int32_t* covered, int64
   A all = 0, inside = 0;
 #pragma omp simd reduction(+ : all, inside)
   for (int64_t i = 0; i < n; ++i) {
-    const A positive = a[i] > A(0) ? a[i] : A(0);
+    const A positive = a[i] < A(0) ? A(0) : a[i];  // this way round a NaN stays one and shows in the loss
     all += positive;
     inside += covered[i] ? positive : A(0);
   }
@@ -42,7 +43,7 @@ template <typename A>
 DEBIASKD_INLINE A rrr_body(const A* a, const int32_t* covered, int64_t n) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += covered[i] ? A(0) : a[i] * a[i];
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * (covered[i] ? A(0) : a[i]);
   return sum;
 }
 
@@ -78,11 +79,11 @@ DEBIASKD_INLINE void unpack_body(const int32_t* words, const A* value, T* out, i
     const int32_t word = words[i];
 #pragma omp simd
     for (int j = 0; j < 32; ++j) {
-      out[32 * i + j] = static_cast<T>(word & static_cast<int32_t>(1u << j) ? value[32 * i + j] : A(0));
+      store(word & static_cast<int32_t>(1u << j) ? value[32 * i + j] : A(0), out + 32 * i + j);
     }
   }
   for (int64_t i = 32 * whole; i < n; ++i) {
-    out[i] = static_cast<T>(static_cast<uint32_t>(words[whole]) >> (i % 32) & 1u ? value[i] : A(0));
+    store(static_cast<uint32_t>(words[whole]) >> (i % 32) & 1u ? value[i] : A(0), out + i);
   }
 }
 
@@ -96,9 +97,9 @@ template <typename T, typename A>
 DEBIASKD_INLINE void gradient_body(
     int64_t kind, const A* a, const int32_t* covered, A inside, A outside, T* out, int64_t n) {
   // One loop a kind, so that the choice is made once and not for each pixel.
-#define DEBIASKD_LOOP(KIND)                                    \
-  _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = \
-      static_cast<T>(pixel_gradient<A>(KIND, a[i], covered[i] != 0, inside, outside))
+#define DEBIASKD_LOOP(KIND)                           \
+  _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) \
+      store(pixel_gradient<A>(KIND, a[i], covered[i] != 0, inside, outside), out + i)
   switch (kind) {
     case kEnergy: DEBIASKD_LOOP(kEnergy); break;
     case kL1: DEBIASKD_LOOP(kL1); break;
@@ -123,7 +124,7 @@ DEBIASKD_INLINE void add_scaled_body(const A* in, A weight, A* out, int64_t n) {
 template <typename T, typename A>
 DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(in[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = load(in[i]);
 }
 
 #define DEBIASKD_ROWS(A)                                                                                          \

@@ -68,7 +68,7 @@ class Rows {
       if constexpr (std::is_same_v<T, A>) return in;
       convert_row(in, source_.data(), shape_.map_width);
     } else {
-      for (int64_t x = 0; x < shape_.map_width; ++x) source_[x] = static_cast<A>(in[x * column_step_]);
+      for (int64_t x = 0; x < shape_.map_width; ++x) source_[x] = load(in[x * column_step_]);
     }
     return source_.data();
   }
@@ -110,7 +110,7 @@ class Downward {
         narrow_[columns_[x].low] += (A(1) - weight) * wide[x];
         narrow_[columns_[x].high] += weight * wide[x];
       }
-      for (int64_t x = 0; x < shape_.map_width; ++x) out[r * shape_.map_width + x] = static_cast<T>(narrow_[x]);
+      for (int64_t x = 0; x < shape_.map_width; ++x) store(narrow_[x], out + r * shape_.map_width + x);
     }
   }
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from debiaskd import checks
 from debiaskd.ops.backend import REDUCTIONS, choose, native
+from debiaskd.ops.once import differentiable_once
 
 
 def feature_match_loss(
@@ -67,14 +68,20 @@ def feature_match_loss(
     teacher = _check(student, teacher, weight, normalize, reduction)
     if choose("feature_match", student) == "eager":
         return eager(student, teacher, weight, normalize, reduction)
-    loss: Tensor = _FeatureMatch.apply(student, teacher, weight, normalize, REDUCTIONS[reduction])
+    arguments = (student, teacher, weight, normalize, REDUCTIONS[reduction])
+    loss: Tensor
+    if student.requires_grad and torch.is_grad_enabled():
+        loss = _FeatureMatch.apply(*arguments)
+    else:
+        loss, _ = torch.ops.debiaskd.feature_match(*arguments, False)
     return loss
 
 
 def eager(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: str) -> Tensor:
     """The oracle: the formula as it stands, in PyTorch."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(wide).flatten(1), teacher.to(wide).flatten(1)
+    # The extra axis gives samples of a single number one, too.
+    student, teacher = (x.to(wide)[..., None].flatten(1) for x in (student, teacher))
     distance = (student - teacher).square().sum(1)
     if normalize:
         scale = teacher.square().sum(1)
@@ -96,9 +103,8 @@ class _FeatureMatch(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int
     ) -> Tensor:
-        ahead = (
-            ctx.needs_input_grad[0] and student.dtype != torch.float16 and not torch.compiler.is_compiling()
-        )  # write the gradient now
+        # Whether to write the gradient now.
+        ahead = student.dtype != torch.float16 and not torch.compiler.is_compiling()
         loss, gradient = torch.ops.debiaskd.feature_match(student, teacher, weight, normalize, reduction, ahead)
         ctx.save_for_backward(student, teacher, weight)
         ctx.gradient = gradient if ahead else None
@@ -106,17 +112,17 @@ class _FeatureMatch(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher, weight = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            gradient = torch.ops.debiaskd.feature_match_backward(
-                grad_output, student, teacher, weight, ctx.normalize, ctx.reduction
-            )
-        else:
-            torch.ops.debiaskd.feature_match_scale_(gradient, grad_output)
-        return gradient, None, None, None, None
+        with torch.no_grad():
+            if gradient is None:
+                gradient = torch.ops.debiaskd.feature_match_backward(
+                    grad_output, student, teacher, weight, ctx.normalize, ctx.reduction
+                )
+            else:
+                torch.ops.debiaskd.feature_match_scale_(gradient, grad_output)
+        return differentiable_once(gradient, "feature_match_loss"), None, None, None, None
 
 
 if native:

@@ -27,6 +27,7 @@ the size of the map; the upsampled map is never stored.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 from debiaskd import checks
 from debiaskd.boxes import Boxes
 from debiaskd.ops.backend import REDUCTIONS, choose, native
+from debiaskd.ops.once import differentiable_once
 
 KINDS = {"energy": 0, "l1": 1, "ppce": 2, "rrr": 3}
 
@@ -80,9 +82,13 @@ def localization_loss(
         attribution = normalize_attribution(attribution, kind)
     if choose("localization", attribution) == "eager":
         return eager(attribution, boxes, kind, (height, width), reduction)
-    loss: Tensor = _Localization.apply(
-        attribution, boxes.coords, boxes.offsets, boxes.annotated, KINDS[kind], height, width, REDUCTIONS[reduction]
-    )
+    packed = (boxes.coords, boxes.offsets, boxes.annotated)
+    arguments = (attribution, *packed, KINDS[kind], height, width, REDUCTIONS[reduction])
+    loss: Tensor
+    if attribution.requires_grad and torch.is_grad_enabled():
+        loss = _Localization.apply(*arguments)
+    else:
+        loss, _, _ = torch.ops.debiaskd.localization(*arguments, False)
     return loss
 
 
@@ -101,7 +107,7 @@ def normalize_attribution(attribution: Tensor, kind: str) -> Tensor:
     if kind == "energy":
         return attribution
     if kind in ("l1", "ppce"):
-        attribution = attribution.clamp(min=0)
+        attribution = attribution.relu()
     if attribution.numel() == 0:
         return attribution
     largest = attribution.abs().amax((1, 2), keepdim=True)
@@ -112,7 +118,9 @@ def eager(attribution: Tensor, boxes: Boxes, kind: str, size: tuple[int, int], r
     """The oracle: the formula as it stands, in PyTorch."""
     wide = torch.promote_types(attribution.dtype, torch.float32)
     maps = attribution.to(wide)
-    if tuple(maps.shape[1:]) != tuple(size) and len(boxes):
+    if len(boxes) == 0:
+        maps = maps.reshape(0, *size)  # nothing, which interpolate refuses
+    elif tuple(maps.shape[1:]) != tuple(size):
         maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     mask = boxes.mask(size)
     each = torch.where(boxes.annotated, _each(maps, mask, kind), 0)
@@ -126,14 +134,16 @@ def eager(attribution: Tensor, boxes: Boxes, kind: str, size: tuple[int, int], r
 def _each(maps: Tensor, mask: Tensor, kind: str) -> Tensor:
     inside = mask.to(maps.dtype)
     if kind == "energy":
-        positive = maps.clamp(min=0)
+        positive = maps.relu()  # clamp(min=0) has gradient 1 at 0 in some versions of PyTorch
         total, kept = positive.sum((1, 2)), (positive * inside).sum((1, 2))
         return 1 - kept / torch.where(total < 1e-7, 1, total)
     if kind == "l1":
         return (maps - inside).abs().mean((1, 2))
     if kind == "ppce":
-        # Outside of the boxes 1 stands in, whose logarithm is 0 and whose gradient ends here.
-        logs = torch.where(mask, maps, 1).clamp(min=0).log().clamp(min=-100)
+        # 1 stands in, whose logarithm is 0 and whose gradient ends here: outside of the boxes, and where the clamped
+        # logarithm is constant, since its own derivative, at 0, would turn a gradient of 0 into NaN.
+        clamped = mask & (maps <= math.exp(-100))
+        logs = torch.where(mask & ~clamped, maps, 1).log() - 100 * clamped
         return -logs.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     return ((1 - inside) * maps.square()).sum((1, 2))
 
@@ -152,7 +162,7 @@ class _Localization(torch.autograd.Function):
         reduction: int,
     ) -> Tensor:
         loss, coefficients, positive = torch.ops.debiaskd.localization(
-            attribution, coords, offsets, annotated, kind, height, width, reduction, ctx.needs_input_grad[0]
+            attribution, coords, offsets, annotated, kind, height, width, reduction, True
         )
         # Energy at the map's own size is done with the map: its bits say the rest.
         map_size = attribution.shape[1:]
@@ -162,10 +172,10 @@ class _Localization(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.ops.debiaskd.localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
-        return gradient, *[None] * 7
+        with torch.no_grad():
+            gradient = torch.ops.debiaskd.localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+        return differentiable_once(gradient, "localization_loss"), *[None] * 7
 
 
 if native:

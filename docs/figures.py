@@ -1,0 +1,171 @@
+"""Every number and picture in README.md and docs/ comes from here.
+
+    python docs/figures.py quickstart     run the quickstart; keep its results.json and picture in docs/results/
+    python docs/figures.py                rewrite the figures in the pages from docs/results/ and bench/results/
+    python docs/figures.py --check        exit with 1 where a page differs from what the files say
+
+A page holds blocks `<!-- figures:NAME -->` ... `<!-- /figures -->`; what lies between is replaced by `BLOCKS[NAME]()`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import report as bench_report  # noqa: E402
+from bench.__main__ import OPS  # noqa: E402
+from debiaskd import report  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"<!-- figures:(\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
+SHOWN = ("worst_group_accuracy", "average_accuracy", "energy_in_box", "parameters")
+
+
+def quickstart_block() -> str:
+    document = json.loads((RESULTS / "quickstart.json").read_text())
+    summaries = report.summarize(document["rows"])
+    columns = [column for column in report.COLUMNS if column[0] in SHOWN]
+    lines = ["| method | " + " | ".join(heading for _, heading, _ in columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for summary in summaries:
+        cells = [summary.figures[key].text(digits) for key, _, digits in columns]
+        lines.append(f"| {summary.method} | " + " | ".join(cells) + " |")
+    where = document["environment"]
+    seeds = len(document["settings"]["seeds"])
+    lines += [
+        "",
+        f"{report.headline(summaries)} Means ± standard deviation over {seeds} seeds, test pictures; torch "
+        f"{where['torch']}, {where['threads']} threads, {where['seconds']:.0f} seconds in all "
+        "([the file](docs/results/quickstart.json)).",
+        "",
+        "![Accuracy by group, and where each method looks](docs/results/quickstart.png)",
+    ]
+    return "\n".join(lines)
+
+
+def bench_results() -> list[dict[str, Any]]:
+    """All benchmark files, the oldest first."""
+    files = sorted((ROOT / "bench" / "results").glob("*.json"), key=lambda path: path.stem.split("-", 1)[1])
+    return [json.loads(path.read_text()) for path in files]
+
+
+def performance_block() -> str:
+    goals = {op: module.GOALS for op, module in OPS.items()}
+    return "\n\n".join(bench_report.markdown(result, goals) for result in bench_results())
+
+
+def op_block(op: str) -> str:
+    """The rows of one op from the newest file."""
+    result = bench_results()[-1]
+    where = result["environment"]
+    cases = [case for case in result["cases"] if case["op"] == op]
+    place = where["cpu"] if where["device"] == "cpu" else where["device"]
+    rows = "\n".join(bench_report.markdown_rows(cases))
+    return (
+        f"Forward and backward; {place}, {where['threads']} threads, torch {where['torch']}, {where['date']}.\n\n"
+        + rows
+    )
+
+
+def speed_block() -> str:
+    """One line an op for the README: its first case."""
+    result = bench_results()[-1]
+    where = result["environment"]
+    lines = ["| forward and backward on a CPU | input | × eager | × `torch.compile` | time / one copy |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
+    for op in OPS:
+        case = next(case for case in result["cases"] if case["op"] == op)
+        ours = next(name for name in bench_report.OURS if name in case["providers"])
+        ratios = [bench_report.number(bench_report.ratio(case, name, ours)) for name in ("eager", "compile")]
+        copy = bench_report.number(bench_report.ratio(case, ours, "clone"))
+        lines.append(f"| `{op}`, {ours} | {case['case']} | {ratios[0]} | {ratios[1]} | {copy} |")
+    lines += ["", f"Medians of one run, {where['cpu']}, {where['threads']} threads. [How](docs/performance.md)"]
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_block,
+    "speed": speed_block,
+    "performance": performance_block,
+    **{op: (lambda op=op: op_block(op)) for op in OPS},
+}
+
+
+def rewritten(text: str) -> str:
+    return BLOCK.sub(lambda m: f"<!-- figures:{m[1]} -->\n{BLOCKS[m[1]]()}\n<!-- /figures -->", text)
+
+
+def picture(results: Any, path: Path) -> None:
+    """Bars: accuracy by group with its spread. Below: the example pictures with each method's attribution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    summaries = report.summarize(results.rows)
+    gallery, count = results.gallery, len(results.gallery.images)
+    figure = pyplot.figure(figsize=(9, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.7))
+    axes = top.subplots()
+    groups = list(summaries[0].groups)
+    for place, group in enumerate(groups):
+        means = [s.groups[group].mean for s in summaries]
+        spreads = [s.groups[group].spread or 0 for s in summaries]
+        where = [row + (place - (len(groups) - 1) / 2) * 0.2 for row in range(len(summaries))]
+        axes.bar(where, means, 0.19, yerr=spreads, label=group, error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(summaries)), [s.method for s in summaries])
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    rows = [("picture", None), *gallery.maps.items()]
+    grid = bottom.subplots(len(rows), count)
+    for line, (name, maps) in zip(grid, rows):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for i, cell in enumerate(line):
+            cell.imshow(gallery.images[i].permute(1, 2, 0).numpy() // (1 if maps is None else 2))
+            if maps is not None:
+                heat = maps[i].numpy()
+                cell.imshow(heat, cmap="inferno", alpha=0.75 * (heat / max(heat.max(), 1e-12)), vmin=0)
+            x0, y0, x1, y1 = gallery.boxes[i]
+            cell.add_patch(pyplot.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="cyan"))
+            cell.set_xticks([])
+            cell.set_yticks([])
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def run_quickstart() -> None:
+    from debiaskd import quickstart
+
+    RESULTS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as out:
+        results = quickstart.run(out, progress=lambda task, done: print(f"{done:4.0%} {task}", flush=True))
+    (RESULTS / "quickstart.json").write_text(json.dumps(results.document(), indent=1) + "\n")
+    picture(results, RESULTS / "quickstart.png")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["quickstart"]:
+        run_quickstart()
+    elif arguments not in ([], ["--check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    stale = [page for page in PAGES if page.read_text() != rewritten(page.read_text())]
+    for page in stale:
+        print(page.relative_to(ROOT))
+        if arguments != ["--check"]:
+            page.write_text(rewritten(page.read_text()))
+    return 1 if stale and arguments == ["--check"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""Settings that every test runs under."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, so that a red gate is a fact about the change and not about the day. "thorough"
+# searches on: HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_localization.py
+settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "thorough", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def ordinary_surroundings(monkeypatch):
+    """Automatic choice of the backend, whatever the shell says, and the same randomness for every test."""
+    monkeypatch.delenv("DEBIASKD_BACKEND", raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of many small calls, where a second thread would only wait. Tests of threads ask for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
