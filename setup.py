@@ -66,10 +66,9 @@ def command(library, path, output):
     if library == "cuda":
         flags = ["-O3", "-DUSE_CUDA", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         return [path, "-shared", *flags, *architecture_flags(), *common, "-Xlinker=--no-as-needed", *libraries]
-    flags = ["-O3", "-fopenmp-simd"]
+    flags = ["-O3", "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if os.environ.get("DEBIASKD_SANITIZE") == "1":
-        flags = ["-O1", "-g", "-DDEBIASKD_SANITIZE", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += ["-O1", "-g", "-DDEBIASKD_SANITIZE", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     return [path, "-shared", *flags, *common, "-Wl,--no-as-needed", *libraries]
 
 

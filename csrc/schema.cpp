@@ -19,4 +19,16 @@ STABLE_TORCH_LIBRARY(debiaskd, m) {
       "localization_backward(Tensor grad_output, Tensor? attribution, Tensor coords, Tensor offsets, "
       "Tensor annotated, Tensor coefficients, Tensor positive, int kind, int height, int width, int map_height, "
       "int map_width, ScalarType dtype) -> Tensor");
+
+  m.def("channel_dot(Tensor gradient, Tensor feature) -> Tensor");
+  m.def("channel_scale(Tensor map, Tensor values, bool channels_last, ScalarType dtype) -> Tensor");
+
+  m.def(
+      "class_relation(Tensor student, Tensor teacher, Tensor labels, bool with_gradient) -> (Tensor loss, "
+      "Tensor gradient)");
+
+  m.def("backdoor(Tensor feature_logits, Tensor context_logits, Tensor log_prior) -> (Tensor output, Tensor norm)");
+  m.def(
+      "backdoor_backward(Tensor grad_output, Tensor feature_logits, Tensor context_logits, Tensor log_prior, "
+      "Tensor norm, Tensor output, bool with_context) -> (Tensor grad_feature, Tensor grad_context)");
 }

@@ -7,30 +7,54 @@ Fast losses for the loop you have (`feature_match_loss`, `localization_loss`), o
 """
 
 from debiaskd.boxes import Boxes, collate
-from debiaskd.losses import EnergyLoss, FeatureMatchLoss, LocalizationLoss
+from debiaskd.losses import (
+    BackdoorLogits,
+    ChannelDot,
+    ClassContext,
+    ClassRelationLoss,
+    EnergyLoss,
+    FeatureMatchLoss,
+    KdLoss,
+    LocalizationLoss,
+)
+from debiaskd.ops.backdoor import backdoor_logits
 from debiaskd.ops.backend import BackendError, backend
+from debiaskd.ops.channel_dot import channel_dot
+from debiaskd.ops.class_context import class_context
+from debiaskd.ops.class_relation import class_relation_loss
 from debiaskd.ops.feature_match import feature_match_loss
+from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
 from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
 from debiaskd.transplant import FrozenTeacher, Transplanted, match_spatial, transplant
 from debiaskd.version import __version__
 
 __all__ = [
+    "BackdoorLogits",
     "BackendError",
     "Boxes",
+    "ChannelDot",
+    "ClassContext",
+    "ClassRelationLoss",
     "EnergyLoss",
     "ErrorSetWarning",
     "FeatureMatchLoss",
     "FrozenTeacher",
+    "KdLoss",
     "LocalizationLoss",
     "Transplanted",
     "__version__",
+    "backdoor_logits",
     "backend",
+    "channel_dot",
+    "class_context",
+    "class_relation_loss",
     "collate",
     "energy_loss",
     "error_weights",
     "feature_match_loss",
     "group_weights",
+    "kd_loss",
     "localization_loss",
     "match_spatial",
     "normalize_attribution",

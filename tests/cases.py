@@ -217,6 +217,18 @@ def _one_map(a: torch.Tensor, boxes: list[list[int]], kind: str, size: tuple[int
     return (100 * (~ordinary).sum() - pixels[ordinary].log().sum()) / len(pixels)
 
 
+def energy_terms(maps: torch.Tensor, size: tuple[int, int] | None) -> float:
+    """The largest 1/E (E the sum of a map's positive part) times a pixel's share: such terms cancel in its gradient."""
+    largest = 0.0
+    for a in maps.detach().cpu().double():
+        a.requires_grad_()
+        tall, wide = (_interpolation(old, new) for old, new in zip(a.shape, size or a.shape))
+        total = (tall @ a @ wide.T).relu().sum()
+        if total > 1e-7:
+            largest = max(largest, torch.autograd.grad(total.log(), a)[0].max().item())
+    return largest
+
+
 def _interpolation(old: int, new: int) -> torch.Tensor:
     """[new, old] weights of bilinear interpolation along one axis, align_corners=False."""
     weights = torch.zeros(new, old, dtype=torch.float64)
@@ -232,13 +244,16 @@ def _interpolation(old: int, new: int) -> torch.Tensor:
 # ---- accuracy ----
 
 
-def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, what: str = "") -> None:
+def assert_accurate(
+    actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, what: str = "", terms: float = 0.0
+) -> None:
     """The error, against float64, is at most twice that of plain PyTorch in the same dtype.
 
     PyTorch's own error is taken for no less than half a unit in the last place of the largest value: nothing rounded to
     this dtype can promise better, and where PyTorch happens to hit the number exactly twice nothing is still nothing.
     In float32, in which the arithmetic itself is done, four roundings in a row are counted (factor, difference,
-    product, upstream), and in float64, in which the oracle's sums round too, a thousand.
+    product, upstream), and in float64, in which the oracle's sums round too, a thousand. Where the exact value is a
+    difference, `terms` says how large the numbers are that cancel in it.
     """
     assert actual.shape == exact.shape, what
     assert actual.dtype == eager.dtype, what
@@ -246,7 +261,7 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tens
         return
     numbers = torch.finfo(actual.dtype)
     roundings = {torch.float32: 4, torch.float64: 1000}.get(actual.dtype, 1)
-    rounding = roundings * numbers.eps / 2 * max(exact.abs().max().item(), numbers.smallest_normal)
+    rounding = roundings * numbers.eps / 2 * max(exact.abs().max().item(), terms, numbers.smallest_normal)
     allowed = 2 * max((eager.cpu().double() - exact).abs().max().item(), rounding)
     error = (actual.cpu().double() - exact).abs().max().item()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails too

@@ -99,6 +99,16 @@ def test_samples_longer_than_a_block_and_awkward_lengths_are_as_accurate(way, dt
 
 
 @every_way("feature_match")
+@pytest.mark.parametrize("normalize", (False, True))
+@pytest.mark.parametrize("layout", ("contiguous", "stepped"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_long_sums_of_equal_differences_do_not_drift(way, normalize, layout, dtype):
+    # Rounding that always errs to the same side shows in sums of equal numbers, and in no random ones.
+    student, teacher = (lay_out(torch.full((1, 2**18), value, dtype=dtype), layout) for value in (0.1, 0.7))
+    check(way, student, teacher, normalize=normalize)
+
+
+@every_way("feature_match")
 @pytest.mark.parametrize("name", ("cid0", "cid1"))
 def test_reference_sample_loss_and_gradient_are_reproduced(way, name):
     with np.load(GOLDEN / "cid.npz") as file:
@@ -165,6 +175,22 @@ def test_half_precision_neither_overflows_in_the_sum_nor_underflows_in_the_gradi
     check(way, student * 1e-4, teacher, upstream=65536.0, reduction="mean")
     with way.active():
         assert dk.feature_match_loss(way.put(student), way.put(teacher)).item() == pytest.approx(90000, rel=1e-2)
+
+
+@every_way("feature_match")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("scale", (1.0, 0.37, 1.7e-4, 1999.0))
+def test_every_half_precision_number_is_read_and_written_exactly(way, dtype, scale):
+    student = torch.arange(2**16).to(torch.int16).view(dtype)[None]
+    weight = torch.tensor([scale * 2**15], dtype=torch.float64)  # so that the gradient is scale times the student
+    with way.active():
+        _, gradient = loss_and_gradient(
+            way.put(student), way.put(torch.zeros_like(student)), way.put(weight), reduction="sum"
+        )
+    expected = (student.float() * torch.tensor(scale)).to(dtype)
+    compared = ~((student.float() * 2).isinf() & student.isfinite())  # PyTorch doubles before it scales
+    assert compared.sum() >= 2**16 - 256
+    torch.testing.assert_close(gradient.cpu()[compared], expected[compared], rtol=0, atol=0, equal_nan=True)
 
 
 @every_way("feature_match")

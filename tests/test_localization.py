@@ -14,6 +14,7 @@ from cases import (
     assert_accurate,
     attribution,
     box_lists,
+    energy_terms,
     every_way,
     lay_out,
     localization_oracle,
@@ -48,8 +49,11 @@ def check(way, maps, boxes, upstream=1.0, **options):
     with dk.backend("eager"):
         eager = loss_and_gradient(maps, packed, upstream, **options)
     exact = localization_oracle(maps, boxes, upstream=upstream, **options)
-    for a, x, e, what in zip(actual, exact, eager, ("loss", "gradient")):
-        assert_accurate(a, x, e, f"{what} {options} {maps.dtype} {list(maps.shape)} {maps.stride()}")
+    terms = (0.0, 0.0)
+    if options["kind"] == "energy":
+        terms = (len(boxes), float(np.abs(upstream).max(initial=0)) * energy_terms(maps, options.get("size")))
+    for a, x, e, t, what in zip(actual, exact, eager, terms, ("loss", "gradient")):
+        assert_accurate(a, x, e, f"{what} {options} {maps.dtype} {list(maps.shape)} {maps.stride()}", t)
 
 
 @st.composite
@@ -111,6 +115,14 @@ def test_every_set_of_boxes_makes_its_union(way, kind, size):
 def test_ordinary_sizes_are_as_accurate(way, kind, dtype, shape, size):
     boxes = [[[20, 30, 150, 224], [100, 0, 224, 60]], [[64, 64, 96, 96]]]
     check(way, attribution(kind, *shape, dtype=dtype), boxes, 3.0, kind=kind, size=size)
+
+
+@every_way("localization")
+@every_kind
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_long_sums_of_equal_pixels_do_not_drift(way, kind, dtype):
+    # Rounding that always errs to the same side shows in sums of equal numbers, and in no random ones.
+    check(way, torch.full((1, 32, 32), 0.1, dtype=dtype), [[[10, 10, 300, 900]]], kind=kind, size=(1024, 1024))
 
 
 def golden(prefix, kind):

@@ -12,21 +12,31 @@
 
 namespace debiaskd {
 
+// Columns come in groups of one cache line, so that no loop here has a remainder and no vector lies across two lines.
+constexpr int32_t kColumns = 16;
+
+struct alignas(64) ColumnGroup {
+  int32_t column[kColumns];
+};
+
 namespace {
 
-DEBIASKD_CLONES void add_range(int32_t* counts, int64_t n, int32_t value) {
+// One box more or less over the columns [x0, x1).
+DEBIASKD_CLONES void add_range(int32_t* counts, int32_t* covered, int32_t x0, int32_t x1, int32_t value) {
+  for (int32_t group = x0 / kColumns * kColumns; group < x1; group += kColumns) {
+    const int32_t begin = x0 - group, end = x1 - group;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) counts[i] += value;
+    for (int32_t i = 0; i < kColumns; ++i) {
+      counts[group + i] += i >= begin && i < end ? value : 0;
+      covered[group + i] = counts[group + i] > 0;
+    }
+  }
 }
 
-// covered = counts > 0; returns how many.
-DEBIASKD_CLONES int64_t mark_covered(const int32_t* counts, int32_t* covered, int64_t n) {
+DEBIASKD_CLONES int64_t count_covered(const int32_t* covered, int64_t n) {
   int32_t area = 0;
 #pragma omp simd reduction(+ : area)
-  for (int64_t i = 0; i < n; ++i) {
-    covered[i] = counts[i] > 0;
-    area += covered[i];
-  }
+  for (int64_t i = 0; i < n; ++i) area += covered[i];
   return area;
 }
 
@@ -36,15 +46,18 @@ class Coverage {
  public:
   // Of a map of `width` columns and `height` rows. Keeps its memory from image to image.
   Coverage(int64_t height, int64_t width)
-      : height_(height), width_(width), first_(height), counts_(width), covered_(width) {}
+      : height_(height),
+        width_(width),
+        first_(height),
+        counts_((width + kColumns - 1) / kColumns),
+        covered_(counts_.size()) {}
 
   // Begins a map with `count` boxes, packed as (x0, y0, x1, y1).
   void start(const int32_t* boxes, int64_t count) {
     std::fill(first_.begin(), first_.end(), -1);
-    std::fill(counts_.begin(), counts_.end(), 0);
-    std::fill(covered_.begin(), covered_.end(), 0);
+    std::fill(counts_.begin(), counts_.end(), ColumnGroup{});
+    std::fill(covered_.begin(), covered_.end(), ColumnGroup{});
     events_.clear();
-    area_ = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int32_t* box = boxes + 4 * i;
       const int64_t x0 = std::max<int64_t>(box[0], 0), x1 = std::min<int64_t>(box[2], width_);
@@ -59,30 +72,29 @@ class Coverage {
   bool enter(int64_t y) {
     if (first_[y] < 0) return false;
     for (int32_t e = first_[y]; e >= 0; e = events_[e].next) {
-      add_range(counts_.data() + events_[e].x0, events_[e].x1 - events_[e].x0, events_[e].value);
+      const Event& event = events_[e];
+      add_range(counts_.data()->column, covered_.data()->column, event.x0, event.x1, event.value);
     }
-    area_ = mark_covered(counts_.data(), covered_.data(), width_);
     return true;
   }
 
-  const int32_t* covered() const { return covered_.data(); }  // 0 or 1 for each column
-  int64_t area() const { return area_; }                      // pixels covered in this row
+  const int32_t* covered() const { return covered_.data()->column; }               // 0 or 1 for each column
+  int64_t area() const { return count_covered(covered_.data()->column, width_); }  // pixels covered in this row
 
  private:
   struct Event {
-    int64_t x0, x1;
-    int32_t value, next;
+    int32_t x0, x1, value, next;
   };
 
   void push(int64_t y, int64_t x0, int64_t x1, int32_t value) {
-    events_.push_back({x0, x1, value, first_[y]});
+    events_.push_back({static_cast<int32_t>(x0), static_cast<int32_t>(x1), value, first_[y]});
     first_[y] = static_cast<int32_t>(events_.size()) - 1;
   }
 
-  int64_t height_, width_, area_ = 0;
+  int64_t height_, width_;
   std::vector<int32_t> first_;  // first event of each row, -1 for none
   std::vector<Event> events_;
-  std::vector<int32_t> counts_, covered_;
+  std::vector<ColumnGroup> counts_, covered_;
 };
 
 }  // namespace debiaskd

@@ -11,6 +11,7 @@
 #include "common/localization.h"
 #include "common/stable.h"
 #include "cpu/coverage.h"
+#include "cpu/energy_rows.h"
 #include "cpu/localization_loops.h"
 #include "cpu/localization_rows.h"
 
@@ -44,29 +45,29 @@ struct BoxTable {
 // Each row's bits begin with a word of their own.
 int64_t words_per_row(int64_t width) { return (width + 31) / 32; }
 
+// Sums of the rows of one image, and their bits where `bits` is given.
 template <typename T>
 MapSums sum_image(int64_t kind, const Shape& shape, Rows<T>& rows, Coverage& coverage, int32_t* bits) {
   MapSums sums;
+  EnergySums<typename accumulator<T>::type> energy;
+  int64_t area = 0;  // of the covered pixels of a row
   for (int64_t y = 0; y < shape.height; ++y) {
-    coverage.enter(y);
+    if (coverage.enter(y) && kind == kPpce) area = coverage.area();
     const auto* row = rows.row(y);
     const int32_t* covered = coverage.covered();
-    sums.area += coverage.area();
     switch (kind) {
-      case kEnergy: {
-        const auto sum = energy_row(row, covered, shape.width);
-        sums.all += sum.all;
-        sums.inside += sum.inside;
-        if (bits) pack_row(row, bits + y * words_per_row(shape.width), shape.width);
+      case kEnergy:
+        energy.add(row, covered, shape.width, bits ? bits + y * words_per_row(shape.width) : nullptr);
         break;
-      }
       case kL1: sums.all += l1_row(row, covered, shape.width); break;
       case kPpce:
-        if (coverage.area()) sums.all += ppce_row(row, covered, shape.width);
+        sums.area += area;
+        if (area) sums.all += ppce_row(row, covered, shape.width);
         break;
       default: sums.all += rrr_row(row, covered, shape.width); break;
     }
   }
+  if (kind == kEnergy) energy.finish(sums);
   return sums;
 }
 

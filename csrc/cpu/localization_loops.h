@@ -7,6 +7,7 @@
 #include "common/localization.h"
 #include "common/stable.h"
 #include "cpu/half.h"
+#include "cpu/lanes.h"
 #include "cpu/vectorize.h"
 
 namespace debiaskd {
@@ -32,24 +33,20 @@ DEBIASKD_INLINE RowSums<A> energy_body(const A* a, const int32_t* covered, int64
 }
 
 template <typename A>
-DEBIASKD_INLINE A l1_body(const A* a, const int32_t* covered, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += std::abs(a[i] - static_cast<A>(covered[i]));
-  return sum;
+DEBIASKD_INLINE double l1_body(const A* a, const int32_t* covered, int64_t n) {
+  return sum_in_lanes<A>(
+      n, [=](int64_t i) __attribute__((always_inline)) { return std::abs(a[i] - static_cast<A>(covered[i])); });
 }
 
 template <typename A>
-DEBIASKD_INLINE A rrr_body(const A* a, const int32_t* covered, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * (covered[i] ? A(0) : a[i]);
-  return sum;
+DEBIASKD_INLINE double rrr_body(const A* a, const int32_t* covered, int64_t n) {
+  return sum_in_lanes<A>(
+      n, [=](int64_t i) __attribute__((always_inline)) { return a[i] * (covered[i] ? A(0) : a[i]); });
 }
 
 template <typename A>
-DEBIASKD_INLINE A ppce_body(const A* a, const int32_t* covered, int64_t n) {
-  A sum = 0;
+DEBIASKD_INLINE double ppce_body(const A* a, const int32_t* covered, int64_t n) {
+  double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (covered[i]) sum -= std::max(std::log(std::max(a[i], A(0))), A(kLogFloor));
   }
@@ -129,9 +126,9 @@ DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
 
 #define DEBIASKD_ROWS(A)                                                                                          \
   DEBIASKD_CLONES RowSums<A> energy_row(const A* a, const int32_t* c, int64_t n) { return energy_body(a, c, n); } \
-  DEBIASKD_CLONES A l1_row(const A* a, const int32_t* c, int64_t n) { return l1_body(a, c, n); }                  \
-  DEBIASKD_CLONES A rrr_row(const A* a, const int32_t* c, int64_t n) { return rrr_body(a, c, n); }                \
-  DEBIASKD_CLONES A ppce_row(const A* a, const int32_t* c, int64_t n) { return ppce_body(a, c, n); }              \
+  DEBIASKD_CLONES double l1_row(const A* a, const int32_t* c, int64_t n) { return l1_body(a, c, n); }             \
+  DEBIASKD_CLONES double rrr_row(const A* a, const int32_t* c, int64_t n) { return rrr_body(a, c, n); }           \
+  DEBIASKD_CLONES double ppce_row(const A* a, const int32_t* c, int64_t n) { return ppce_body(a, c, n); }         \
   DEBIASKD_CLONES void pack_row(const A* a, int32_t* words, int64_t n) { pack_body(a, words, n); }                \
   DEBIASKD_CLONES void blend_row(const A* low, const A* high, A weight, A* out, int64_t n) {                      \
     blend_body(low, high, weight, out, n);                                                                        \

@@ -24,6 +24,9 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "eager"),
     "localization": ("cpp", "eager"),
+    "channel_dot": ("cpp", "eager"),
+    "class_relation": ("cpp", "eager"),
+    "backdoor": ("cpp", "eager"),
 }
 _DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -35,6 +38,7 @@ class BackendError(RuntimeError):
 
 class _Requested(threading.local):
     name: str | None = None
+    outer: tuple[Any, ...] = ()  # (name, outer) of the surrounding context
 
 
 _requested = _Requested()
@@ -52,17 +56,16 @@ class backend:  # noqa: N801 - reads as a statement: `with backend("eager"):`
         if name is not None:
             _check_name("backend", name)
         self.name = name
-        self.previous: str | None = None
 
     def __enter__(self) -> backend:
-        self.previous = _requested.name
+        _requested.outer = (_requested.name, _requested.outer)
         _requested.name = self.name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _requested.name = self.previous
+        _requested.name, _requested.outer = _requested.outer
 
 
 def requested() -> str | None:
@@ -133,7 +136,10 @@ def _load(name: str, record: dict[str, Any]) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} did not load: {error}"
+        return f"{path.name} did not load: {error.__cause__ or error}"
+    unknown = [op for op in IMPLEMENTATIONS if name == "schema" and not hasattr(torch.ops.debiaskd, op)]
+    if unknown:
+        return f"{path.name} is older than this code and does not know {', '.join(unknown)}; reinstall to build it anew"
     return None
 
 

@@ -1,0 +1,25 @@
+"""The check that ops with one class label a sample share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from debiaskd import checks
+
+
+def check_labels(labels: Tensor, reference_name: str, reference: Tensor, classes: int | None = None) -> None:
+    """`labels` is int64 [N], one for each row of the reference, in [0, classes), or not negative where that is None.
+
+    Values are looked at on the CPU and outside of a compiled graph only, where that costs nothing.
+    """
+    if checks.tensor("labels", labels).dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    checks.shape("labels", labels, "[N]", reference.shape[:1])
+    checks.same_device("labels", labels, reference_name, reference)
+    if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or (classes is not None and high >= classes):
+        bound = ">= 0" if classes is None else f"in [0, {classes})"
+        raise ValueError(f"labels must be {bound} everywhere, got values in [{low}, {high}]")

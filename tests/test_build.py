@@ -1,0 +1,136 @@
+"""The native libraries as files: what they need of the system that runs them; one build serves every PyTorch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from debiaskd.ops import backend
+
+ROOT = Path(__file__).parent.parent
+LIBRARIES = sorted(backend.library_directory().glob("libdebiaskd_*.so"))
+OLD_PYTHON = os.environ.get("DEBIASKD_OLD_PYTHON")
+every_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+needs_binutils = pytest.mark.skipif(not (shutil.which("nm") and shutil.which("readelf")), reason="needs binutils")
+
+
+def output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="built without a C++ compiler")
+def test_schema_and_cpu_libraries_are_built_where_there_is_a_compiler():
+    assert {"libdebiaskd_schema.so", "libdebiaskd_cpu.so"} <= {path.name for path in LIBRARIES}
+    assert "cpp" not in backend.unavailable
+
+
+@every_library
+@needs_binutils
+def test_library_needs_no_python(library):
+    undefined = {line.split()[-1] for line in output_of("nm", "-D", "--undefined-only", str(library)).splitlines()}
+    assert any("torch" in symbol for symbol in undefined)  # that the list is one
+    assert not [symbol for symbol in undefined if symbol.lstrip("_").startswith("Py")]
+    assert not [line for line in output_of("readelf", "-d", str(library)).splitlines() if "libpython" in line]
+
+
+@every_library
+@needs_binutils
+def test_library_needs_no_c_plus_plus_of_pytorch(library):
+    # Mangled names in PyTorch's namespaces change from one version to the next; its stable ABI is plain C.
+    undefined = {line.split()[-1] for line in output_of("nm", "-D", "--undefined-only", str(library)).splitlines()}
+    mangled = [symbol for symbol in undefined if symbol.startswith("_Z")]
+    assert not [symbol for symbol in mangled if any(part in symbol for part in ("2at", "3c10", "5torch"))]
+
+
+@every_library
+@needs_binutils
+def test_library_exports_nothing_that_could_clash(library):
+    defined = [line.split()[-1] for line in output_of("nm", "-D", "--defined-only", str(library)).splitlines()]
+    # Templates and inline functions of the standard library and of PyTorch's headers are weak and shared by design.
+    assert not [symbol for symbol in defined if "debiaskd" in symbol]
+
+
+def test_build_record_says_what_was_built_with_what():
+    record = backend.build_record()
+    assert {"torch", "python", "platform", "schema", "cpu", "cuda"} <= set(record)
+    for library in ("schema", "cpu", "cuda"):
+        built = (backend.library_directory() / f"libdebiaskd_{library}.so").exists()
+        assert ("compiler" if built else "skipped") in record[library]
+
+
+#: Runs in another interpreter with another PyTorch, and prints the largest difference between cpp and eager.
+COMPARE = """
+import json, torch, debiaskd as dk
+from debiaskd.ops import backend
+
+torch.set_num_threads(1)
+
+def boxes(*lists):
+    return dk.Boxes.from_lists(list(lists))
+
+def results(name, dtype):
+    torch.manual_seed(0)
+    features = torch.randn(3, 8, 5, 5, dtype=torch.float64)
+    maps = torch.rand(3, 9, 40, dtype=torch.float64)
+    maps[:, ::3, ::3] = 0  # behind a ReLU; clamp and log have kinks there
+    out = []
+    def run(loss, values):
+        values = values.to(dtype).detach().clone().requires_grad_()
+        for scale in (1.0, 3.0):
+            result = loss(values) * scale
+            gradient, = torch.autograd.grad(result.sum(), values)
+            out.extend([result.detach().double(), gradient.double()])
+        with torch.no_grad():
+            out.append(loss(values).double())
+    with dk.backend(name):
+        for options in ({}, {"normalize": True}, {"weight": torch.rand(3), "reduction": "sum"}, {"reduction": "none"}):
+            run(lambda s: dk.feature_match_loss(s, features.flip(0).to(dtype), **options), features)
+            run(lambda s: dk.feature_match_loss(s, features.flip(0).to(dtype), **options), features.mT)
+        found = boxes([[2, 1, 30, 6], [5, 5, 60, 8]], [], None)
+        for kind in ("energy", "l1", "ppce", "rrr"):
+            for size in (None, (18, 80)):
+                for normalize in (False, True):
+                    run(lambda a: dk.localization_loss(a, found, kind=kind, size=size, normalize=normalize), maps)
+    return out
+
+chosen = {op: backend.choose(op, torch.zeros(1)) for op in ("feature_match", "localization")}
+worst = 0.0
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for a, e in zip(results("cpp", dtype), results("eager", dtype), strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps * e.abs().max().clamp(min=1e-3)
+        worst = max(worst, ((a - e).abs().max() / tolerance).item() if a.isfinite().all() else float("inf"))
+print(json.dumps({"torch": torch.__version__, "chosen": chosen, "worst": worst}))
+"""
+
+
+def compare_in(python):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DEBIASKD_LIBRARY_DIR": str(backend.library_directory())}
+    result = subprocess.run([python, "-c", COMPARE], capture_output=True, text=True, env=environment, cwd="/")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif("cpp" in backend.unavailable, reason="the native CPU library is not built")
+@pytest.mark.parametrize(
+    "python",
+    [
+        pytest.param(sys.executable, id="this"),
+        pytest.param(
+            OLD_PYTHON,
+            id="oldest",
+            marks=pytest.mark.skipif(
+                not OLD_PYTHON, reason="DEBIASKD_OLD_PYTHON names no interpreter; `make abi` does"
+            ),
+        ),
+    ],
+)
+def test_these_very_libraries_agree_with_eager_under_another_pytorch(python):
+    seen = compare_in(python)
+    assert set(seen["chosen"].values()) == {"cpp"}
+    assert seen["worst"] <= 1, seen
+    if python == OLD_PYTHON:
+        assert seen["torch"].startswith("2.10."), seen  # the oldest version that pyproject.toml allows

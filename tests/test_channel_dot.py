@@ -1,0 +1,297 @@
+"""`channel_dot`: its value, its gradients and theirs, on every backend."""
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    GOLDEN,
+    LAYOUTS,
+    assert_accurate,
+    every_way,
+    lay_out,
+    normal,
+    poisoned_memory,
+    threads,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import debiaskd as dk
+from debiaskd.ops import backend
+
+needs_native = pytest.mark.skipif(not backend.native, reason="the native libraries are not built")
+
+
+def oracle(gradient, feature, upstream):
+    """Map and both gradients, channel by channel, in NumPy."""
+    g, a, m = (x.detach().cpu().double().numpy() for x in (gradient, feature, upstream))
+    constant = g.ndim == 2
+    out, for_gradient, for_feature = np.zeros(m.shape), np.zeros(g.shape), np.zeros(a.shape)
+    for c in range(a.shape[1]):
+        each = g[:, c, None, None] if constant else g[:, c]
+        out += each * a[:, c]
+        for_gradient[:, c] = (m * a[:, c]).sum((1, 2)) if constant else m * a[:, c]
+        for_feature[:, c] = m * each
+    return tuple(map(torch.as_tensor, (out, for_gradient, for_feature)))
+
+
+def run(gradient, feature, upstream):
+    gradient, feature = (x.detach().requires_grad_() for x in (gradient, feature))
+    out = dk.channel_dot(gradient, feature)
+    gradients = torch.autograd.grad(out, (gradient, feature), upstream)
+    for given_tensor, made in zip((gradient, feature), gradients):
+        assert made.shape == given_tensor.shape
+        assert made.dtype == given_tensor.dtype
+    return out.detach(), *gradients
+
+
+def check(way, gradient, feature):
+    """This way against the oracle, judged by what plain PyTorch manages."""
+    wide = torch.promote_types(feature.dtype, torch.float32)
+    upstream = normal(feature.shape[0], *feature.shape[2:], seed=7, dtype=wide)
+    with way.active():
+        actual = run(*map(way.put, (gradient, feature, upstream)))
+    with dk.backend("eager"):
+        eager = run(gradient, feature, upstream)
+    for a, x, e, what in zip(actual, oracle(gradient, feature, upstream), eager, ("map", "gradient's", "feature's")):
+        if a.dtype == torch.float64:  # of a gradient [N,C], whose digits beyond those of the feature count for nothing
+            a, e = a.to(wide), e.to(wide)
+        assert_accurate(a, x, e, f"{what} {feature.dtype} {list(feature.shape)} {gradient.stride()} {feature.stride()}")
+
+
+@st.composite
+def problems(draw):
+    shape = [draw(st.sampled_from(sizes)) for sizes in ((0, 1, 2, 5), (0, 1, 2, 3, 7, 33), (0, 1, 2, 5), (1, 3, 6))]
+    seed, dtype = draw(st.integers(0, 1000)), draw(st.sampled_from(DTYPES))
+    feature = lay_out(normal(*shape, seed=seed, dtype=dtype), draw(st.sampled_from(LAYOUTS)))
+    if draw(st.booleans()):
+        other = draw(st.sampled_from(DTYPES))
+        values, layouts = normal(*shape[:2], seed=seed + 1, dtype=other), ("contiguous", "reversed", "stepped")
+    else:
+        values, layouts = normal(*shape, seed=seed + 1, dtype=dtype), LAYOUTS
+    return lay_out(values, draw(st.sampled_from(layouts))), feature
+
+
+@every_way("channel_dot")
+@given(problem=problems())
+def test_any_shape_layout_and_dtype_agrees_with_the_oracle(way, problem):
+    check(way, *problem)
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layouts"),
+    [
+        ((1, 2048, 7, 7), ("contiguous", "contiguous")),
+        ((1, 2048, 7, 7), ("channels_last", "channels_last")),
+        ((2, 515, 9, 7), ("channels_last", "contiguous")),
+        ((2, 70, 70, 70), ("contiguous", "contiguous")),
+        ((1, 130, 50, 50), ("stepped", "reversed")),
+        ((17, 65, 3, 5), ("contiguous", "offset")),
+    ],
+    ids=str,
+)
+def test_long_sums_and_large_maps_are_as_accurate(way, dtype, shape, layouts):
+    gradient, feature = (lay_out(normal(*shape, seed=i, dtype=dtype), layout) for i, layout in enumerate(layouts))
+    check(way, gradient, feature)
+    check(way, gradient[:, :, 0, 0], feature)
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_gradient_expanded_from_one_number_a_channel_is_that_number(way, layout):
+    # What autograd gives behind global average pooling.
+    feature, weight = way.put(lay_out(normal(3, 40, 5, 6), layout)), way.put(normal(3, 40, seed=1))
+    with way.active():
+        expanded = dk.channel_dot(weight[:, :, None, None].expand(3, 40, 5, 6), feature)
+        torch.testing.assert_close(expanded, dk.channel_dot(weight, feature))
+
+
+def golden():
+    with np.load(GOLDEN / "attribution.npz") as file:
+        return {key.removeprefix("attr0_"): torch.as_tensor(file[key]) for key in file.files}
+
+
+@every_way("channel_dot")
+def test_reference_input_times_gradient_and_gradcam_are_reproduced(way):
+    reference = golden()
+    feature, gradient = way.put(reference["feature"]), way.put(reference["gradient"])
+    with way.active():
+        torch.testing.assert_close(dk.channel_dot(gradient, feature).cpu(), reference["ixg"])
+        torch.testing.assert_close(dk.channel_dot(gradient.mean((2, 3)), feature).relu().cpu(), reference["gradcam"])
+
+
+@every_way("channel_dot")
+def test_reference_maps_of_a_pooled_linear_head_are_the_closed_form(way):
+    reference = golden()
+    feature, area = way.put(reference["feature"]), 16 * 16
+    weight = way.put(reference["cam_weight"][reference["target"]])
+    with way.active():
+        closed = dk.channel_dot(weight / area, feature).cpu()
+    torch.testing.assert_close(closed, reference["cam_ixg"])
+    torch.testing.assert_close(closed.relu(), reference["cam_gradcam"])
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "stepped"))
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3)], ids=str)
+def test_gradcheck_of_both_orders(way, layout, shape):
+    feature = way.put(lay_out(normal(2, 3, 2, 2, dtype=torch.float64), layout)).requires_grad_()
+    gradient = way.put(normal(*shape, seed=1, dtype=torch.float64)).requires_grad_()
+    with way.active():
+        assert torch.autograd.gradcheck(dk.channel_dot, (gradient, feature))
+        assert torch.autograd.gradgradcheck(dk.channel_dot, (gradient, feature))
+
+
+def attribution_loss(model, head, images):
+    """Input × gradient at the last map, squared: what guidance differentiates by the model's parameters."""
+    feature = model(images)
+    score = head(feature.mean((2, 3))).square().sum()  # not linear, so that its gradient depends on the feature
+    (gradient,) = torch.autograd.grad(score, feature, create_graph=True)
+    return dk.channel_dot(gradient, feature).square().sum()
+
+
+@every_way("channel_dot")
+def test_guidance_through_a_model_gives_the_gradients_of_plain_pytorch(way):
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 6, 3), torch.nn.Softplus()).double().to(way.device)
+    head = torch.nn.Linear(6, 3).double().to(way.device)
+    images, parameters = way.put(normal(2, 2, 6, 5, dtype=torch.float64)), [*model.parameters(), *head.parameters()]
+
+    def gradients():
+        loss = attribution_loss(model, head, images)
+        return loss, *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+
+    with dk.backend("eager"):
+        expected = gradients()
+    with way.active():
+        for actual, wanted in zip(gradients(), expected):
+            torch.testing.assert_close(actual, wanted)
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("who", (0, 1))
+def test_only_what_asks_for_a_gradient_gets_one(way, who):
+    for shape in ((2, 5, 3, 4), (2, 5)):
+        inputs = [way.put(normal(*shape)), way.put(normal(2, 5, 3, 4, seed=1))]
+        inputs[who].requires_grad_()
+        with way.active():
+            out = dk.channel_dot(*inputs)
+            (first,) = torch.autograd.grad(out.sum(), inputs[who], retain_graph=True)
+            out.sum().backward()
+            assert torch.equal(inputs[who].grad, first)
+            assert inputs[1 - who].grad is None
+            with torch.no_grad():
+                assert not dk.channel_dot(*inputs).requires_grad
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_element_is_written(way, layout, dtype):
+    feature = way.put(lay_out(normal(2, 5, 6, 7, dtype=dtype), layout))
+    wide = torch.promote_types(dtype, torch.float32)
+    for shape in ((2, 5, 6, 7), (2, 5)):
+        gradient, upstream = way.put(normal(*shape, seed=1, dtype=dtype)), way.put(normal(2, 6, 7, dtype=wide))
+        with way.active(), poisoned_memory():
+            for written in run(gradient, feature, upstream):
+                assert written.isfinite().all()
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "reversed"))
+@pytest.mark.parametrize("shape", [(1, 3000, 9, 9), (9, 300, 15, 15)], ids=str)
+def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, layout, dtype, shape):
+    gradient, feature = (way.put(lay_out(normal(*shape, seed=i, dtype=dtype), layout)) for i in (0, 1))
+    upstream = way.put(normal(shape[0], *shape[2:], dtype=torch.promote_types(dtype, torch.float32)))
+    results = []
+    for count in (1, 2, 2):
+        with way.active(), threads(count):
+            results.append([*run(gradient, feature, upstream), *run(gradient[:, :, 0, 0], feature, upstream)])
+    if way.name == "eager":  # plain PyTorch promises as much only where it sums in one thread
+        results = results[1:]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@every_way("channel_dot")
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_broken_feature_shows_where_it_is(way, value):
+    gradient, feature = normal(2, 300, 3, 3), normal(2, 300, 3, 3, seed=1)
+    feature[1, 77, 2, 0] = value
+    with way.active():
+        out = dk.channel_dot(way.put(gradient), way.put(feature)).cpu()
+    assert (~out.isfinite()).nonzero().tolist() == [[1, 2, 0]]
+
+
+@every_way("channel_dot")
+def test_autocast_takes_whatever_dtypes_it_makes(way):
+    feature, gradient = way.put(normal(2, 4, 3, 3, dtype=torch.bfloat16)), way.put(normal(2, 4, 3, 3))
+    with way.active():
+        with torch.autocast(way.device, dtype=torch.bfloat16):
+            out = dk.channel_dot(gradient, feature)
+        assert torch.equal(out, dk.channel_dot(gradient.bfloat16(), feature))
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.compiles
+@every_way("channel_dot")
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5)], ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_one_compiled_graph_equals_the_plain_call(way, shape, layout):
+    gradient, feature = way.put(normal(*shape)), way.put(lay_out(normal(2, 5, 3, 4, seed=1), layout))
+    torch.compiler.reset()
+
+    def both(function):
+        inputs = [x.detach().requires_grad_() for x in (gradient, feature)]
+        out = function(*inputs)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    with way.active():
+        compiled = torch.compile(
+            lambda g, a: dk.channel_dot(g * 2, a) * 3, backend="aot_eager", fullgraph=True, dynamic=True
+        )
+        for actual, expected in zip(both(compiled), both(lambda g, a: dk.channel_dot(g * 2, a) * 3)):
+            torch.testing.assert_close(actual, expected)
+
+
+@needs_native
+@pytest.mark.compiles
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "stepped", "expanded"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_ops_are_registered_as_they_behave(layout, dtype):
+    feature = lay_out(normal(3, 4, 3, 5, dtype=dtype), layout)
+    for values in (normal(3, 4, 3, 5, seed=1, dtype=dtype), normal(3, 4, seed=1)):
+        for op, arguments in (
+            ("channel_dot", (values, feature)),
+            ("channel_scale", (normal(3, 3, 5), values, layout == "channels_last", dtype)),
+        ):
+            results = torch.library.opcheck(getattr(torch.ops.debiaskd, op).default, arguments)
+            assert set(results.values()) == {"SUCCESS"}, results
+
+
+BAD = [
+    ({"gradient": [1.0]}, TypeError, r"gradient must be a torch\.Tensor, got list"),
+    ({"gradient": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, r"gradient must be float32.*got torch\.int64"),
+    ({"feature": torch.zeros(2, 3, 4)}, ValueError, r"feature must have shape \[N,C,H,W\], got \[2, 3, 4\]"),
+    ({"feature": torch.zeros(2, 3, 4, 5).bool()}, TypeError, r"feature must be float32.*got torch\.bool"),
+    ({"gradient": torch.zeros(2, 4)}, ValueError, r"gradient must have shape \[N,C\]=\[2, 3\], got \[2, 4\]"),
+    ({"gradient": torch.zeros(2, 3, 5, 4)}, ValueError, r"gradient must have shape that of feature=\[2, 3, 4, 5\]"),
+    ({"gradient": torch.zeros(2)}, ValueError, r"gradient must have shape \[N,C,H,W\] or \[N,C\], got \[2\]"),
+    ({"gradient": torch.zeros(2, 3, 4, 5).double()}, TypeError, r"gradient must have the dtype of feature.*float64"),
+    ({"gradient": torch.zeros(2, 3, device="meta")}, ValueError, r"gradient must be on the device of feature, cpu"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_inputs_are_named(change, error, message):
+    arguments = {"gradient": torch.zeros(2, 3, 4, 5), "feature": torch.zeros(2, 3, 4, 5)} | change
+    with pytest.raises(error, match=message):
+        dk.channel_dot(**arguments)
+
+
+def test_module_is_the_function():
+    gradient, feature = normal(2, 3), normal(2, 3, 4, 5)
+    assert torch.equal(dk.ChannelDot()(gradient, feature), dk.channel_dot(gradient, feature))

@@ -1,0 +1,151 @@
+"""The ops under `torch.compile`: registration, graphs without a break, and a backend that stays the caller's choice."""
+
+import shutil
+
+import pytest
+import torch
+import torch.fx.experimental._config
+from cases import KINDS, attribution, lay_out, normal, uniform
+from every_loss import every_loss_every_way, every_native_loss
+
+import debiaskd as dk
+from debiaskd.ops import backend
+from debiaskd.ops.localization import KINDS as KIND_CODES
+
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_compiled_code"), pytest.mark.compiles]
+needs_native = pytest.mark.skipif(not backend.native, reason="the native libraries are not built")
+
+
+@pytest.fixture
+def no_compiled_code():
+    """Each test compiles for itself, and none runs into the limit of recompilations."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def loss_and_gradient(function, values, upstream=None):
+    values = values.detach().requires_grad_()
+    loss = function(values)
+    return loss.detach(), torch.autograd.grad(loss, values, upstream)[0]
+
+
+def assert_same(actual, expected):
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e)
+
+
+@every_loss_every_way
+def test_one_compiled_graph_equals_the_plain_call(loss, way):
+    values, constants = loss.make(way, torch.bfloat16 if "upsampled" in loss.name else torch.float32)
+
+    def function(x):
+        return loss.call(x * 2, constants, reduction="mean") * 3
+
+    with way.active():
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert_same(loss_and_gradient(compiled, values), loss_and_gradient(function, values))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(values), function(values))
+
+
+@every_loss_every_way
+@torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that are alike by chance may differ the next time
+def test_boxes_and_batches_of_other_sizes_run_in_the_same_dynamic_graph(loss, way):
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    def function(values, *constants):
+        return loss.call(values, constants, reduction="sum")
+
+    values, constants = loss.make(way)
+    with way.active():
+        compiled = torch.compile(function, backend=count, fullgraph=True, dynamic=True)
+        for images in ([0, 1, 2], [2, 0], [0, 1, 2, 1, 0]):
+            batch = values.detach()[images]
+            chosen = [c[images] for c in constants]
+            torch.testing.assert_close(compiled(batch, *chosen), function(batch, *chosen))
+    assert len(graphs) == 1
+
+
+@every_native_loss
+def test_another_backend_is_taken_up_after_compilation(loss, way):
+    if not backend.native:
+        pytest.skip("needs two backends")
+    values, constants = loss.make(way)
+    ops = []
+
+    def record(module, inputs):
+        ops.append({str(node.target) for node in module.graph.nodes if node.op == "call_function"})
+        return module.forward
+
+    compiled = torch.compile(lambda x: loss.call(x, constants), backend=record, fullgraph=True)
+    native = f"debiaskd.{loss.op}"
+    for name, expected in ((way.name, True), ("eager", False), (way.name, True)):
+        with dk.backend(name), torch.no_grad():
+            torch.testing.assert_close(compiled(values), loss.call(values, constants))
+        assert any(native in op for op in ops[0 if expected else 1]) == expected
+    assert len(ops) == 2  # the third call found the first one's graph again
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_runs_both_ops_in_a_training_step():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(12, 24)
+    images, teacher = normal(3, 12), normal(3, 24, seed=1)
+    boxes = dk.Boxes.from_lists([[[1, 1, 4, 3]], [], None])
+
+    def step(x):
+        features = model(x)
+        return dk.feature_match_loss(features, teacher) + dk.energy_loss(features.reshape(3, 4, 6), boxes, size=(8, 12))
+
+    expected = step(images)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    loss = torch.compile(step, fullgraph=True)(images)
+    torch.testing.assert_close(loss, expected)
+    assert_same(torch.autograd.grad(loss, list(model.parameters())), gradients)
+
+
+# ---- registration ----
+
+
+def opcheck(op, *arguments):
+    results = torch.library.opcheck(getattr(torch.ops.debiaskd, op).default, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+@needs_native
+@pytest.mark.parametrize("samples", (0, 3))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "reversed", "expanded"))
+def test_feature_match_is_registered_as_it_behaves(samples, layout):
+    dtype = torch.bfloat16 if layout == "channels_last" else torch.float32
+    student = lay_out(normal(samples, 4, 3, 5, dtype=dtype), layout)
+    teacher = normal(samples, 4, 3, 5, seed=1, dtype=dtype)
+    for weight, normalize, reduction in ((None, False, 1), (uniform(samples), True, 0)):
+        upstream = uniform(samples) if reduction == 0 else torch.tensor(2.0)
+        for with_gradient in (True, False):
+            opcheck("feature_match", student, teacher, weight, normalize, reduction, with_gradient)
+        opcheck("feature_match_backward", upstream, student, teacher, weight, normalize, reduction)
+        if layout != "expanded":  # several elements in one place cannot be written
+            opcheck("feature_match_scale_", student.clone(), upstream)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("images", "layout"), ((0, "contiguous"), (3, "contiguous"), (3, "reversed")))
+@pytest.mark.parametrize("size", [(5, 40), (9, 50)], ids=["own", "up"])
+def test_localization_is_registered_as_it_behaves(kind, images, layout, size):
+    dtype = torch.bfloat16 if layout == "reversed" else torch.float32
+    maps = lay_out(attribution(kind, images, 5, 40, dtype=dtype), layout)
+    boxes = dk.Boxes.from_lists([[[2, 1, 9, 4]], [], None][:images])
+    packed = (boxes.coords, boxes.offsets, boxes.annotated)
+    for reduction, upstream in ((0, uniform(images)), (1, torch.tensor(2.0))):
+        options = (KIND_CODES[kind], *size, reduction)
+        for with_state in (True, False):
+            opcheck("localization", maps, *packed, *options, with_state)
+        _, coefficients, positive = torch.ops.debiaskd.localization(maps, *packed, *options, True)
+        saved = None if positive.numel() else maps
+        opcheck("localization_backward", upstream, saved, *packed, coefficients, positive, *options[:3], 5, 40, dtype)
