@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 OLD_VENV := .venv-torch210
+SANITIZED := $(patsubst %,tests/test_%.py,feature_match localization channel_dot class_relation backdoor autograd)
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)
 
@@ -35,7 +36,7 @@ sanitize: $(VENV)/.dev
 	DEBIASKD_SANITIZE=1 DEBIASKD_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
 	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		DEBIASKD_LIBRARY_DIR=build/sanitize/debiaskd PYTHONMALLOC=malloc \
-		$(BIN)/python -m pytest -m "not compiles" tests/test_feature_match.py tests/test_localization.py
+		$(BIN)/python -m pytest -m "not compiles" $(SANITIZED)
 
 # The libraries as built against the newest torch, run under the oldest one supported.
 abi: $(VENV)/.dev $(OLD_VENV)/.done

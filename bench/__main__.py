@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 
-from . import environment, feature_match, localization, report
+from . import backdoor, channel_dot, class_relation, environment, feature_match, localization, report
 from .harness import Settings, WrongProviderError, run
 
-OPS = {"feature_match": feature_match, "localization": localization}
+OPS = {
+    "feature_match": feature_match,
+    "localization": localization,
+    "channel_dot": channel_dot,
+    "class_relation": class_relation,
+    "backdoor": backdoor,
+}
 
 
 def parser() -> argparse.ArgumentParser:

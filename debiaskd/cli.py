@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         _check_environment()
-        _COMMANDS[options.command](options)
+        code = _COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _fail("stopped")
         return INTERRUPTED
-    return 0
+    return code or 0
 
 
 def _fail(message: str) -> int:
@@ -115,8 +115,9 @@ def _doctor(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _bench(options: argparse.Namespace) -> None:
-    import_module("debiaskd.bench.__main__").main(options.rest)
+def _bench(options: argparse.Namespace) -> int:
+    code: int = import_module("debiaskd.bench.__main__").main(options.rest)
+    return code
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -174,7 +175,11 @@ def _print_table(summaries: Sequence[Summary]) -> None:
     (terminal if terminal.is_terminal else Console(width=160)).print(table)
 
 
-_COMMANDS = {"quickstart": _quickstart, "doctor": _doctor, "bench": _bench}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "quickstart": _quickstart,
+    "doctor": _doctor,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

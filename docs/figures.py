@@ -92,8 +92,33 @@ def speed_block() -> str:
     return "\n".join(lines)
 
 
+def growth_block() -> str:
+    """Time by boxes an image, in copies of the map of the same case, 3 boxes = 1."""
+    named = {case["case"]: case for case in bench_results()[-1]["cases"] if case["op"] == "localization"}
+    counts = [c for c in (0, 1, 3, 10, 30, 60) if _boxes(c) in named]
+    copies = {count: bench_report.ratio(named[_boxes(count)], "cpp", "clone") for count in counts}
+    header = "| boxes an image | " + " | ".join(str(count) for count in counts) + " |"
+    cells = [f"{copies[count] / copies[3]:.2f}" for count in counts]  # type: ignore[operator]
+    return f"{header}\n| --- |{' ---: |' * len(counts)}\n| time, 3 boxes = 1 | " + " | ".join(cells) + " |"
+
+
+def _boxes(count: int) -> str:
+    return f"energy 64×224×224, {count} box{'' if count == 1 else 'es'}"
+
+
+def call_block() -> str:
+    lines = ["| op | input | eager / cheapest | cpp / cheapest |", "| --- | --- | ---: | ---: |"]
+    for case in bench_results()[-1]["cases"]:
+        if "cheapest" in case["providers"]:
+            ratios = [bench_report.number(bench_report.ratio(case, name, "cheapest")) for name in ("eager", "cpp")]
+            lines.append(f"| {case['op']} | {case['case']} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
+    "growth": growth_block,
+    "call": call_block,
     "speed": speed_block,
     "performance": performance_block,
     **{op: (lambda op=op: op_block(op)) for op in OPS},
