@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from debiaskd import checks
+from debiaskd.ops.channel_dot import channel_dot
 
 
 def final_layer_map(feature: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -44,4 +45,4 @@ def final_layer_map(feature: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         raise TypeError(f"target must be int64, got {target.dtype}")
     checks.shape("target", target, "[N]", [feature.shape[0]])
     area = feature.shape[2] * feature.shape[3]
-    return torch.einsum("nc,nchw->nhw", weight[target] / area, feature)
+    return channel_dot(weight[target] / area, feature)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from debiaskd.data import digits
 from debiaskd.models import SmallNet
 from debiaskd.ops.feature_match import feature_match_loss
+from debiaskd.ops.kd import kd_loss
 from debiaskd.reweight import error_weights, predict_correct
 from debiaskd.train import Loss, Schedule, fit, to_float
 from debiaskd.transplant import FrozenTeacher, transplant
@@ -106,14 +107,8 @@ def label_loss(labels: Tensor) -> Loss:
 
 
 def distillation_loss(logits: Tensor, temperature: float) -> Loss:
-    """`T² · KL(softmax(u/T) ‖ softmax(l/T))`, Hinton et al. 2015, with the teacher's logits u [N,K]."""
-    soft = F.softmax(logits / temperature, dim=1)
-
-    def loss(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
-        log_probability = F.log_softmax(model(images) / temperature, dim=1)
-        return temperature**2 * F.kl_div(log_probability, soft[index], reduction="batchmean")
-
-    return loss
+    """The student's softened predictions pulled to those of the teacher's logits [N,K]."""
+    return lambda model, images, index: kd_loss(model(images), logits[index], temperature=temperature)
 
 
 def match_loss(feature: Tensor, weight: Tensor | None = None) -> Loss:

@@ -91,6 +91,24 @@ def test_another_backend_is_taken_up_after_compilation(loss, way):
     assert len(ops) == 2  # the third call found the first one's graph again
 
 
+@needs_native
+def test_backend_may_be_chosen_inside_the_compiled_function():
+    student, teacher, targets = normal(3, 4), normal(3, 4, seed=1), []
+
+    def record(module, inputs):
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    def function(x):
+        with dk.backend("eager"):
+            return dk.feature_match_loss(x, teacher)
+
+    torch.testing.assert_close(torch.compile(function, backend=record, fullgraph=True)(student), function(student))
+    assert targets
+    assert not any("debiaskd" in target for target in targets)
+    assert backend.requested() is None
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_runs_both_ops_in_a_training_step():
     torch.manual_seed(0)

@@ -99,6 +99,14 @@ def test_samples_longer_than_a_block_and_awkward_lengths_are_as_accurate(way, dt
 
 
 @every_way("feature_match")
+@pytest.mark.parametrize("upstream", (1.0, -0.3))
+def test_gradients_too_large_for_the_caches(way, upstream):
+    # From 16 MiB on the gradient is streamed past them; the odd length leaves every sample unaligned but the first.
+    student, teacher = normal(3, 1_400_003), normal(3, 1_400_003, seed=1)
+    check(way, student, teacher, uniform(3), upstream, normalize=False, reduction="mean")
+
+
+@every_way("feature_match")
 @pytest.mark.parametrize("normalize", (False, True))
 @pytest.mark.parametrize("layout", ("contiguous", "stepped"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)

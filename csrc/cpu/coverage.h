@@ -42,6 +42,11 @@ DEBIASKD_CLONES int64_t count_covered(const int32_t* covered, int64_t n) {
 
 }  // namespace
 
+struct Columns {
+  int64_t begin, end;
+  bool any() const { return begin < end; }
+};
+
 class Coverage {
  public:
   // Of a map of `width` columns and `height` rows. Keeps its memory from image to image.
@@ -68,14 +73,15 @@ class Coverage {
     }
   }
 
-  // Goes on to row y (rows come in order, none left out); returns whether anything changed.
-  bool enter(int64_t y) {
-    if (first_[y] < 0) return false;
+  // Goes on to row y (rows come in order, none left out); returns the columns that may have changed.
+  Columns enter(int64_t y) {
+    Columns changed{width_, 0};
     for (int32_t e = first_[y]; e >= 0; e = events_[e].next) {
       const Event& event = events_[e];
+      changed = {std::min<int64_t>(changed.begin, event.x0), std::max<int64_t>(changed.end, event.x1)};
       add_range(counts_.data()->column, covered_.data()->column, event.x0, event.x1, event.value);
     }
-    return true;
+    return changed;
   }
 
   const int32_t* covered() const { return covered_.data()->column; }               // 0 or 1 for each column

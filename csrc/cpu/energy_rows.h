@@ -5,6 +5,7 @@
 // instruction makes eight bits of eight comparisons.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -80,10 +81,9 @@ template <>
 class EnergySums<float> {
  public:
   void add(const float* a, const int32_t* covered, int64_t n, int32_t* words) {
-    const int64_t done = has_avx2() ? add_lanes(a, covered, n, lanes_, words) : 0;
-    if (done < n) rest_.add(a + done, covered + done, n - done, words ? words + done / 32 : nullptr);
-    pixels_ += done;
-    if (pixels_ >= kPixelsInLanes) empty_lanes();
+    for (int64_t i = 0; i < n; i += kPixelsInLanes) {
+      add_stretch(a + i, covered + i, std::min(kPixelsInLanes, n - i), words ? words + i / 32 : nullptr);
+    }
   }
 
   void finish(MapSums& sums) {
@@ -95,9 +95,16 @@ class EnergySums<float> {
   }
 
  private:
-  // So many pixels go into the lanes before a double takes their sums: few enough that float32 rounds no more than
-  // the plain loop does.
+  // So many pixels (whole words) go into the lanes before a double takes their sums: few enough that float32 rounds no
+  // more than the plain loop does.
   static constexpr int64_t kPixelsInLanes = 2048;
+
+  void add_stretch(const float* a, const int32_t* covered, int64_t n, int32_t* words) {
+    const int64_t done = has_avx2() ? add_lanes(a, covered, n, lanes_, words) : 0;
+    if (done < n) rest_.add(a + done, covered + done, n - done, words ? words + done / 32 : nullptr);
+    pixels_ += done;
+    if (pixels_ >= kPixelsInLanes) empty_lanes();
+  }
 
   void empty_lanes() {
     float all[16], inside[16];

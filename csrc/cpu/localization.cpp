@@ -52,7 +52,7 @@ MapSums sum_image(int64_t kind, const Shape& shape, Rows<T>& rows, Coverage& cov
   EnergySums<typename accumulator<T>::type> energy;
   int64_t area = 0;  // of the covered pixels of a row
   for (int64_t y = 0; y < shape.height; ++y) {
-    if (coverage.enter(y) && kind == kPpce) area = coverage.area();
+    if (coverage.enter(y).any() && kind == kPpce) area = coverage.area();
     const auto* row = rows.row(y);
     const int32_t* covered = coverage.covered();
     switch (kind) {
@@ -133,10 +133,13 @@ void image_gradient(int64_t kind, const Shape& shape, Rows<T>* rows, const int32
     Coverage& coverage, A inside, A outside, std::vector<A>& scratch, T* out) {
   if (downward) downward->start();
   for (int64_t y = 0; y < shape.height; ++y) {
-    const bool changed = coverage.enter(y);
+    const Columns changed = y == 0 ? (coverage.enter(y), Columns{0, shape.width}) : coverage.enter(y);
     const int32_t* covered = coverage.covered();
     if (bits) {
-      if (changed || y == 0) select_row(covered, inside, outside, scratch.data(), shape.width);
+      if (changed.any()) {
+        select_row(
+            covered + changed.begin, inside, outside, scratch.data() + changed.begin, changed.end - changed.begin);
+      }
       unpack_row(bits + y * words_per_row(shape.width), scratch.data(), out + y * shape.width, shape.width);
     } else if (downward) {
       gradient_row(kind, rows->row(y), covered, inside, outside, scratch.data(), shape.width);
