@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,8 +22,15 @@ OPS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+class Parser(argparse.ArgumentParser):
+    """Errors in one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m bench", description=__doc__)
     made.add_argument("ops", nargs="*", metavar="OP", help=f"among {', '.join(OPS)}; all by default")
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")

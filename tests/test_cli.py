@@ -43,6 +43,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert message in err
 
 
+def test_benchmark_of_an_unknown_op(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "nonsense"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert err.count("\n") == 1
+    assert "'nonsense'" in err
+    assert "feature_match" in err
+
+
 def test_unknown_backend_in_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +102,17 @@ def test_output_directory_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp
     assert err.strip().count("\n") == 0
     assert str(target) in err
     assert target.read_text() == "mine"
+
+
+def test_output_directory_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the quickstart needs the train extra")
+    locked = Path("/proc/1/nothing") if os.geteuid() == 0 else tmp_path / "locked"  # root writes everywhere else
+    if os.geteuid() != 0:
+        locked.mkdir(mode=0o500)
+    code, _, err = run(capsys, "quickstart", "--out", str(locked / "out"))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert str(locked) in err
 
 
 def test_doctor_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
