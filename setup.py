@@ -21,11 +21,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
-SOURCES = {
-    "schema": ["csrc/schema.cpp"],
-    "cpu": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")),
-    "cuda": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu")),
-}
+PATTERNS = {"schema": "csrc/schema.cpp", "cpu": "csrc/cpu/*.cpp", "cuda": "csrc/cuda/*.cu"}
+SOURCES = {name: sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern)) for name, pattern in PATTERNS.items()}
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
