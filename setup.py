@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 PATTERNS = {"schema": "csrc/schema.cpp", "cpu": "csrc/cpu/*.cpp", "cuda": "csrc/cuda/*.cu"}
 SOURCES = {name: sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern)) for name, pattern in PATTERNS.items()}
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def compiler(library):
@@ -46,7 +45,7 @@ def compiler(library):
 
 
 def architecture_flags():
-    for item in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES):
+    for item in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"):
         number = item.removesuffix("+PTX").replace(".", "")
         yield f"-gencode=arch=compute_{number},code=sm_{number}"
         if item.endswith("+PTX"):
@@ -57,7 +56,7 @@ def command(library, path, output):
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    includes = ["-Icsrc", *(f"-isystem{p}" for p in include_paths())]
+    includes = ["-Icsrc", *(word for path in include_paths() for word in ("-isystem", path))]
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     common = ["-std=c++17", TARGET, *includes, *SOURCES[library], "-o", str(output)]
     if library == "cuda":
@@ -81,6 +80,7 @@ class BuildLibraries(build_ext):
         for stale in directory.glob("libdebiaskd_*.so"):
             stale.unlink()  # what an earlier build left must not pass for this one's
         super().run()
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "build_record.json").write_text(json.dumps(self.record(), indent=2) + "\n")
 
     def record(self):

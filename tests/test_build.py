@@ -134,3 +134,71 @@ def test_these_very_libraries_agree_with_eager_under_another_pytorch(python):
     assert seen["worst"] <= 1, seen
     if python == OLD_PYTHON:
         assert seen["torch"].startswith("2.10."), seen  # the oldest version that pyproject.toml allows
+
+
+# ---- CUDA ----
+
+PROBE = """
+#include "common/bilinear.h"
+#include "common/localization.h"
+#include "common/stable.h"
+
+__global__ void kernel(double* out) { out[threadIdx.x] = debiaskd::bilinear_tap(threadIdx.x, 32, 7).weight; }
+
+void scale(debiaskd::Tensor gradient, const debiaskd::Tensor&) {
+  kernel<<<1, 32>>>(static_cast<double*>(gradient.data_ptr()));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(debiaskd, CUDA, m) { m.impl("feature_match_scale_", TORCH_BOX(&scale)); }
+"""
+
+
+def build_with_probe(folder, **environment):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "debiaskd").mkdir()
+    shutil.copy(ROOT / "debiaskd" / "version.py", folder / "debiaskd" / "version.py")
+    (folder / "csrc" / "cuda").mkdir(exist_ok=True)
+    (folder / "csrc" / "cuda" / "probe.cu").write_text(PROBE)
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        # No C++ compiler of that name: this is about the other library.
+        env={**os.environ, "CXX": "no-such-compiler", **environment},
+    )
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+def test_cuda_sources_become_a_library_of_their_own(tmp_path):
+    done = build_with_probe(tmp_path, DEBIASKD_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/debiaskd/libdebiaskd_cuda.so").stat().st_size > 0
+    record = json.loads((tmp_path / "out/debiaskd/build_record.json").read_text())
+    assert "release" in record["cuda"]["compiler"]
+
+
+def test_cuda_is_left_out_on_request_and_missing_compilers_are_warnings(tmp_path):
+    done = build_with_probe(tmp_path, DEBIASKD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("out/**/*.so")) == []
+    assert done.stderr.count("WARNING") == 3  # one line a library
+    record = json.loads((tmp_path / "out/debiaskd/build_record.json").read_text())
+    assert record["cuda"] == {"skipped": "DEBIASKD_CUDA=0 at install"}
+    assert "no C++ compiler" in record["cpu"]["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DEBIASKD_CUDA": "yes"}, "DEBIASKD_CUDA must be 0 or 1, got 'yes'"),
+        ({"DEBIASKD_CUDA": "1", "NVCC": "no-such-nvcc", "CUDA_HOME": "/nowhere"}, "DEBIASKD_CUDA=1, but nvcc was not"),
+    ],
+)
+def test_a_cuda_build_that_was_asked_for_and_cannot_be_is_an_error(tmp_path, environment, message):
+    done = build_with_probe(tmp_path, **environment)
+    assert done.returncode != 0
+    assert message in done.stderr
