@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, GOLDEN, LAYOUTS, assert_accurate, every_way, lay_out, normal, poisoned_memory, threads
+from cases import DTYPES, GOLDEN, LAYOUTS, assert_accurate, every_way, lay_out, normal, poisoned_memory, threads, ways
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,12 +202,14 @@ def test_every_element_is_written(way, layout, dtype):
             assert written.isfinite().all()
 
 
-@every_way("class_relation")
+# PyTorch cuts a product of matrices differently for each number of threads, which leaves eager out of this promise.
+NATIVE = [way for way in ways("class_relation") if not way.name.startswith("eager")]
+
+
+@pytest.mark.parametrize("way", NATIVE, ids=lambda way: way.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", (1, 7, 60))
 def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, dtype, classes):
-    if way.name == "eager":
-        pytest.skip("a product of matrices is cut differently for each number of threads")
     labels = torch.randint(0, classes, (120,), generator=torch.Generator().manual_seed(0))
     inputs = [way.put(x) for x in (normal(120, 700, dtype=dtype), normal(120, 90, seed=1, dtype=dtype), labels)]
     results = []
