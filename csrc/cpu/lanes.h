@@ -1,4 +1,4 @@
-// Sums of many terms, as accurate and as fast as vectors make them, but the same on every instruction set.
+// Sums of many terms in lanes written out, so that they are as accurate where the compiler makes no vectors of them.
 #pragma once
 
 #include <algorithm>
