@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    # Read once, when Triton is imported, which debiaskd does: without a GPU its kernels run in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples in every run, so that a red gate is a fact about the change and not about the day. "thorough"
 # searches on: HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_localization.py
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)

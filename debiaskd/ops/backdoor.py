@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from debiaskd import checks
-from debiaskd.ops.backend import choose, native
+from debiaskd.ops.backend import choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once
 from debiaskd.ops.split_linear import split_linear, without_autocast
 
@@ -125,13 +125,14 @@ def _nwgm(feature: Tensor, probability: Tensor, context: Tensor, weight: Tensor,
 def _exact(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> Tensor:
     """log sum_z exp(log_prior_nz) softmax_k(feature_logits_nk + context_logits_zk), [N,K]; Z need not be K."""
     output: Tensor
-    if choose("backdoor", feature_logits) == "eager":
+    backend = choose("backdoor", feature_logits)
+    if backend == "eager":
         return eager(feature_logits, context_logits, log_prior)
     arguments = (feature_logits, context_logits, log_prior)
     if torch.is_grad_enabled() and (feature_logits.requires_grad or context_logits.requires_grad):
-        output = _Backdoor.apply(*arguments)
+        output = _Backdoor.apply(backend, *arguments)
     else:
-        output, _ = torch.ops.debiaskd.backdoor(*arguments)
+        output, _ = kernels(backend).backdoor(*arguments)
     return output
 
 
@@ -181,44 +182,44 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 class _Backdoor(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> Tensor:
-        output, norm = torch.ops.debiaskd.backdoor(feature_logits, context_logits, log_prior)
+    def forward(ctx: Any, backend: str, feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> Tensor:
+        output, norm = kernels(backend).backdoor(feature_logits, context_logits, log_prior)
+        ctx.backend = backend
         ctx.save_for_backward(feature_logits, context_logits, log_prior, norm, output)
         return output  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        of_context = ctx.needs_input_grad[1]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+        of_context = ctx.needs_input_grad[2]
         with torch.no_grad():
-            grad_feature, grad_context = torch.ops.debiaskd.backdoor_backward(
+            grad_feature, grad_context = kernels(ctx.backend).backdoor_backward(
                 grad_output, *ctx.saved_tensors, of_context
             )
         grad_feature = differentiable_once(grad_feature, "backdoor_logits")
-        return grad_feature, differentiable_once(grad_context, "backdoor_logits") if of_context else None, None
+        return None, grad_feature, differentiable_once(grad_context, "backdoor_logits") if of_context else None, None
 
 
-if native:
+@register_fake("backdoor")
+def _(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    samples, classes = feature_logits.shape
+    return (
+        feature_logits.new_empty((samples, classes)),
+        feature_logits.new_empty((samples, context_logits.shape[0])),
+    )
 
-    @torch.library.register_fake("debiaskd::backdoor")
-    def _(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
-        samples, classes = feature_logits.shape
-        return (
-            feature_logits.new_empty((samples, classes)),
-            feature_logits.new_empty((samples, context_logits.shape[0])),
-        )
 
-    @torch.library.register_fake("debiaskd::backdoor_backward")
-    def _(
-        grad_output: Tensor,
-        feature_logits: Tensor,
-        context_logits: Tensor,
-        log_prior: Tensor,
-        norm: Tensor,
-        output: Tensor,
-        with_context: bool,
-    ) -> tuple[Tensor, Tensor]:
-        shape = context_logits.shape if with_context else (0,)
-        return feature_logits.new_empty(feature_logits.shape), context_logits.new_empty(shape)
+@register_fake("backdoor_backward")
+def _(
+    grad_output: Tensor,
+    feature_logits: Tensor,
+    context_logits: Tensor,
+    log_prior: Tensor,
+    norm: Tensor,
+    output: Tensor,
+    with_context: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = context_logits.shape if with_context else (0,)
+    return feature_logits.new_empty(feature_logits.shape), context_logits.new_empty(shape)
 
 
 def _check(

@@ -7,13 +7,16 @@ environment variable `DEBIASKD_BACKEND` choose instead; what was asked for and c
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +31,11 @@ IMPLEMENTATIONS = {
     "class_relation": ("cpp", "eager"),
     "backdoor": ("cpp", "eager"),
 }
-_DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+#: Where in `torch.ops` a backend's kernels are found: the same names and schemas everywhere.
+NAMESPACES = {"cpp": "debiaskd", "cuda": "debiaskd", "triton": "debiaskd_triton"}
+#: Whether Triton's kernels run in its interpreter, on CPU tensors: for tests. Triton reads this when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+_DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -88,7 +95,8 @@ def choose(op: str, tensor: Tensor) -> str:
             raise BackendError(f"backend {name!r} was asked for but cannot run {op} on {device}: {reason}")
         return name
     for candidate in IMPLEMENTATIONS[op]:
-        if why_not(op, candidate, device) is None:
+        # Interpreted, a kernel is there to be tested and has to be asked for.
+        if why_not(op, candidate, device) is None and not (candidate == "triton" and INTERPRETED):
             return candidate
     return "eager"
 
@@ -102,6 +110,11 @@ def why_not(op: str, name: str, device: str) -> str | None:
     if device not in _DEVICES[name]:
         return f"it runs on {' and '.join(_DEVICES[name])} tensors"
     return unavailable.get(name)
+
+
+def kernels(name: str) -> Any:
+    """The namespace of `torch.ops` that holds the kernels of a backend other than eager."""
+    return getattr(torch.ops, NAMESPACES[name])
 
 
 def _check_name(argument: str, name: object) -> None:
@@ -143,6 +156,20 @@ def _load(name: str, record: dict[str, Any]) -> str | None:
     return None
 
 
+def _load_triton() -> str | None:
+    """Imports the Triton kernels where they could run; returns why they cannot, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    # Counting devices starts no CUDA context, which a process that forks later could not use.
+    if not (INTERPRETED or torch.cuda.device_count() or (torch.xpu._is_compiled() and torch.xpu.device_count())):
+        return "it needs a GPU, or TRITON_INTERPRET=1 for its interpreter on the CPU"
+    try:
+        importlib.import_module("debiaskd.kernels.library")
+    except Exception as error:
+        return f"the Triton kernels could not be imported: {error}"
+    return None
+
+
 def _load_all() -> dict[str, str]:
     record = build_record()
     schema = _load("schema", record)
@@ -151,6 +178,9 @@ def _load_all() -> dict[str, str]:
         reason = schema or _load(library, record)
         if reason:
             reasons[name] = reason
+    triton = _load_triton()
+    if triton:
+        reasons["triton"] = triton
     if "cpp" in reasons:
         warnings.warn(f"debiaskd: no native CPU ops ({reasons['cpp']}); every op runs on eager", stacklevel=2)
     return reasons
@@ -159,3 +189,22 @@ def _load_all() -> dict[str, str]:
 #: Backend -> why it cannot run anywhere on this machine. Filled once, at import.
 unavailable: dict[str, str] = _load_all()
 native = "schema" not in unavailable
+
+# ---- shapes without values, for torch.compile ----
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+#: Op -> what its results look like.
+FAKES: dict[str, Callable[..., Any]] = {}
+
+
+def register_fake(op: str) -> Callable[[_Function], _Function]:
+    """Says, for every backend that is here, what the results of the decorated op's kernels look like."""
+
+    def decorate(function: _Function) -> _Function:
+        FAKES[op] = function
+        for name in sorted(set(NAMESPACES.values())):
+            if hasattr(getattr(torch.ops, name), op):
+                torch.library.register_fake(f"{name}::{op}", function)
+        return function
+
+    return decorate

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from debiaskd import checks
-from debiaskd.ops.backend import choose, native
+from debiaskd.ops.backend import choose, kernels, register_fake
 
 
 def channel_dot(gradient: Tensor, feature: Tensor) -> Tensor:
@@ -55,9 +55,10 @@ def channel_dot(gradient: Tensor, feature: Tensor) -> Tensor:
     Source: Rao et al. 2023, arXiv 2303.11932.
     """
     gradient = _check(gradient, feature)
-    if choose("channel_dot", feature) == "eager":
+    backend = choose("channel_dot", feature)
+    if backend == "eager":
         return eager(gradient, feature)
-    return _dot(gradient, feature)
+    return _dot(backend, gradient, feature)
 
 
 def eager(gradient: Tensor, feature: Tensor) -> Tensor:
@@ -71,86 +72,87 @@ def eager(gradient: Tensor, feature: Tensor) -> Tensor:
 # ---- the two contractions, each the derivative of the other ----
 
 
-def _dot(gradient: Tensor, feature: Tensor) -> Tensor:
+def _dot(backend: str, gradient: Tensor, feature: Tensor) -> Tensor:
     result: Tensor
     if torch.is_grad_enabled() and (gradient.requires_grad or feature.requires_grad):
-        result = _Dot.apply(gradient, feature)
+        result = _Dot.apply(backend, gradient, feature)
     else:
-        result = torch.ops.debiaskd.channel_dot(gradient, feature)
+        result = kernels(backend).channel_dot(gradient, feature)
     return result
 
 
-def _scale(map: Tensor, values: Tensor, like: Tensor) -> Tensor:
+def _scale(backend: str, map: Tensor, values: Tensor, like: Tensor) -> Tensor:
     """map [N,H,W] times values [N,C,H,W] or [N,C], in the layout and dtype of `like`."""
     channels_last = like.dim() == 4 and like.stride(1) == 1 and like.shape[1] > 1
     arguments = (map.contiguous(), values, channels_last, like.dtype)
     result: Tensor
     if torch.is_grad_enabled() and (map.requires_grad or values.requires_grad):
-        result = _Scale.apply(*arguments)
+        result = _Scale.apply(backend, *arguments)
     else:
-        result = torch.ops.debiaskd.channel_scale(*arguments)
+        result = kernels(backend).channel_scale(*arguments)
     return result
 
 
-def _over_positions(map: Tensor, feature: Tensor, dtype: torch.dtype) -> Tensor:
+def _over_positions(backend: str, map: Tensor, feature: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over positions of map [N,H,W] times feature [N,C,H,W]: the same, with channels and positions exchanged."""
     exchanged = feature.flatten(2).transpose(1, 2).unsqueeze(-1)
-    return _dot(map.flatten(1), exchanged).squeeze(-1).to(dtype)
+    return _dot(backend, map.flatten(1), exchanged).squeeze(-1).to(dtype)
 
 
 class _Dot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, feature: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, gradient: Tensor, feature: Tensor) -> Tensor:
+        ctx.backend = backend
         ctx.save_for_backward(gradient, feature)
-        return torch.ops.debiaskd.channel_dot(gradient, feature)  # type: ignore[no-any-return]
+        return kernels(backend).channel_dot(gradient, feature)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         gradient, feature = ctx.saved_tensors
         for_gradient = for_feature = None
-        if ctx.needs_input_grad[0]:
-            if gradient.dim() == 2:
-                for_gradient = _over_positions(upstream, feature, gradient.dtype)
-            else:
-                for_gradient = _scale(upstream, feature, gradient)
         if ctx.needs_input_grad[1]:
-            for_feature = _scale(upstream, gradient, feature)
-        return for_gradient, for_feature
+            if gradient.dim() == 2:
+                for_gradient = _over_positions(ctx.backend, upstream, feature, gradient.dtype)
+            else:
+                for_gradient = _scale(ctx.backend, upstream, feature, gradient)
+        if ctx.needs_input_grad[2]:
+            for_feature = _scale(ctx.backend, upstream, gradient, feature)
+        return None, for_gradient, for_feature
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, map: Tensor, values: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, backend: str, map: Tensor, values: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
+        ctx.backend = backend
         ctx.save_for_backward(map, values)
-        return torch.ops.debiaskd.channel_scale(map, values, channels_last, dtype)  # type: ignore[no-any-return]
+        return kernels(backend).channel_scale(map, values, channels_last, dtype)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
         map, values = ctx.saved_tensors
         for_map = for_values = None
-        if ctx.needs_input_grad[0]:
-            for_map = _dot(values, upstream)
         if ctx.needs_input_grad[1]:
+            for_map = _dot(ctx.backend, values, upstream)
+        if ctx.needs_input_grad[2]:
             if values.dim() == 2:
-                for_values = _over_positions(map, upstream, values.dtype)
+                for_values = _over_positions(ctx.backend, map, upstream, values.dtype)
             else:
-                for_values = _scale(map, upstream, values)
-        return for_map, for_values, None, None
+                for_values = _scale(ctx.backend, map, upstream, values)
+        return None, for_map, for_values, None, None
 
 
-if native:
+@register_fake("channel_dot")
+def _(gradient: Tensor, feature: Tensor) -> Tensor:
+    wide = torch.promote_types(feature.dtype, torch.float32)
+    return feature.new_empty((feature.shape[0], *feature.shape[2:]), dtype=wide)
 
-    @torch.library.register_fake("debiaskd::channel_dot")
-    def _(gradient: Tensor, feature: Tensor) -> Tensor:
-        wide = torch.promote_types(feature.dtype, torch.float32)
-        return feature.new_empty((feature.shape[0], *feature.shape[2:]), dtype=wide)
 
-    @torch.library.register_fake("debiaskd::channel_scale")
-    def _(map: Tensor, values: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
-        samples, height, width = map.shape
-        if channels_last:
-            return values.new_empty((samples, height, width, values.shape[1]), dtype=dtype).permute(0, 3, 1, 2)
-        return values.new_empty((samples, values.shape[1], height, width), dtype=dtype)
+@register_fake("channel_scale")
+def _(map: Tensor, values: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    samples, height, width = map.shape
+    if channels_last:
+        return values.new_empty((samples, height, width, values.shape[1]), dtype=dtype).permute(0, 3, 1, 2)
+    return values.new_empty((samples, values.shape[1], height, width), dtype=dtype)
 
 
 def _check(gradient: Tensor, feature: Tensor) -> Tensor:

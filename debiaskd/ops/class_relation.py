@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from debiaskd import checks
-from debiaskd.ops.backend import choose, native
+from debiaskd.ops.backend import choose, kernels, register_fake
 from debiaskd.ops.labels import check_labels
 from debiaskd.ops.once import differentiable_once
 
@@ -58,13 +58,14 @@ def class_relation_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Ten
     Source: Deng & Zhang 2021 (CID).
     """
     _check(student, teacher, labels)
-    if choose("class_relation", student) == "eager":
+    backend = choose("class_relation", student)
+    if backend == "eager":
         return eager(student, teacher, labels)
     loss: Tensor
     if student.requires_grad and torch.is_grad_enabled():
-        loss = _ClassRelation.apply(student, teacher, labels)
+        loss = _ClassRelation.apply(backend, student, teacher, labels)
     else:
-        loss, _ = torch.ops.debiaskd.class_relation(student, teacher, labels, False)
+        loss, _ = kernels(backend).class_relation(student, teacher, labels, False)
     return loss
 
 
@@ -90,8 +91,9 @@ def _cosines(x: Tensor) -> Tensor:
 
 class _ClassRelation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        loss, gradient = torch.ops.debiaskd.class_relation(student, teacher, labels, True)
+    def forward(ctx: Any, backend: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        loss, gradient = kernels(backend).class_relation(student, teacher, labels, True)
+        ctx.backend = backend
         ctx.dtype = student.dtype
         if torch.compiler.is_compiling():  # where no buffer can be handed on
             ctx.save_for_backward(gradient)
@@ -101,27 +103,25 @@ class _ClassRelation(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 gradient = ctx.saved_tensors[0] * grad_output
             else:
                 gradient, ctx.gradient = ctx.gradient, None
                 if gradient is None:
-                    _, gradient = torch.ops.debiaskd.class_relation(*ctx.saved_tensors, True)
+                    _, gradient = kernels(ctx.backend).class_relation(*ctx.saved_tensors, True)
                 if grad_output.device.type != "cpu" or grad_output.item() != 1:  # looking is free on the CPU alone
                     gradient.mul_(grad_output)
             gradient = gradient.to(ctx.dtype)
-        return differentiable_once(gradient, "class_relation_loss"), None, None
+        return None, differentiable_once(gradient, "class_relation_loss"), None, None
 
 
-if native:
-
-    @torch.library.register_fake("debiaskd::class_relation")
-    def _(student: Tensor, teacher: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(student.dtype, torch.float32)
-        rows = student.shape[0] if with_gradient else 0
-        return student.new_empty((), dtype=wide), student.new_empty((rows, student.shape[1]), dtype=wide)
+@register_fake("class_relation")
+def _(student: Tensor, teacher: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(student.dtype, torch.float32)
+    rows = student.shape[0] if with_gradient else 0
+    return student.new_empty((), dtype=wide), student.new_empty((rows, student.shape[1]), dtype=wide)
 
 
 def _check(student: Tensor, teacher: Tensor, labels: Tensor) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from debiaskd import checks
-from debiaskd.ops.backend import REDUCTIONS, choose, native
+from debiaskd.ops.backend import REDUCTIONS, choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once
 
 
@@ -66,14 +66,15 @@ def feature_match_loss(
     Source: Lee & Lee 2023, arXiv 2302.11187 (DeTT).
     """
     teacher = _check(student, teacher, weight, normalize, reduction)
-    if choose("feature_match", student) == "eager":
+    backend = choose("feature_match", student)
+    if backend == "eager":
         return eager(student, teacher, weight, normalize, reduction)
     arguments = (student, teacher, weight, normalize, REDUCTIONS[reduction])
     loss: Tensor
     if student.requires_grad and torch.is_grad_enabled():
-        loss = _FeatureMatch.apply(*arguments)
+        loss = _FeatureMatch.apply(backend, *arguments)
     else:
-        loss, _ = torch.ops.debiaskd.feature_match(*arguments, False)
+        loss, _ = kernels(backend).feature_match(*arguments, False)
     return loss
 
 
@@ -101,49 +102,49 @@ def eager(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bo
 class _FeatureMatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int
+        ctx: Any, backend: str, student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int
     ) -> Tensor:
         # Whether to write the gradient now.
         ahead = student.dtype != torch.float16 and not torch.compiler.is_compiling()
-        loss, gradient = torch.ops.debiaskd.feature_match(student, teacher, weight, normalize, reduction, ahead)
+        loss, gradient = kernels(backend).feature_match(student, teacher, weight, normalize, reduction, ahead)
         ctx.save_for_backward(student, teacher, weight)
         ctx.gradient = gradient if ahead else None
-        ctx.normalize, ctx.reduction = normalize, reduction
+        ctx.backend, ctx.normalize, ctx.reduction = backend, normalize, reduction
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None, None]:
         student, teacher, weight = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         with torch.no_grad():
             if gradient is None:
-                gradient = torch.ops.debiaskd.feature_match_backward(
+                gradient = kernels(ctx.backend).feature_match_backward(
                     grad_output, student, teacher, weight, ctx.normalize, ctx.reduction
                 )
             else:
-                torch.ops.debiaskd.feature_match_scale_(gradient, grad_output)
-        return differentiable_once(gradient, "feature_match_loss"), None, None, None, None
+                kernels(ctx.backend).feature_match_scale_(gradient, grad_output)
+        return None, differentiable_once(gradient, "feature_match_loss"), None, None, None, None
 
 
-if native:
+@register_fake("feature_match")
+def _(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    shape = student.shape[:1] if reduction == REDUCTIONS["none"] else ()
+    loss = student.new_empty(shape, dtype=torch.promote_types(student.dtype, torch.float32))
+    return loss, torch.empty_like(student) if with_gradient else student.new_empty(0)
 
-    @torch.library.register_fake("debiaskd::feature_match")
-    def _(
-        student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int, with_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        shape = student.shape[:1] if reduction == REDUCTIONS["none"] else ()
-        loss = student.new_empty(shape, dtype=torch.promote_types(student.dtype, torch.float32))
-        return loss, torch.empty_like(student) if with_gradient else student.new_empty(0)
 
-    @torch.library.register_fake("debiaskd::feature_match_backward")
-    def _(
-        grad_output: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int
-    ) -> Tensor:
-        return torch.empty_like(student)
+@register_fake("feature_match_backward")
+def _(
+    grad_output: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: int
+) -> Tensor:
+    return torch.empty_like(student)
 
-    @torch.library.register_fake("debiaskd::feature_match_scale_")
-    def _(gradient: Tensor, grad_output: Tensor) -> None:
-        return None
+
+@register_fake("feature_match_scale_")
+def _(gradient: Tensor, grad_output: Tensor) -> None:
+    return None
 
 
 def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bool, reduction: str) -> Tensor:

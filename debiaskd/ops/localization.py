@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
-from debiaskd.ops.backend import REDUCTIONS, choose, native
+from debiaskd.ops.backend import REDUCTIONS, choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once
 
 KINDS = {"energy": 0, "l1": 1, "ppce": 2, "rrr": 3}
@@ -80,15 +80,16 @@ def localization_loss(
     height, width = _check(attribution, boxes, kind, size, normalize, reduction)
     if normalize:
         attribution = normalize_attribution(attribution, kind)
-    if choose("localization", attribution) == "eager":
+    backend = choose("localization", attribution)
+    if backend == "eager":
         return eager(attribution, boxes, kind, (height, width), reduction)
     packed = (boxes.coords, boxes.offsets, boxes.annotated)
     arguments = (attribution, *packed, KINDS[kind], height, width, REDUCTIONS[reduction])
     loss: Tensor
     if attribution.requires_grad and torch.is_grad_enabled():
-        loss = _Localization.apply(*arguments)
+        loss = _Localization.apply(backend, *arguments)
     else:
-        loss, _, _ = torch.ops.debiaskd.localization(*arguments, False)
+        loss, _, _ = kernels(backend).localization(*arguments, False)
     return loss
 
 
@@ -152,6 +153,7 @@ class _Localization(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         attribution: Tensor,
         coords: Tensor,
         offsets: Tensor,
@@ -161,62 +163,62 @@ class _Localization(torch.autograd.Function):
         width: int,
         reduction: int,
     ) -> Tensor:
-        loss, coefficients, positive = torch.ops.debiaskd.localization(
+        loss, coefficients, positive = kernels(backend).localization(
             attribution, coords, offsets, annotated, kind, height, width, reduction, True
         )
         # Energy at the map's own size is done with the map: its bits say the rest.
         map_size = attribution.shape[1:]
         by_bits = kind == KINDS["energy"] and map_size == (height, width)
         ctx.save_for_backward(None if by_bits else attribution, coords, offsets, annotated, coefficients, positive)
+        ctx.backend = backend
         ctx.options = (kind, height, width, map_size[0], map_size[1], attribution.dtype)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradient = torch.ops.debiaskd.localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
-        return differentiable_once(gradient, "localization_loss"), *[None] * 7
+            gradient = kernels(ctx.backend).localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+        return None, differentiable_once(gradient, "localization_loss"), *[None] * 7
 
 
-if native:
+@register_fake("localization")
+def _(
+    attribution: Tensor,
+    coords: Tensor,
+    offsets: Tensor,
+    annotated: Tensor,
+    kind: int,
+    height: int,
+    width: int,
+    reduction: int,
+    with_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = attribution.shape[0]
+    wide = torch.promote_types(attribution.dtype, torch.float32)
+    loss = attribution.new_empty((images,) if reduction == REDUCTIONS["none"] else (), dtype=wide)
+    coefficients = attribution.new_empty((images if with_state else 0, 2), dtype=wide)
+    by_bits = with_state and kind == KINDS["energy"] and attribution.shape[1:] == (height, width)
+    words = (images, height, (width + 31) // 32) if by_bits else (0,)
+    return loss, coefficients, attribution.new_empty(words, dtype=torch.int32)
 
-    @torch.library.register_fake("debiaskd::localization")
-    def _(
-        attribution: Tensor,
-        coords: Tensor,
-        offsets: Tensor,
-        annotated: Tensor,
-        kind: int,
-        height: int,
-        width: int,
-        reduction: int,
-        with_state: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        images = attribution.shape[0]
-        wide = torch.promote_types(attribution.dtype, torch.float32)
-        loss = attribution.new_empty((images,) if reduction == REDUCTIONS["none"] else (), dtype=wide)
-        coefficients = attribution.new_empty((images if with_state else 0, 2), dtype=wide)
-        by_bits = with_state and kind == KINDS["energy"] and attribution.shape[1:] == (height, width)
-        words = (images, height, (width + 31) // 32) if by_bits else (0,)
-        return loss, coefficients, attribution.new_empty(words, dtype=torch.int32)
 
-    @torch.library.register_fake("debiaskd::localization_backward")
-    def _(
-        grad_output: Tensor,
-        attribution: Tensor | None,
-        coords: Tensor,
-        offsets: Tensor,
-        annotated: Tensor,
-        coefficients: Tensor,
-        positive: Tensor,
-        kind: int,
-        height: int,
-        width: int,
-        map_height: int,
-        map_width: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return coefficients.new_empty((annotated.shape[0], map_height, map_width), dtype=dtype)
+@register_fake("localization_backward")
+def _(
+    grad_output: Tensor,
+    attribution: Tensor | None,
+    coords: Tensor,
+    offsets: Tensor,
+    annotated: Tensor,
+    coefficients: Tensor,
+    positive: Tensor,
+    kind: int,
+    height: int,
+    width: int,
+    map_height: int,
+    map_width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return coefficients.new_empty((annotated.shape[0], map_height, map_width), dtype=dtype)
 
 
 def _check(

@@ -1,0 +1,17 @@
+"""Registers the functions of this package as `torch.ops.debiaskd_triton.<name>`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("debiaskd_triton", "DEF")
+
+
+def register(function: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
+    """Under the function's own name, with the schema of its annotations. `mutates` names what is written in place."""
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    LIBRARY.define(f"{function.__name__}{schema}")
+    LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
