@@ -60,7 +60,7 @@ def command(library, path, output):
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     common = ["-std=c++17", TARGET, *includes, *SOURCES[library], "-o", str(output)]
     if library == "cuda":
-        flags = ["-O3", "-DUSE_CUDA", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags = ["-O3", "-DUSE_CUDA", "--threads=0", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         return [path, "-shared", *flags, *architecture_flags(), *common, "-Xlinker=--no-as-needed", *libraries]
     flags = ["-O3", "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if os.environ.get("DEBIASKD_SANITIZE") == "1":

@@ -3,7 +3,12 @@
 
 #include "common/stable.h"
 
-STABLE_TORCH_LIBRARY(debiaskd, m) {
+#if !defined(DEBIASKD_NAMESPACE)
+#define DEBIASKD_NAMESPACE debiaskd
+#endif
+#define DEBIASKD_SCHEMA(name, m) STABLE_TORCH_LIBRARY(name, m)  // in which `name` is no longer a macro
+
+DEBIASKD_SCHEMA(DEBIASKD_NAMESPACE, m) {
   m.def(
       "feature_match(Tensor student, Tensor teacher, Tensor? weight, bool normalize, int reduction, "
       "bool with_gradient) -> (Tensor loss, Tensor gradient)");

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
+import native_build
 import numpy as np
 import pytest
 import torch
@@ -49,17 +51,26 @@ class Way:
 
 def ways(op: str) -> list[Way]:
     devices = ["cpu", *(d for d in ("cuda", "xpu") if getattr(torch, d).is_available())]
-    return [
+    found = [
         Way(f"{name}-{device}" if device != "cpu" else name, device, lambda name=name: dk.backend(name))
         for device in devices
         for name in backend.IMPLEMENTATIONS[op]
         if backend.why_not(op, name, device) is None
     ]
+    if "cuda" in backend.IMPLEMENTATIONS[op] and native_build.COMPILER:
+        found.append(Way("cuda_on_cpu", "cpu", cuda_on_cpu.active))
+    return found
 
 
 def every_way(op: str) -> pytest.MarkDecorator:
     """The test runs once for each implementation of `op` that can run here, given as `way`."""
-    return pytest.mark.parametrize("way", ways(op), ids=lambda way: way.name)
+    return pytest.mark.parametrize("way", [way_param(way, way.name) for way in ways(op)])
+
+
+def way_param(way: Way, name: str, *before: Any) -> Any:
+    """A parameter set that ends with a way, marked so that `-m cuda_on_cpu` selects what runs there."""
+    marks = [pytest.mark.cuda_on_cpu] if way.name == "cuda_on_cpu" else []
+    return pytest.param(*before, way, id=name, marks=marks)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Way, attribution, normal, uniform, ways
+from cases import Way, attribution, normal, uniform, way_param, ways
 
 import debiaskd as dk
 
@@ -67,7 +67,7 @@ LOSSES = [
 
 def _pairs(backends: tuple[str, ...] | None) -> list[Any]:
     return [
-        pytest.param(loss, way, id=f"{loss.name}-{way.name}")
+        way_param(way, f"{loss.name}-{way.name}", loss)
         for loss in LOSSES
         for way in ways(loss.op)
         if backends is None or way.name in backends

@@ -4,16 +4,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/sample_axes.h"
 #include "common/stable.h"
 
 namespace debiaskd {
 namespace {
 
 constexpr int64_t kBlock = 16384;  // elements, about: a block's rows fit into the first-level caches
-
-struct Axis {
-  int64_t size, student, teacher, gradient;
-};
 
 struct Layout {
   int64_t samples, elements;                          // elements: in one sample
@@ -33,31 +30,11 @@ Layout make_layout(const Tensor& student, const Tensor& teacher, const Tensor* g
   layout.teacher_step = teacher.stride(0);
   layout.gradient_step = gradient ? gradient->stride(0) : 0;
   layout.elements = 1;
-  std::vector<Axis> axes;
-  for (int64_t i = 1; i < student.dim(); ++i) {
-    layout.elements *= student.size(i);
-    if (student.size(i) == 1) continue;
-    axes.push_back(
-        {student.size(i), student.stride(i), teacher.stride(i), gradient ? gradient->stride(i) : student.stride(i)});
-  }
-  // In the student's own memory order, neighbouring axes merge wherever all three tensors run on without a gap.
-  std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.student > b.student; });
-  std::vector<Axis> merged;
-  for (const Axis& axis : axes) {
-    if (!merged.empty()) {
-      Axis& last = merged.back();
-      if (last.student == axis.student * axis.size && last.teacher == axis.teacher * axis.size &&
-          last.gradient == axis.gradient * axis.size) {
-        last = {last.size * axis.size, axis.student, axis.teacher, axis.gradient};
-        continue;
-      }
-    }
-    merged.push_back(axis);
-  }
-  if (merged.empty()) merged.push_back({1, 1, 1, 1});
-  layout.inner = merged.back();
-  merged.pop_back();
-  layout.outer = merged;
+  for (int64_t i = 1; i < student.dim(); ++i) layout.elements *= student.size(i);
+  std::vector<Axis> axes = sample_axes(student, teacher, gradient);
+  layout.inner = axes.back();
+  axes.pop_back();
+  layout.outer = axes;
   layout.rows = 1;
   for (const Axis& axis : layout.outer) layout.rows *= axis.size;
   layout.length = std::min(layout.inner.size, kBlock);

@@ -25,7 +25,7 @@ BACKENDS = ("eager", "cpp", "cuda", "triton")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 #: Which backends implement each op, fastest first. A new implementation is announced here.
 IMPLEMENTATIONS = {
-    "feature_match": ("cpp", "eager"),
+    "feature_match": ("cpp", "cuda", "eager"),
     "localization": ("cpp", "eager"),
     "channel_dot": ("cpp", "eager"),
     "class_relation": ("cpp", "eager"),
