@@ -69,6 +69,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     kept = not options.system_malloc and environment.keep_freed_memory()
     torch.set_num_threads(options.threads)
     settings = Settings(device=options.device, seconds=options.seconds, only=tuple(options.providers))
+    if not kept:
+        settings.warming, settings.timed = 3, 5  # what one provider frees decides how the next one's memory is found
     if options.quick:
         settings.seconds, settings.fewest_rounds, settings.most_rounds = 0.0, 2, 2
     cases = []

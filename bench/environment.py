@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
+import statistics
+import subprocess
 import time
 from typing import Any
 
@@ -30,8 +33,43 @@ def describe(device: str, memory_kept: bool) -> dict[str, Any]:
         "unavailable": dict(unavailable),
     }
     if device == "cuda":
-        record["cuda"] = torch.version.cuda
+        record |= {
+            "cuda": torch.version.cuda,
+            "driver": driver_version(),
+            "triton": triton_version(),
+            "copy_bandwidth": copy_bandwidth(),
+        }
     return record
+
+
+def driver_version() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy within the GPU's memory of a size that no cache holds."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) * 1e-3)
+    return 2 * source.numel() * source.element_size() / statistics.median(seconds)
 
 
 def keep_freed_memory() -> bool:

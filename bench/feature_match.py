@@ -15,7 +15,13 @@ from .report import Goal
 
 MAIN = "64×2048×7×7"
 TINY = "1×4×4"
-GOALS = (Goal(MAIN, "cpp", "eager", 9.0), Goal(MAIN, "cpp", "compile", 2.3))
+LARGE = "256×2048×14×14"
+GOALS = (
+    Goal(MAIN, "cpp", "eager", 9.0),
+    Goal(MAIN, "cpp", "compile", 2.3),
+    *(Goal(f"{LARGE}, float32", name, "compile", 1.3) for name in ("cuda", "triton")),
+    *(Goal(MAIN, name, "loop", 100) for name in ("cuda", "triton")),
+)
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
@@ -28,6 +34,9 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
     yield case(f"{MAIN}, weighted", (64, 2048, 7, 7), device, weighted=True)
     yield case(f"{MAIN}, channels last", (64, 2048, 7, 7), device, memory_format=torch.channels_last)
     yield case(f"{MAIN}, bfloat16", (64, 2048, 7, 7), device, dtype=torch.bfloat16)
+    if device == "cuda":
+        for dtype in (torch.float32, torch.bfloat16):
+            yield case(f"{LARGE}, {str(dtype).removeprefix('torch.')}", (256, 2048, 14, 14), device, dtype=dtype)
     yield case("8×512×7×7", (8, 512, 7, 7), device)
     yield case("256×2048, normalize", (256, 2048), device, normalize=True)
     yield tiny(device)
@@ -53,6 +62,10 @@ def case(
     student, teacher = features().requires_grad_(), features()
     weight = torch.where(torch.arange(shape[0], device=device) % 4 == 0, 50.0, 1.0) if weighted else None
     size = student.numel() * student.element_size()
+    references = {}
+    if not normalize and weight is None:
+        references["plain"] = lambda s: plain(s, teacher)
+        references["loop"] = lambda s: loop(s, teacher)
     return Case(
         op="feature_match",
         name=name,
@@ -63,7 +76,20 @@ def case(
         forward_bytes=2 * size,
         backward_bytes=size,  # with the values of forward at hand: 3 passes for both
         upstream=upstream,
+        references=references,
     )
+
+
+def plain(student: Tensor, teacher: Tensor) -> Tensor:
+    """As one writes it first: a power, an average over each sample, an average over samples."""
+    teacher = teacher.to(student.dtype)
+    return ((student - teacher) ** 2).flatten(1).mean(1).mean()
+
+
+def loop(student: Tensor, teacher: Tensor) -> Tensor:
+    """One sample after the other: how research code is usually written where samples are weighted."""
+    teacher = teacher.to(student.dtype)
+    return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher)]).mean()
 
 
 def tiny(device: str) -> Case:

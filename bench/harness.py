@@ -11,6 +11,7 @@ of medians of one run.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -93,6 +94,8 @@ class Settings:
     fewest_rounds: int = 7
     most_rounds: int = 200
     only: tuple[str, ...] = ()  # providers; all of them where empty
+    warming: int = 0  # untimed calls before each turn's timed ones, for what the last provider left behind to settle
+    timed: int = 1  # calls timed in each turn
 
 
 def run(case: Case, settings: Settings) -> dict[str, Any]:
@@ -219,7 +222,9 @@ def interleave(calls: dict[str, Call], settings: Settings, share: float = 1.0) -
             break
         shuffle(order)
         for name in order:
-            times[name].append(clock(calls[name], repeats[name]))
+            for _ in range(settings.warming):
+                clock(calls[name], repeats[name])
+            times[name].extend(clock(calls[name], repeats[name]) for _ in range(settings.timed))
     return times
 
 
@@ -232,6 +237,7 @@ def _cpu_seconds(call: Call, repeats: int) -> float:
 
 def _cuda_seconds(call: Call, repeats: int) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _flush_caches()
     torch.cuda.synchronize()
     begin.record()
     for _ in range(repeats):
@@ -239,6 +245,16 @@ def _cuda_seconds(call: Call, repeats: int) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) * 1e-3 / repeats
+
+
+@functools.cache
+def _larger_than_caches() -> Tensor:
+    return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+
+
+def _flush_caches() -> None:
+    """Inputs that the last call left in the GPU's second-level cache would be read faster than a step ever reads."""
+    _larger_than_caches().zero_()
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

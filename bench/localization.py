@@ -17,10 +17,14 @@ from .report import Goal
 MAIN = "energy 64×224×224, 3 boxes"
 MANY = "energy 64×224×224, 60 boxes"
 TINY = "energy 1×4×4, 1 box"
+LARGE = "energy 1024×256×256, 3 boxes"
 GOALS = (
     Goal(MAIN, "cpp", "eager", 25.0),
+    Goal(MAIN, "cpp", "plain", 25.0),
     Goal(MAIN, "cpp", "loop", 60.0),
     Goal(MAIN, "cpp", "clone", 1 / 4),
+    *(Goal(LARGE, name, "compile", 1.3) for name in ("cuda", "triton")),
+    *(Goal(MAIN, name, "loop", 100) for name in ("cuda", "triton")),
 )
 
 
@@ -37,6 +41,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
     yield case(f"{MAIN}, bfloat16", full, 3, device, dtype=torch.bfloat16)
     for side in (7, 14):
         yield case(f"energy 64×{side}×{side} to 224×224, 3 boxes", (64, side, side), 3, device, size=(224, 224))
+    if device == "cuda":
+        yield case(LARGE, (1024, 256, 256), 3, device)
     yield tiny(device)
 
 
@@ -64,6 +70,9 @@ def case(
         references["loop"] = lambda a: loop(a, corners, size)
         mask = boxes.mask(output)
         references["mask ready"] = lambda a: masked(a, mask, size)
+        if size is None and count:
+            padded = boxes.coords.reshape(shape[0], count, 4)
+            references["plain"] = lambda a: plain(a, padded)
     return Case(
         op="localization",
         name=name,
@@ -118,6 +127,15 @@ def loop(attribution: Tensor, corners: list[list[list[int]]], size: tuple[int, i
         total = positive.sum()
         losses.append(1 - inside if total < 1e-7 else 1 - inside / total)
     return torch.stack(losses).mean()
+
+
+def plain(attribution: Tensor, padded: Tensor) -> Tensor:
+    """The batched form as one writes it first: every pixel is compared with each of its image's boxes [N,B,4]."""
+    rows = torch.arange(attribution.shape[1], device=attribution.device)[:, None]
+    columns = torch.arange(attribution.shape[2], device=attribution.device)
+    x0, y0, x1, y1 = padded[..., None, None].unbind(2)
+    mask = ((columns >= x0) & (columns < x1) & (rows >= y0) & (rows < y1)).any(1)
+    return masked(attribution, mask, None)
 
 
 def masked(attribution: Tensor, mask: Tensor, size: tuple[int, int] | None) -> Tensor:

@@ -8,11 +8,11 @@
 #include <cmath>
 
 #include "common/stable.h"
-#include "cpu/avx2.h"
 #include "cpu/half.h"
 #include "cpu/lanes.h"
 #include "cpu/sample_layout.h"
 #include "cpu/vectorize.h"
+#include "cpu/x86.h"
 
 namespace debiaskd {
 namespace {

@@ -131,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const
 template <typename T, typename A>
 void image_gradient(int64_t kind, const Shape& shape, Rows<T>* rows, const int32_t* bits, Downward<T>* downward,
     Coverage& coverage, A inside, A outside, std::vector<A>& scratch, T* out) {
+  const bool stream = streams(shape.images * shape.height * shape.width * static_cast<int64_t>(sizeof(T)));
   if (downward) downward->start();
   for (int64_t y = 0; y < shape.height; ++y) {
     const Columns changed = y == 0 ? (coverage.enter(y), Columns{0, shape.width}) : coverage.enter(y);
@@ -140,7 +141,7 @@ void image_gradient(int64_t kind, const Shape& shape, Rows<T>* rows, const int32
         select_row(
             covered + changed.begin, inside, outside, scratch.data() + changed.begin, changed.end - changed.begin);
       }
-      unpack_row(bits + y * words_per_row(shape.width), scratch.data(), out + y * shape.width, shape.width);
+      unpack(stream, bits + y * words_per_row(shape.width), scratch.data(), out + y * shape.width, shape.width);
     } else if (downward) {
       gradient_row(kind, rows->row(y), covered, inside, outside, scratch.data(), shape.width);
       downward->add(y, scratch.data());
