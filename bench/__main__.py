@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     named = {(case["op"], case["case"]): case for case in cases}
     for op in OPS:
         for goal in OPS[op].GOALS:
-            if (op, goal.case) in named:
+            if (op, goal.case) in named and goal.provider not in named[op, goal.case]["missing"]:
                 print(f"goal: {op}, {goal.sentence(named[op, goal.case])}")
     return {"schema": 1, "environment": environment.describe(options.device, kept), "cases": cases}
 

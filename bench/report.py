@@ -116,7 +116,8 @@ def markdown(result: dict[str, Any], goals: dict[str, tuple[Goal, ...]]) -> str:
         rows = [case for case in result["cases"] if case["op"] == op]
         parts.append(f"#### {op}\n\n" + "\n".join(markdown_rows(rows)))
         named = {case["case"]: case for case in rows}
-        sentences = [f"- {g.sentence(named[g.case])}" for g in goals.get(op, ()) if g.case in named]
+        here = (g for g in goals.get(op, ()) if g.case in named and g.provider not in named[g.case]["missing"])
+        sentences = [f"- {goal.sentence(named[goal.case])}" for goal in here]
         if sentences:
             parts.append("Goals:\n\n" + "\n".join(sentences))
     return "\n\n".join(parts)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,9 +58,10 @@ def test_every_report_can_be_made(results: tuple[dict, Path]) -> None:
 
 
 def test_goals_name_cases_that_exist() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for module in OPS.values():
-        named = {case.name for case in module.cases("cpu")}
-        assert {goal.case for goal in module.GOALS} <= named
+        named = {case.name for case in module.cases(device)}
+        assert {goal.case for goal in module.GOALS if device == "cuda" or goal.provider == "cpp"} <= named
 
 
 def test_a_goal_is_a_ratio_of_medians() -> None:
@@ -113,3 +117,13 @@ def test_bad_arguments_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run all that it runs with a GPU")
+def test_the_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "bench" / "gpu.sh"
+    done = subprocess.run(
+        ["bash", script, tmp_path], env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "bench/gpu.sh: PyTorch finds no CUDA device here"
