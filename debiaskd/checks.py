@@ -37,7 +37,7 @@ def rank(name: str, value: Tensor, dimensions: str) -> None:
 
 def shape(name: str, value: Tensor, dimensions: str, expected: Sequence[int]) -> None:
     """`dimensions` names the axes of `expected`, such as "[N]"."""
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected and tuple(value.shape) != tuple(expected):  # mostly a shape, compared at once
         raise ValueError(f"{name} must have shape {dimensions}={list(expected)}, got {list(value.shape)}")
 
 

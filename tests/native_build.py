@@ -5,6 +5,7 @@ Each build goes to a folder under build/ that the next run finds again; with san
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -29,10 +30,12 @@ def build(target: str, sanitized: bool = SANITIZED) -> Path:
     directory = TESTS.parent / "build" / ("tests_sanitized" if sanitized else "tests")
     directory.mkdir(parents=True, exist_ok=True)
     rules, text = directory / "build.ninja", _rules(sanitized)
-    if not rules.exists() or rules.read_text() != text:
-        rules.write_text(text)
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(directory), target]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes; released when it is closed
+        if not rules.exists() or rules.read_text() != text:
+            rules.write_text(text)
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the build of {target} in {directory} failed:\n{done.stdout}{done.stderr}")
     return directory / target

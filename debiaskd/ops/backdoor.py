@@ -40,7 +40,7 @@ from torch import Tensor
 
 from debiaskd import checks
 from debiaskd.ops.backend import choose, kernels, register_fake
-from debiaskd.ops.once import differentiable_once
+from debiaskd.ops.once import differentiable_once, unrecorded
 from debiaskd.ops.split_linear import split_linear, without_autocast
 
 MODES = ("nwgm", "exact")
@@ -191,7 +191,7 @@ class _Backdoor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
         of_context = ctx.needs_input_grad[2]
-        with torch.no_grad():
+        with unrecorded():
             grad_feature, grad_context = kernels(ctx.backend).backdoor_backward(
                 grad_output, *ctx.saved_tensors, of_context
             )

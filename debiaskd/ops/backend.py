@@ -23,6 +23,7 @@ from torch import Tensor
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTION_NAMES = tuple(REDUCTIONS)
 #: Which backends implement each op, fastest first. A new implementation is announced here.
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "eager"),
@@ -36,6 +37,8 @@ NAMESPACES = {"cpp": "debiaskd", "cuda": "debiaskd", "triton": "debiaskd_triton"
 #: Whether Triton's kernels run in its interpreter, on CPU tensors: for tests. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
+_ENVIRONMENT = getattr(os.environ, "_data", None)
+_KEY = os.fsencode("DEBIASKD_BACKEND")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -75,11 +78,19 @@ class backend:  # noqa: N801 - reads as a statement: `with backend("eager"):`
         _requested.name, _requested.outer = _requested.outer
 
 
+def _asked_in_environment() -> str | None:
+    """DEBIASKD_BACKEND. Asked at every call, and mostly not set, for which `os.environ.get` raises and catches a
+    KeyError: a microsecond that a look at the dictionary behind it does not take."""
+    if _ENVIRONMENT is not None and _KEY not in _ENVIRONMENT:
+        return None
+    return os.environ.get("DEBIASKD_BACKEND")
+
+
 def requested() -> str | None:
     """The backend that the caller asked for, or None where the choice is ours."""
     if _requested.name is not None:
         return _requested.name
-    name = os.environ.get("DEBIASKD_BACKEND") or None
+    name = _asked_in_environment() or None
     if name is not None:
         _check_name("DEBIASKD_BACKEND", name)
     return name

@@ -31,7 +31,7 @@ from torch import Tensor
 from debiaskd import checks
 from debiaskd.ops.backend import choose, kernels, register_fake
 from debiaskd.ops.labels import check_labels
-from debiaskd.ops.once import differentiable_once
+from debiaskd.ops.once import differentiable_once, is_one, unrecorded
 
 
 def class_relation_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -104,14 +104,14 @@ class _ClassRelation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
-        with torch.no_grad():
+        with unrecorded():
             if torch.compiler.is_compiling():
                 gradient = ctx.saved_tensors[0] * grad_output
             else:
                 gradient, ctx.gradient = ctx.gradient, None
                 if gradient is None:
                     _, gradient = kernels(ctx.backend).class_relation(*ctx.saved_tensors, True)
-                if grad_output.device.type != "cpu" or grad_output.item() != 1:  # looking is free on the CPU alone
+                if not is_one(grad_output):
                     gradient.mul_(grad_output)
             gradient = gradient.to(ctx.dtype)
         return None, differentiable_once(gradient, "class_relation_loss"), None, None

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from debiaskd import checks
-from debiaskd.ops.backend import REDUCTIONS, choose, kernels, register_fake
-from debiaskd.ops.once import differentiable_once
+from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
+from debiaskd.ops.once import differentiable_once, is_one, unrecorded
 
 
 def feature_match_loss(
@@ -116,12 +116,12 @@ class _FeatureMatch(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None, None]:
         student, teacher, weight = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
-        with torch.no_grad():
+        with unrecorded():
             if gradient is None:
                 gradient = kernels(ctx.backend).feature_match_backward(
                     grad_output, student, teacher, weight, ctx.normalize, ctx.reduction
                 )
-            else:
+            elif not is_one(grad_output):
                 kernels(ctx.backend).feature_match_scale_(gradient, grad_output)
         return None, differentiable_once(gradient, "feature_match_loss"), None, None, None, None
 
@@ -167,5 +167,5 @@ def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: b
         checks.constant("weight", weight)
         checks.finite_nonnegative("weight", weight)
     checks.flag("normalize", normalize)
-    checks.option("reduction", reduction, tuple(REDUCTIONS))
+    checks.option("reduction", reduction, REDUCTION_NAMES)
     return teacher

@@ -36,8 +36,8 @@ from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
-from debiaskd.ops.backend import REDUCTIONS, choose, kernels, register_fake
-from debiaskd.ops.once import differentiable_once
+from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
+from debiaskd.ops.once import differentiable_once, unrecorded
 
 KINDS = {"energy": 0, "l1": 1, "ppce": 2, "rrr": 3}
 
@@ -176,7 +176,7 @@ class _Localization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
+        with unrecorded():
             gradient = kernels(ctx.backend).localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
         return None, differentiable_once(gradient, "localization_loss"), *[None] * 7
 
@@ -233,7 +233,7 @@ def _check(
     checks.same_device("boxes", boxes.coords, "attribution", attribution)
     checks.option("kind", kind, tuple(KINDS))
     checks.flag("normalize", normalize)
-    checks.option("reduction", reduction, tuple(REDUCTIONS))
+    checks.option("reduction", reduction, REDUCTION_NAMES)
     if size is None:
         height, width = attribution.shape[1], attribution.shape[2]
     else:

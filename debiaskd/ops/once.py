@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_NOTHING = nullcontext()
 
 
 class _Once(torch.autograd.Function):
@@ -20,6 +23,18 @@ class _Once(torch.autograd.Function):
             f"the gradient of {ctx.op} was differentiated again, which only the eager backend can do: "
             'compute the loss inside `with debiaskd.backend("eager"):`'
         )
+
+
+def unrecorded() -> AbstractContextManager[Any]:
+    """`torch.no_grad()` for a backward pass, where gradients of gradients are asked for; nothing, which takes no time,
+    where they are not."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+def is_one(grad_output: Tensor) -> bool:
+    """Whether an upstream gradient is known to be the 1 that `loss.backward()` sends: on the CPU, where looking costs
+    less than a call of a kernel that looks. On other devices it would wait for the device, and kernels decide."""
+    return grad_output.dim() == 0 and grad_output.device.type == "cpu" and grad_output.item() == 1
 
 
 def differentiable_once(gradient: Tensor, op: str) -> Tensor:
