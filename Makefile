@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 OLD_VENV := .venv-torch210
-SANITIZED := $(patsubst %,tests/test_%.py,feature_match localization channel_dot class_relation backdoor autograd)
+SANITIZED := $(patsubst %,tests/test_%.py,feature_match localization localization_cpu channel_dot class_relation backdoor \
+	autograd common cuda_on_cpu)
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)
 
@@ -14,7 +16,7 @@ quickstart: $(VENV)/.train
 	$(BIN)/debiaskd quickstart --out quickstart-out
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: $(VENV)/.dev
 	$(BIN)/debiaskd bench
@@ -30,13 +32,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# The op tests against libraries that check every memory access and all arithmetic. LeakSanitizer would report Python.
+# The op tests against libraries, and CUDA sources compiled for the CPU, that check every memory access and all arithmetic.
+# LeakSanitizer would report Python; Triton's interpreter has nothing to be checked.
 sanitize: $(VENV)/.dev
 	rm -rf build/sanitize
 	DEBIASKD_SANITIZE=1 DEBIASKD_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
 	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		DEBIASKD_LIBRARY_DIR=build/sanitize/debiaskd PYTHONMALLOC=malloc \
-		$(BIN)/python -m pytest -m "not compiles" $(SANITIZED)
+		DEBIASKD_LIBRARY_DIR=build/sanitize/debiaskd DEBIASKD_SANITIZE=1 TRITON_INTERPRET=0 PYTHONMALLOC=malloc \
+		$(PYTEST) -m "not compiles" $(SANITIZED)
 
 # The libraries as built against the newest torch, run under the oldest one supported.
 abi: $(VENV)/.dev $(OLD_VENV)/.done

@@ -17,6 +17,8 @@ from bench.localization import random_boxes
 
 FIGURES = {"step", "forward", "peak_bytes", "error"}
 
+pytestmark = pytest.mark.xdist_group("bench")
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:

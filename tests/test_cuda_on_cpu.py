@@ -8,6 +8,7 @@ import native_build
 import pytest
 
 pytestmark = [
+    pytest.mark.xdist_group("cuda_on_cpu"),
     pytest.mark.cuda_on_cpu,
     pytest.mark.skipif(not native_build.COMPILER, reason="needs g++"),
 ]

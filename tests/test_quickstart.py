@@ -15,7 +15,10 @@ from debiaskd.models import SmallNet
 from debiaskd.reweight import ErrorSetWarning
 from debiaskd.train import Schedule, fit
 
-pytestmark = pytest.mark.filterwarnings("ignore::debiaskd.reweight.ErrorSetWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::debiaskd.reweight.ErrorSetWarning"),
+    pytest.mark.xdist_group("quickstart"),
+]
 TOY = Settings(
     train=80,
     validation=16,

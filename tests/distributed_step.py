@@ -1,0 +1,63 @@
+"""One training step of a small student with every loss: what test_distributed.py runs on each of several ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import debiaskd as dk
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+        self.context_head = nn.Linear(6 + 5, 4)
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        feature = self.features(pictures).relu()
+        pooled = feature.mean((2, 3))
+        logits = self.head(pooled)
+        context = torch.arange(20, dtype=torch.float32).reshape(4, 5) / 20
+        weight, bias = self.context_head.weight, self.context_head.bias
+        adjusted = dk.backdoor_logits(pooled, logits, context, weight, bias, mode="exact")
+        return feature, pooled, logits, adjusted
+
+
+def batch(rank: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rank)
+    pictures = torch.randn(8, 3, 10, 10, generator=generator)
+    teacher = torch.randn(8, 6, 10, 10, generator=generator)
+    return pictures, teacher, torch.arange(8) % 4
+
+
+def loss(student: nn.Module, rank: int) -> torch.Tensor:
+    pictures, teacher, labels = batch(rank)
+    feature, pooled, logits, adjusted = student(pictures)
+    boxes = dk.Boxes.from_lists([[[1, 2, 6, 9]], [], None, [[0, 0, 3, 3], [2, 2, 9, 9]]] * 2)
+    head = student.module.head if hasattr(student, "module") else student.head
+    attribution = dk.channel_dot(head.weight[labels], feature)
+    return (
+        dk.feature_match_loss(feature, teacher, torch.linspace(1, 3, 8))
+        + dk.energy_loss(attribution, boxes)
+        + dk.class_relation_loss(pooled, teacher.mean((2, 3)), labels)
+        + dk.kd_loss(logits, teacher.mean((2, 3))[:, :4])
+        + nn.functional.cross_entropy(adjusted, labels)
+    )
+
+
+def make_student() -> Student:
+    torch.manual_seed(0)
+    return Student()
+
+
+def run(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    try:
+        student = nn.parallel.DistributedDataParallel(make_student())
+        loss(student, rank).backward()
+        torch.save([p.grad for p in student.parameters()], f"{folder}/rank{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
