@@ -67,23 +67,6 @@ struct Losses {
   void* sum;           // where to, otherwise
 };
 
-// The last block to come here adds up what all of them have left.
-template <typename A>
-__device__ void fold_in_last_block(const Losses& losses) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(losses.finished, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  double sum = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum += losses.partial[i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) *static_cast<A*>(losses.sum) = static_cast<A>(sum);
-}
-
 template <typename T, int TEAM, int WIDTH>
 __global__ void __launch_bounds__(kThreads)
     match_kernel(__grid_constant__ const Samples<T> in, Factors factors, Losses losses) {
@@ -139,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   if (losses.one_by_one || !losses.partial) return;
   loss = block_sum(loss);
   if (threadIdx.x == 0) losses.partial[blockIdx.x] = loss;
-  if (losses.finished) fold_in_last_block<A>(losses);
+  if (losses.finished) fold_in_last_block(losses.partial, gridDim.x, losses.finished, static_cast<A*>(losses.sum));
 }
 
 // Sums of a tile's squares of the teacher, for samples of several tiles. Sets `finished` to 0 for the launch that

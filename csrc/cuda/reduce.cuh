@@ -50,4 +50,22 @@ void fold(const Device& device, const double* partial, int64_t rows, int64_t cou
   device.launch(Grid{rows, threads}, fold_kernel<Out>, partial, count, out);
 }
 
+// The last of a launch's blocks to come here adds up `count` numbers that all blocks have left. `finished` must be 0
+// before the launch; all threads of every block must take part.
+template <typename Out>
+__device__ void fold_in_last_block(const double* partial, int64_t count, unsigned* finished, Out* out) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(finished, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *out = static_cast<Out>(sum);
+}
+
 }  // namespace debiaskd

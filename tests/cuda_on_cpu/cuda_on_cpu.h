@@ -30,6 +30,9 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using dim3 = uint3;
 
 namespace cuda_on_cpu {
@@ -115,6 +118,10 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;
+}
+template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
 }
 
 namespace debiaskd {
