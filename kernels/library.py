@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from . import feature_match
+
 LIBRARY = torch.library.Library("debiaskd_triton", "DEF")
 
 
@@ -15,3 +17,8 @@ def register(function: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     LIBRARY.define(f"{function.__name__}{schema}")
     LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+
+
+register(feature_match.feature_match)
+register(feature_match.feature_match_backward)
+register(feature_match.feature_match_scale_, mutates=("gradient",))

@@ -75,4 +75,4 @@ def _pairs(backends: tuple[str, ...] | None) -> list[Any]:
 
 
 every_loss_every_way = pytest.mark.parametrize(("loss", "way"), _pairs(None))
-every_native_loss = pytest.mark.parametrize(("loss", "way"), _pairs(("cpp",)))
+every_native_loss = pytest.mark.parametrize(("loss", "way"), _pairs(("cpp", "triton")))

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.fx.experimental._config
-from cases import KINDS, attribution, lay_out, normal, uniform
+from cases import KINDS, attribution, lay_out, normal, uniform, ways
 from every_loss import every_loss_every_way, every_native_loss
 
 import debiaskd as dk
@@ -83,7 +83,7 @@ def test_another_backend_is_taken_up_after_compilation(loss, way):
         return module.forward
 
     compiled = torch.compile(lambda x: loss.call(x, constants), backend=record, fullgraph=True)
-    native = f"debiaskd.{loss.op}"
+    native = f"{backend.NAMESPACES[way.name]}.{loss.op}"
     for name, expected in ((way.name, True), ("eager", False), (way.name, True)):
         with dk.backend(name), torch.no_grad():
             torch.testing.assert_close(compiled(values), loss.call(values, constants))
@@ -130,32 +130,37 @@ def test_inductor_runs_both_ops_in_a_training_step():
 # ---- registration ----
 
 
-def opcheck(op, *arguments):
-    results = torch.library.opcheck(getattr(torch.ops.debiaskd, op).default, arguments)
+def opcheck(name, op, *arguments):
+    results = torch.library.opcheck(getattr(backend.kernels(name), op).default, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-@needs_native
+def registered(op):
+    """The test runs once for each backend whose kernels of `op` take CPU tensors, given as `name`."""
+    return pytest.mark.parametrize("name", [way.name for way in ways(op) if way.name in backend.NAMESPACES])
+
+
+@registered("feature_match")
 @pytest.mark.parametrize("samples", (0, 3))
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last", "reversed", "expanded"))
-def test_feature_match_is_registered_as_it_behaves(samples, layout):
+def test_feature_match_is_registered_as_it_behaves(name, samples, layout):
     dtype = torch.bfloat16 if layout == "channels_last" else torch.float32
     student = lay_out(normal(samples, 4, 3, 5, dtype=dtype), layout)
     teacher = normal(samples, 4, 3, 5, seed=1, dtype=dtype)
     for weight, normalize, reduction in ((None, False, 1), (uniform(samples), True, 0)):
         upstream = uniform(samples) if reduction == 0 else torch.tensor(2.0)
         for with_gradient in (True, False):
-            opcheck("feature_match", student, teacher, weight, normalize, reduction, with_gradient)
-        opcheck("feature_match_backward", upstream, student, teacher, weight, normalize, reduction)
+            opcheck(name, "feature_match", student, teacher, weight, normalize, reduction, with_gradient)
+        opcheck(name, "feature_match_backward", upstream, student, teacher, weight, normalize, reduction)
         if layout != "expanded":  # several elements in one place cannot be written
-            opcheck("feature_match_scale_", student.clone(), upstream)
+            opcheck(name, "feature_match_scale_", student.clone(), upstream)
 
 
-@needs_native
+@registered("localization")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("images", "layout"), ((0, "contiguous"), (3, "contiguous"), (3, "reversed")))
 @pytest.mark.parametrize("size", [(5, 40), (9, 50)], ids=["own", "up"])
-def test_localization_is_registered_as_it_behaves(kind, images, layout, size):
+def test_localization_is_registered_as_it_behaves(name, kind, images, layout, size):
     dtype = torch.bfloat16 if layout == "reversed" else torch.float32
     maps = lay_out(attribution(kind, images, 5, 40, dtype=dtype), layout)
     boxes = dk.Boxes.from_lists([[[2, 1, 9, 4]], [], None][:images])
@@ -163,7 +168,9 @@ def test_localization_is_registered_as_it_behaves(kind, images, layout, size):
     for reduction, upstream in ((0, uniform(images)), (1, torch.tensor(2.0))):
         options = (KIND_CODES[kind], *size, reduction)
         for with_state in (True, False):
-            opcheck("localization", maps, *packed, *options, with_state)
-        _, coefficients, positive = torch.ops.debiaskd.localization(maps, *packed, *options, True)
+            opcheck(name, "localization", maps, *packed, *options, with_state)
+        _, coefficients, positive = backend.kernels(name).localization(maps, *packed, *options, True)
         saved = None if positive.numel() else maps
-        opcheck("localization_backward", upstream, saved, *packed, coefficients, positive, *options[:3], 5, 40, dtype)
+        opcheck(
+            name, "localization_backward", upstream, saved, *packed, coefficients, positive, *options[:3], 5, 40, dtype
+        )

@@ -33,6 +33,8 @@ def test_every_op_has_its_row_of_files() -> None:
             assert (ROOT / path).exists(), f"{op} has no {path}"
         if "cpp" in backend.IMPLEMENTATIONS[op]:
             assert (ROOT / f"csrc/cpu/{op}.cpp").exists()
+        if "triton" in backend.IMPLEMENTATIONS[op]:
+            assert (ROOT / f"kernels/{op}.py").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

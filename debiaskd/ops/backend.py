@@ -26,7 +26,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 REDUCTION_NAMES = tuple(REDUCTIONS)
 #: Which backends implement each op, fastest first. A new implementation is announced here.
 IMPLEMENTATIONS = {
-    "feature_match": ("cpp", "cuda", "eager"),
+    "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "eager"),
     "channel_dot": ("cpp", "eager"),
     "class_relation": ("cpp", "eager"),
