@@ -61,7 +61,7 @@ $(VENV)/.dev: $(BIN)/python $(NATIVE)
 
 $(OLD_VENV)/.done:
 	$(PYTHON) -m venv $(OLD_VENV)
-	$(OLD_VENV)/bin/pip install --quiet torch==2.10.0 numpy
+	$(OLD_VENV)/bin/pip install --quiet torch==2.10.0 numpy "setuptools>=77"
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ namespace debiaskd {
 inline void matmul_into(Tensor& out, const Tensor& left, const Tensor& right) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(left), torch::stable::detail::from(right), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // the handle that was returned is ours to release
 }
 
