@@ -21,6 +21,10 @@ HOT = {
     "match_kernelIN3c104HalfELi256ELi8E": (4, 2),
     "norm_kernelIfLi4E": (4, 0),
     "scale_kernelIfLi256ELi4E": (4, 4),
+    "gram_kernelIfLi4E": (40, 0),
+    "gram_kernelIN3c108BFloat16ELi8E": (28, 0),
+    "combine_kernelIfLi4E": (13, 10),
+    "combine_kernelIN3c108BFloat16ELi8E": (11, 19),
 }
 
 

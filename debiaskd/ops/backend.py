@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "eager"),
     "channel_dot": ("cpp", "eager"),
-    "class_relation": ("cpp", "eager"),
+    "class_relation": ("cpp", "cuda", "eager"),
     "backdoor": ("cpp", "eager"),
 }
 #: Where in `torch.ops` a backend's kernels are found: the same names and schemas everywhere.

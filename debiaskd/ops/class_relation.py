@@ -112,7 +112,8 @@ class _ClassRelation(torch.autograd.Function):
                 if gradient is None:
                     _, gradient = kernels(ctx.backend).class_relation(*ctx.saved_tensors, True)
                 if not is_one(grad_output):
-                    gradient.mul_(grad_output)
+                    ours = gradient if gradient.dtype == ctx.dtype else torch.empty_like(gradient, dtype=ctx.dtype)
+                    gradient = torch.mul(gradient, grad_output, out=ours)
             gradient = gradient.to(ctx.dtype)
         return None, differentiable_once(gradient, "class_relation_loss"), None, None
 
