@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, GOLDEN, every_way, lay_out, normal, poisoned_memory, threads
+from cases import DTYPES, GOLDEN, every_way, lay_out, normal, poisoned_memory, threads, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -183,6 +183,47 @@ def test_any_strides(way, mode, layout):
     tensors = [lay_out(x, layout) for x in inputs(6, 5, 4, 3)]
     with poisoned_memory():
         check(way, *tensors, mode=mode)
+
+
+#: (N, Z, K) of the op itself, whose strata need not be as many as its classes: less than a tile of a GPU, several tiles
+#: that are not full, tiles of another size, more classes than a block of threads looks through on its own, long sums.
+OP_SHAPES = ((3, 5, 4), (33, 70, 45), (65, 36, 68), (5, 40, 301), (2, 1, 7), (40, 97, 3), (0, 5, 4))
+
+
+def placed(values, layout):
+    if layout != "unaligned":
+        return lay_out(values, layout)
+    # Every row begins 4 bytes behind a multiple of 16.
+    memory = torch.full((len(values), -(-values.shape[1] // 4) * 4 + 4), math.nan)
+    return memory[:, 1 : 1 + values.shape[1]].copy_(values)
+
+
+@every_way("backdoor")
+@pytest.mark.parametrize("shape", OP_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("layouts", "scale", "tolerance"),
+    (
+        (("contiguous", "contiguous"), 1, 2e-5),
+        (("reversed", "offset"), 30, 1e-4),
+        (("expanded_batch", "stepped"), 300, 2e-4),
+        (("contiguous", "unaligned"), 300, 2e-4),
+    ),
+)
+def test_logits_and_log_prior_of_any_shape_layout_and_range(way, shape, layouts, scale, tolerance):
+    samples, strata, classes = shape
+    prior = uniform(samples, strata).log()
+    prior[:, 1::3] = -math.inf
+    a, b = normal(samples, classes) * scale, normal(strata, classes, seed=1) * scale
+    leaves = [way.put(placed(x, layout)).requires_grad_() for x, layout in zip((a, b), layouts)]
+    prior, upstream = placed(prior, layouts[0]), placed(normal(samples, classes, seed=2), layouts[1])
+    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    expected = op.eager(*exact, prior.double())
+    with way.active(), poisoned_memory():
+        value = op._exact(*leaves, way.put(prior))
+        gradients = torch.autograd.grad(value, leaves, way.put(upstream))
+    assert distance(value.detach().cpu(), expected.detach()) <= 1e-5
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double())):
+        assert distance(gradient.cpu(), wanted, made_of=1) <= tolerance
 
 
 @every_way("backdoor")

@@ -42,6 +42,13 @@ def test_shuffle_whose_mask_names_absent_lanes_is_an_error(planted):
     assert planted.sums([1.0, 2.0], 1, 64) == [3.0]
 
 
+def test_store_for_device_memory_that_meets_shared_memory_is_an_error(planted):
+    # On a GPU it would go to another place, or nowhere.
+    assert planted.wrong_memory(0) == [0.0] * 32
+    with pytest.raises(RuntimeError, match="thread 0 stores to shared memory with an instruction for device memory"):
+        planted.wrong_memory(1)
+
+
 def test_votes_and_shifts_are_those_of_the_hardware(planted):
     # A lane without a neighbour below or above gets its own value.
     differences = [1, *[2] * 30, 1]

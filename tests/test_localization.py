@@ -125,6 +125,59 @@ def test_long_sums_of_equal_pixels_do_not_drift(way, kind, dtype):
     check(way, torch.full((1, 32, 32), 0.1, dtype=dtype), [[[10, 10, 300, 900]]], kind=kind, size=(1024, 1024))
 
 
+@every_way("localization")
+@every_kind
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((2, 40, 600), None),
+        ((2, 40, 259), None),
+        ((2, 2, 3), (70, 600)),
+        ((2, 3, 9), (40, 600)),
+        ((2, 40, 300), (41, 301)),
+        ((2, 81, 600), (40, 300)),
+        ((2, 3, 600), (40, 30)),
+    ],
+    ids=str,
+)
+def test_maps_that_kernels_have_to_cut_agree_with_the_oracle(way, kind, dtype, shape, size):
+    boxes = [[[250, 30, 262, 34], [0, 31, 300, 33], [509, 0, 600, 9], [20, 2, 28, 40]], [[3, 3, 590, 39]]]
+    check(way, attribution(kind, *shape, dtype=dtype), boxes, 2.0, kind=kind, size=size)
+
+
+@every_way("localization")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_great_many_maps_count_each_for_itself(way, reduction):
+    count = 8_300
+    maps = normal(count, 1, 1)
+    annotated, covered = torch.arange(count) % 3 > 0, torch.arange(count) % 2 > 0
+    coords = torch.stack([torch.zeros(count), torch.zeros(count), covered, covered], 1).int()
+    boxes = dk.Boxes(coords, torch.arange(count + 1), annotated=annotated)
+    with way.active():
+        loss, gradient = loss_and_gradient(way.put(maps), boxes, kind="rrr", reduction=reduction)
+    outside = (annotated & ~covered) * maps[:, 0, 0].double()
+    each, share = outside**2, 1 / annotated.sum() if reduction == "mean" else 1
+    torch.testing.assert_close(loss.cpu().double(), each if reduction == "none" else each.sum() * share)
+    torch.testing.assert_close(gradient[:, 0, 0].cpu().double(), 2 * outside * share, rtol=1e-6, atol=0)
+
+
+@every_way("localization")
+@pytest.mark.parametrize("kind", ("energy", "l1"))
+def test_boxes_are_read_with_any_strides(way, kind):
+    maps = way.put(attribution(kind, 3, 20, 40))
+    boxes = dk.Boxes.from_lists([[[2, 3, 9, 9], [30, 1, 40, 18]], None, [[0, 0, 20, 20]]]).to(way.device)
+    spread = dk.Boxes(
+        boxes.coords.t().contiguous().t(),
+        torch.stack([boxes.offsets, boxes.offsets + 1], 1)[:, 0],
+        annotated=torch.stack([boxes.annotated, ~boxes.annotated], 1)[:, 0],
+    )
+    with way.active():
+        expected, actual = (loss_and_gradient(maps, b, kind=kind) for b in (boxes, spread))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
 def golden(prefix, kind):
     with np.load(GOLDEN / "localization.npz") as file:
         found = {k.removeprefix(f"{prefix}_{kind}_"): torch.as_tensor(file[k]) for k in file.files}

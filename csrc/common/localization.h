@@ -1,6 +1,7 @@
 // The four localization losses of one map: from the sums over its pixels to the loss, and the loss's derivative.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/host_device.h"
@@ -25,6 +26,23 @@ struct MapLoss {
   double loss, inside, outside;
 };
 
+// What a pixel adds to MapSums::all. `covered` says whether it lies in a box. Written so that a NaN stays one, and
+// shows in the loss.
+template <typename A>
+DEBIASKD_HOST_DEVICE inline A pixel_term(int64_t kind, A pixel, bool covered) {
+  const A positive = pixel < A(0) ? A(0) : pixel;
+  switch (kind) {
+    case kEnergy: return positive;
+    case kL1: return std::abs(pixel - A(covered ? 1 : 0));
+    case kPpce: {
+      if (!covered) return 0;
+      const A log = std::log(positive);
+      return log < A(kLogFloor) ? A(-kLogFloor) : -log;
+    }
+    default: return pixel * (covered ? A(0) : pixel);
+  }
+}
+
 DEBIASKD_HOST_DEVICE inline MapLoss map_loss(int64_t kind, const MapSums& sums, double pixels) {
   switch (kind) {
     case kEnergy:
@@ -39,7 +57,7 @@ DEBIASKD_HOST_DEVICE inline MapLoss map_loss(int64_t kind, const MapSums& sums, 
   }
 }
 
-// d loss / d pixel. `inside` and `outside` are the factors of map_loss; `covered` says whether the pixel lies in a box.
+// d loss / d pixel. `inside` and `outside` are the factors of map_loss.
 template <typename A>
 DEBIASKD_HOST_DEVICE inline A pixel_gradient(int64_t kind, A pixel, bool covered, A inside, A outside) {
   const A factor = covered ? inside : outside;

@@ -1,10 +1,9 @@
 // Log-matrix-products: out_ij = log sum_l exp(x_il + y_jl), by rows.
 //
 // The sum is the matrix product of exp(x - shift) and exp(y - shift), whose entries lie in [0,1], and keeps its
-// relative accuracy as long as it is at least kSmallest: what it misses by then, being at most 2 * length terms too
-// small for a normal number, is less than one rounding. A smaller sum, whose largest terms lie where neither x nor y
-// has its largest values, is added up again term by term, shifted by its own maximum. 2^-64 and not 2^-101, where
-// float32 would still allow it: gradients multiply by the sum's reciprocal, and this way 2^63 of range remain for them.
+// relative accuracy as long as it is at least kSmallest (common/log_range.h): what it misses by then, being at most
+// 2 * length terms too small for a normal number, is less than one rounding. A smaller sum, whose largest terms lie
+// where neither x nor y has its largest values, is added up again term by term, shifted by its own maximum.
 #pragma once
 
 #include <algorithm>
@@ -12,29 +11,14 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/log_range.h"
 #include "cpu/exp_log.h"
 #include "cpu/vectorize.h"
 
 namespace debiaskd {
 namespace {
 
-template <typename A>
-constexpr A kSmallest = A(0x1p-64);
-template <>
-constexpr double kSmallest<double> = 0x1p-512;
-// -log(kSmallest)
-template <typename A>
-constexpr A kFarthest = A(44.36141955583649);
-template <>
-constexpr double kFarthest<double> = 354.8913564466919;
-
 constexpr int64_t kTermsAtOnce = 256;  // added up in float before a double takes their sum
-
-// A maximum to shift by: finite even where everything is -inf (a prior of 0), so that -inf stays -inf.
-template <typename A>
-DEBIASKD_INLINE A as_shift(A maximum) {
-  return std::max(maximum, std::numeric_limits<A>::lowest());
-}
 
 // maximum = max(maximum, x), element by element
 template <typename A>

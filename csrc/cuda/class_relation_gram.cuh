@@ -216,7 +216,7 @@ __device__ __forceinline__ void staged_tile(const Side<X>& in, const Task& task,
         Pack<A, kStored> wide;
 #pragma unroll
         for (int f = 0; f < kStored; ++f) wide.value[f] = static_cast<A>(next[i].value[e + f]);
-        store_pack(wide, to + e);
+        store_shared(wide, to + e);
       }
     }
     __syncthreads();

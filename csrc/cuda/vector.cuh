@@ -17,7 +17,8 @@ struct alignas(sizeof(T) * COUNT) Pack {
 template <typename T>
 constexpr int kWidest = 16 / sizeof(T);
 
-// `from` and `to` must be aligned to the size of the pack.
+// `from` and `to` must be aligned to the size of the pack; `to` must lie in device memory, for which the store's
+// instruction is. A block's shared memory has store_shared.
 template <int COUNT, typename T>
 __device__ __forceinline__ Pack<T, COUNT> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, COUNT>*>(from);
@@ -31,6 +32,11 @@ __device__ __forceinline__ void store_pack(const Pack<T, COUNT>& pack, T* to) {
   } else {
     *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
   }
+}
+
+template <int COUNT, typename T>
+__device__ __forceinline__ void store_shared(const Pack<T, COUNT>& pack, T* to) {
+  *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
 }
 
 // An element to compute with. Two bfloat16 stay in the register that they came in until then; the compiler, left to

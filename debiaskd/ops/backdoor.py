@@ -21,7 +21,7 @@ r_nzk = exp(A_nk + B_zk - S_nz) for S and q_nkz = exp(V_nz + B_zk - T_nk) for T,
 
 where products of [N,Z], [N,K] and [Z,K] are matrix products and all others go element by element: 2 matrix products of
 N Z K forward and 4 backward. Each exponential is shifted by maxima, and where a shifted sum comes out too small for
-its precision, that sum alone is taken term by term (csrc/cpu/log_product.h says when). From A and B, matrix products
+its precision, that sum alone is taken term by term (csrc/common/log_range.h says when). From A and B, matrix products
 lead to feature, weight and bias.
 
 What must be done: 6 products of 2 N Z K flops; read A, B, log p and g, write the output and the gradients of A and B,

@@ -27,10 +27,10 @@ REDUCTION_NAMES = tuple(REDUCTIONS)
 #: Which backends implement each op, fastest first. A new implementation is announced here.
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
-    "localization": ("cpp", "eager"),
+    "localization": ("cpp", "cuda", "eager"),
     "channel_dot": ("cpp", "eager"),
     "class_relation": ("cpp", "cuda", "eager"),
-    "backdoor": ("cpp", "eager"),
+    "backdoor": ("cpp", "cuda", "eager"),
 }
 #: Where in `torch.ops` a backend's kernels are found: the same names and schemas everywhere.
 NAMESPACES = {"cpp": "debiaskd", "cuda": "debiaskd", "triton": "debiaskd_triton"}

@@ -22,7 +22,8 @@ NAMESPACE = "debiaskd_on_cpu"
 @contextmanager
 def active() -> Iterator[None]:
     """Every op inside runs csrc/cuda on CPU tensors."""
-    _load()
+    if failure := _load():
+        raise RuntimeError(failure)
     namespace, devices = backend.NAMESPACES["cuda"], backend._DEVICES["cuda"]
     reason = backend.unavailable.pop("cuda", None)
     backend.NAMESPACES["cuda"], backend._DEVICES["cuda"] = NAMESPACE, ("cpu",)
@@ -36,7 +37,12 @@ def active() -> Iterator[None]:
 
 
 @functools.cache
-def _load() -> None:
-    torch.ops.load_library(str(native_build.build("cuda_on_cpu.so")))
+def _load() -> str | None:
+    """Once, also where it fails: not every test is to try again."""
+    try:
+        torch.ops.load_library(str(native_build.build("cuda_on_cpu.so")))
+    except (OSError, RuntimeError) as error:
+        return str(error)
     for op, fake in backend.FAKES.items():
         torch.library.register_fake(f"{NAMESPACE}::{op}", fake)
+    return None

@@ -14,6 +14,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// Where this library's own variables lie, shared memory among them.
+extern "C" __attribute__((visibility("hidden"))) char __bss_start, _end;
+
 namespace cuda_on_cpu {
 
 uint3 thread_index, block_index, block_size, grid_size;
@@ -175,6 +178,14 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
 void* dynamic_shared() { return shared.data(); }
 
 void wait_for_block() { back_to_scheduler(kAtBarrier); }
+
+void must_be_device_memory(const void* address) {
+  const char* at = static_cast<const char*>(address);
+  const bool is_static = at >= &__bss_start && at < &_end;
+  if (!is_static && !(at >= shared.data() && at < shared.data() + shared.size())) return;
+  failure = "thread " + std::to_string(current) + " stores to shared memory with an instruction for device memory";
+  back_to_scheduler(kDone);
+}
 
 const uint64_t* exchange(unsigned mask, uint64_t value) {
   Warp& warp = warps[current / 32];

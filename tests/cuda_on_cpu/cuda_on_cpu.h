@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
 
 #include "common/stable.h"
 
@@ -41,6 +42,7 @@ namespace cuda_on_cpu {
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread);
 
 void* dynamic_shared();
+void must_be_device_memory(const void* address);
 void wait_for_block();
 
 // Waits until all lanes of the mask have come here, each with its 8 bytes; returns where those of all 32 lanes lie.
@@ -74,10 +76,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::exchange(mask
 inline void __threadfence() {}
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  return cuda_on_cpu::exchanged(mask, value, source);
-}
-template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return cuda_on_cpu::exchanged(mask, value, cuda_on_cpu::lane() ^ bits);
 }
@@ -97,30 +95,22 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return votes;
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
 
 // One thread runs at a time, and only barriers interrupt it.
 template <typename T>
 T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address = before + value;
-  return before;
+  return std::exchange(*address, *address + value);
 }
 template <typename T>
-T atomicMax(T* address, T value) {
-  const T before = *address;
-  if (value > before) *address = value;
-  return before;
+T atomicOr(T* address, T value) {
+  return std::exchange(*address, *address | value);
 }
 
+inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
 template <typename T>
 void __stwb(T* address, T value) {
+  cuda_on_cpu::must_be_device_memory(address);
   *address = value;
 }
 

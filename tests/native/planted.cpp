@@ -46,6 +46,11 @@ __global__ void misaligned_kernel(float* out, int first) {
   *reinterpret_cast<Four*>(out + first) = Four{};
 }
 
+__global__ void wrong_memory_kernel(float* out, int shared) {
+  __shared__ uint4 memory;
+  if (threadIdx.x == 0) __stwb(shared ? &memory : reinterpret_cast<uint4*>(out), uint4{});
+}
+
 __global__ void half_barrier_kernel(float* out, int) {
   if (threadIdx.x < 16) __syncthreads();
   out[threadIdx.x] = 1;
@@ -84,6 +89,7 @@ PYBIND11_MODULE(planted, m) {
   m.def("write", [](int first) { return writes(write_kernel, first); });
   m.def("write_shared", [](int first) { return writes(write_shared_kernel, first); });
   m.def("misaligned", [](int first) { return writes(misaligned_kernel, first); });
+  m.def("wrong_memory", [](int shared) { return writes(wrong_memory_kernel, shared); });
   m.def("half_barrier", [] { return writes(half_barrier_kernel, 0); });
   m.def("half_shuffle", [] { return writes(half_shuffle_kernel, 0); });
   m.def("vote", [] {
