@@ -144,7 +144,7 @@ Tensor channel_dot(const Tensor& gradient, const Tensor& feature) {
   const ScalarType type = feature.scalar_type();
   Tensor out = new_empty(feature, {feature.size(0), feature.size(2), feature.size(3)}, accumulator_type(type));
   if (out.numel() == 0) return out;
-  const bool side_by_side = feature.size(1) > 1 && feature.stride(1) == 1;
+  const bool side_by_side = has_adjacent_channels(feature);
   dispatch_floating(type, "feature", [&](auto zero) {
     using T = decltype(zero);
     using A = typename accumulator<T>::type;

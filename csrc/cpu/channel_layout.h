@@ -1,7 +1,7 @@
 // Where the elements of a map [N,C,H,W] of any strides lie, and of what stands for one.
 #pragma once
 
-#include "common/stable.h"
+#include "common/channel_layout.h"
 #include "cpu/half.h"
 
 namespace debiaskd {
@@ -22,11 +22,6 @@ struct Shape {
   int64_t samples, channels, lines, length;
 };
 
-// In positions' own order, whether they lie evenly spaced.
-inline bool is_one_line(const Tensor& x) {
-  return x.size(2) == 1 || x.size(3) == 1 || x.stride(2) == x.stride(3) * x.size(3);
-}
-
 inline Shape make_shape(const Tensor& feature, bool one_line) {
   const int64_t height = feature.size(2), width = feature.size(3);
   return {feature.size(0), feature.size(1), one_line ? 1 : height, one_line ? height * width : width};
@@ -34,12 +29,8 @@ inline Shape make_shape(const Tensor& feature, bool one_line) {
 
 template <typename T>
 View<T> make_view(const Tensor& x, bool one_line) {
-  const int64_t position = one_line && x.size(3) == 1 ? x.stride(2) : x.stride(3);
-  return {static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), position};
+  return {static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), position_step(x, one_line)};
 }
-
-// Whether a tensor [N,C] stands for the whole map: given so, or [N,C,H,W] expanded from it.
-inline bool is_constant(const Tensor& x) { return x.dim() == 2 || (x.stride(2) == 0 && x.stride(3) == 0); }
 
 template <typename A>
 void gather(const Tensor& x, int64_t n, A* out) {

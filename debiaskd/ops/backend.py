@@ -28,7 +28,7 @@ REDUCTION_NAMES = tuple(REDUCTIONS)
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "cuda", "eager"),
-    "channel_dot": ("cpp", "eager"),
+    "channel_dot": ("cpp", "cuda", "eager"),
     "class_relation": ("cpp", "cuda", "eager"),
     "backdoor": ("cpp", "cuda", "eager"),
 }
