@@ -111,5 +111,6 @@ def test_op_is_registered_as_it_behaves(samples, layout, dtype):
     student, teacher = lay_out(normal(samples, 4, dtype=dtype), layout), normal(samples, 3, seed=1)
     for with_gradient in (True, False):
         arguments = (student, teacher, torch.arange(samples) % 2, with_gradient)
+        pytest.importorskip("expecttest")  # which opcheck needs
         results = torch.library.opcheck(torch.ops.debiaskd.class_relation.default, arguments)
         assert set(results.values()) == {"SUCCESS"}, results

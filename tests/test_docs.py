@@ -33,6 +33,8 @@ def test_every_op_has_its_row_of_files() -> None:
             assert (ROOT / path).exists(), f"{op} has no {path}"
         if "cpp" in backend.IMPLEMENTATIONS[op]:
             assert (ROOT / f"csrc/cpu/{op}.cpp").exists()
+        if "cuda" in backend.IMPLEMENTATIONS[op]:
+            assert (ROOT / f"csrc/cuda/{op}.cu").exists()
         if "triton" in backend.IMPLEMENTATIONS[op]:
             assert (ROOT / f"kernels/{op}.py").exists()
 
