@@ -38,12 +38,12 @@ sanitize: $(VENV)/.dev
 	rm -rf build/sanitize
 	DEBIASKD_SANITIZE=1 DEBIASKD_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
 	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		DEBIASKD_LIBRARY_DIR=build/sanitize/debiaskd DEBIASKD_SANITIZE=1 TRITON_INTERPRET=0 PYTHONMALLOC=malloc \
+		DEBIASKD_LIBRARY_DIR=build/sanitize/debiaskd DEBIASKD_SANITIZE=1 TRITON_INTERPRET=0 PYTHONMALLOC=malloc HYPOTHESIS_PROFILE=few \
 		$(PYTEST) -m "not compiles" $(SANITIZED)
 
 # The libraries as built against the newest torch, run under the oldest one supported.
 abi: $(VENV)/.dev $(OLD_VENV)/.done
-	DEBIASKD_OLD_PYTHON=$(abspath $(OLD_VENV))/bin/python $(BIN)/python -m pytest tests/test_build.py
+	DEBIASKD_OLD_PYTHON=$(abspath $(OLD_VENV))/bin/python $(PYTEST) tests/test_build.py
 
 # torchvision names the torch that it fits: asked for together, torch is downloaded once, and never again for the build.
 $(BIN)/python:

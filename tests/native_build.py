@@ -54,7 +54,7 @@ def module(name: str) -> ModuleType:
 def _rules(sanitized: bool) -> str:
     includes = [f"-I{CSRC}", f"-I{TESTS / 'cuda_on_cpu'}", *(f"-isystem {path}" for path in include_paths())]
     includes += [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
-    checks = "-g -DDEBIASKD_SANITIZE -fsanitize=address,undefined -fno-sanitize-recover=all" if sanitized else ""
+    checks = "-g1 -DDEBIASKD_SANITIZE -fsanitize=address,undefined -fno-sanitize-recover=all" if sanitized else ""
     sources = [CSRC / "schema.cpp", TESTS / "cuda_on_cpu/cuda_on_cpu.cpp", *sorted(CSRC.glob("cuda/*.cu"))]
     ops = [f"{source.name}.o" for source in sources]
     modules = sorted(TESTS.glob("native/*.cpp"))
