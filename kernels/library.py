@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import feature_match
+from . import backdoor, channel_dot, channel_scale, feature_match
 
 LIBRARY = torch.library.Library("debiaskd_triton", "DEF")
 
@@ -22,3 +22,7 @@ def register(function: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
 register(feature_match.feature_match)
 register(feature_match.feature_match_backward)
 register(feature_match.feature_match_scale_, mutates=("gradient",))
+register(channel_dot.channel_dot)
+register(channel_scale.channel_scale)
+register(backdoor.backdoor)
+register(backdoor.backdoor_backward)

@@ -1,6 +1,7 @@
 """Settings that every test runs under."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 
@@ -21,8 +22,12 @@ def quicken_the_interpreter() -> None:
 
     replace, scopes = interpreter._patch_lang, {}
 
+    @functools.cache
+    def used_by(function):
+        return tuple(m for m in (language, language.core) if any(v is m for v in function.__globals__.values()))
+
     def replace_once(function):
-        modules = tuple(m for m in (language, language.core) if any(v is m for v in function.__globals__.values()))
+        modules = used_by(function)
         if modules not in scopes:
             scopes[modules] = replace(function)
             scopes[modules].restore = lambda: None

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_compile import CASES, TARGETS
+from triton_compile import OPS, TARGETS, cases_of
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.compiles,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
+CASES = {op: cases_of(op) for op in OPS}
 every_case = pytest.mark.parametrize(("op", "case"), [(op, case) for op, cases in CASES.items() for case in cases])
 every_target = pytest.mark.parametrize("target", TARGETS)
 
@@ -70,7 +71,7 @@ def test_addresses_have_64_bits(compiled, op, case, target):
 @every_case
 def test_registers_suffice(compiled, op, case, target):
     for launch in compiled[op][target][case]:
-        assert launch["spilled"] == 0, launch
+        assert launch["spilled"] <= CASES[op][case].aside.get(launch["kernel"], 0), launch
 
 
 def test_no_kernel_is_left_out(compiled):

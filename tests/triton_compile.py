@@ -3,7 +3,8 @@
     env -u TRITON_INTERPRET python tests/triton_compile.py feature_match cuda:90
 
 prints as JSON, for each case of the op, what became of its launches. A process of its own, because Triton reads when it
-is imported whether it interprets, which the other tests have it do. Whoever adds an op adds its cases to CASES.
+is imported whether it interprets, which the other tests have it do. The cases are in tests/triton_cases; whoever adds
+an op adds a module there.
 """
 
 from __future__ import annotations
@@ -14,103 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
-
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+OPS = tuple(sorted(path.stem for path in Path(__file__).with_name("triton_cases").glob("[a-z]*.py")))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A call of an op's kernel module, given to it as `call(module)`.
-
-    launches: the kernels that it starts, in their order.
-    wide: kernel -> how many loads and how many stores of 16 bytes each thread makes, at least. A tile of 4096 float32
-        is 4 of them for each of 256 threads. Kernels not named here move what they can.
-    long: has sizes beyond 32 bits, so that no product may have 32.
-    """
-
-    call: Callable[[Any], object]
-    launches: tuple[str, ...]
-    wide: dict[str, tuple[int, int]] = field(default_factory=dict)
-    long: bool = False
-
-
-def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _match(
-    make: Callable[[], torch.Tensor], weighted: bool, normalize: bool = False, reduction: int = 1
-) -> Callable[[Any], object]:
-    def call(module: Any) -> object:
-        student, teacher = make(), make()
-        weight = some(len(student)) if weighted else None
-        return module.feature_match(student, teacher, weight, normalize, reduction, True)
-
-    return call
-
-
-def _match_backward(make: Callable[[], torch.Tensor], normalize: bool = False) -> Callable[[Any], object]:
-    return lambda module: module.feature_match_backward(some(), make(), make(), some(len(make())), normalize, 1)
-
-
-def _maps(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return some(64, 2048, 7, 7, dtype=dtype)
-
-
-def _half_maps() -> torch.Tensor:
-    return _maps(torch.bfloat16)
-
-
-CASES: dict[str, dict[str, Case]] = {
-    "feature_match": {
-        "maps": Case(_match(_maps, True), ("_match", "_add_up"), {"_match": (8, 4)}),
-        "maps that count alike": Case(_match(_maps, False), ("_match", "_add_up"), {"_match": (8, 4)}),
-        "bfloat16 maps": Case(_match(_half_maps, True), ("_match", "_add_up"), {"_match": (4, 2)}),
-        "channels_last": Case(
-            _match(lambda: _maps().to(memory_format=torch.channels_last), True),
-            ("_match", "_add_up"),
-            {"_match": (8, 4)},
-        ),
-        "cropped": Case(
-            _match(lambda: some(64, 40, 32, 48)[:, :, :16, 4:36], True), ("_match", "_add_up"), {"_match": (8, 4)}
-        ),
-        "permuted, odd": Case(
-            _match(lambda: some(64, 5, 37, 33)[:, :, ::2].transpose(1, 3), True), ("_match", "_add_up")
-        ),
-        "short samples": Case(_match(lambda: some(5000, 49), True), ("_add_up", "_match", "_add_up")),
-        "rows of 1000": Case(
-            _match(lambda: some(64, 1000, dtype=torch.float16), True, normalize=True, reduction=0),
-            ("_match",),
-            {"_match": (4, 2)},
-        ),
-        "long, relative": Case(
-            _match(_maps, True, normalize=True), ("_norms", "_match", "_add_up"), {"_norms": (4, 0), "_match": (8, 4)}
-        ),
-        "float64, relative": Case(
-            _match(lambda: some(64, 8192, dtype=torch.float64), True, normalize=True),
-            ("_match", "_add_up"),
-            {"_match": (16, 8)},
-        ),
-        "4 numbers": Case(_match(lambda: some(1, 4), False), ("_match",)),
-        "2^32 elements": Case(
-            _match(lambda: some(2**16, 2**16), False), ("_match", "_add_up"), {"_match": (8, 4)}, True
-        ),
-        "2^31 elements a sample": Case(
-            _match(lambda: some(2, 2**31 + 1), True, normalize=True), ("_norms", "_match", "_add_up"), {}, True
-        ),
-        "backward": Case(_match_backward(_maps), ("_match",), {"_match": (8, 4)}),
-        "float16 backward": Case(_match_backward(_half_maps), ("_match",), {"_match": (4, 2)}),
-        "scaled": Case(lambda module: module.feature_match_scale_(_maps(), some()), ("_scale",), {"_scale": (4, 4)}),
-        "scaled by sample": Case(
-            lambda module: module.feature_match_scale_(_half_maps(), some(64)), ("_scale",), {"_scale": (2, 2)}
-        ),
-    },
-}
+def cases_of(op: str) -> dict[str, Any]:
+    cases: dict[str, Any] = importlib.import_module(f"triton_cases.{op}").CASES
+    return cases
 
 
 class _AbsentGPU:
@@ -179,9 +93,11 @@ def cuda_facts(asm: Any) -> dict[str, int]:
 def hip_facts(asm: Any) -> dict[str, int]:
     """Loads and stores a thread as if a wavefront had 32 lanes."""
     code = asm["amdgcn"]
-    used = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s+(\d+)", code)}
+    # Scratch is memory; lanes of vector registers, where LLVM keeps scalar ones that it calls spilled too, are not.
+    wanted = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
+    used = {name: int(value) for name, value in re.findall(wanted, code)}
     loads, stores = (2 * len(re.findall(rf"(?:buffer|global)_{kind}_dwordx4", code)) for kind in ("load", "store"))
-    spilled = used["vgpr_spill_count"] + used["sgpr_spill_count"]
+    spilled = used["vgpr_spill_count"] + used["private_segment_fixed_size"]
     return {"loads": loads, "stores": stores, "registers": used["vgpr_count"], "spilled": spilled}
 
 
@@ -190,7 +106,7 @@ def main(op: str, target: str) -> None:
     launches = compile_launches(target)
     facts = cuda_facts if target.startswith("cuda") else hip_facts
     report = {}
-    for name, case in CASES[op].items():
+    for name, case in cases_of(op).items():
         launches.clear()
         case.call(module)
         report[name] = [

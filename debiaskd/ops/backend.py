@@ -28,9 +28,9 @@ REDUCTION_NAMES = tuple(REDUCTIONS)
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "cuda", "eager"),
-    "channel_dot": ("cpp", "cuda", "eager"),
+    "channel_dot": ("cpp", "cuda", "triton", "eager"),
     "class_relation": ("cpp", "cuda", "eager"),
-    "backdoor": ("cpp", "cuda", "eager"),
+    "backdoor": ("cpp", "cuda", "triton", "eager"),
 }
 #: Where in `torch.ops` a backend's kernels are found: the same names and schemas everywhere.
 NAMESPACES = {"cpp": "debiaskd", "cuda": "debiaskd", "triton": "debiaskd_triton"}
