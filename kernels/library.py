@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import backdoor, channel_dot, channel_scale, feature_match
+from . import backdoor, channel_dot, channel_scale, class_relation, feature_match
 
 LIBRARY = torch.library.Library("debiaskd_triton", "DEF")
 
@@ -24,5 +24,6 @@ register(feature_match.feature_match_backward)
 register(feature_match.feature_match_scale_, mutates=("gradient",))
 register(channel_dot.channel_dot)
 register(channel_scale.channel_scale)
+register(class_relation.class_relation)
 register(backdoor.backdoor)
 register(backdoor.backdoor_backward)

@@ -1,7 +1,6 @@
 """Settings that every test runs under."""
 
 import contextlib
-import functools
 import importlib.util
 import os
 
@@ -13,32 +12,11 @@ if not (torch.cuda.is_available() or torch.xpu.is_available()):
     # Read once, when Triton is imported, which debiaskd does: without a GPU its kernels run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
-def quicken_the_interpreter() -> None:
-    """Triton's interpreter replaces the functions of triton.language for each launch, and anew for every helper that
-    the kernel calls, which takes longer than all that a small kernel computes. Here that happens once, for good."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    replace, scopes = interpreter._patch_lang, {}
-
-    @functools.cache
-    def used_by(function):
-        return tuple(m for m in (language, language.core) if any(v is m for v in function.__globals__.values()))
-
-    def replace_once(function):
-        modules = used_by(function)
-        if modules not in scopes:
-            scopes[modules] = replace(function)
-            scopes[modules].restore = lambda: None
-        return scopes[modules]
-
-    interpreter._patch_lang = replace_once
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     with contextlib.suppress(AttributeError):  # of a Triton that is built otherwise the tests are slower, no more
-        quicken_the_interpreter()
+        import quick_interpreter
+
+        quick_interpreter.quicken()
 
 # The same examples in every run, so that a red gate is a fact about the change and not about the day. "few" is for slow
 # sanitized libraries; "thorough" searches on: HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_localization.py

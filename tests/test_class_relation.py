@@ -91,11 +91,15 @@ def test_large_classes_and_long_rows_are_as_accurate(way, dtype, samples, width,
 
 
 # On a GPU classes of 256 or more are multiplied otherwise, over 512 samples have a launch to find their classes, and
-# with more pairs than numbers a batch may be gone through in stretches.
+# with more pairs than numbers a batch may be gone through in stretches. Where kernels are interpreted, which takes
+# long, all of that begins with classes and batches of 33.
 @every_way("class_relation")
 @pytest.mark.parametrize(
     ("samples", "width", "classes", "dtype"),
     [
+        (75, 100, 1, torch.float32),
+        (100, 5, 1, torch.float32),
+        (90, 3, 1, torch.float64),
         *((256, 264, 1, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
         (257, 261, 1, torch.float32),
         (258, 5, 1, torch.float32),
@@ -105,6 +109,8 @@ def test_large_classes_and_long_rows_are_as_accurate(way, dtype, samples, width,
     ids=str,
 )
 def test_large_batches_are_as_accurate(way, samples, width, classes, dtype):
+    if way.name == "triton" and samples > 100:
+        pytest.skip("interpreted")
     labels = torch.randint(0, classes, (samples,), generator=torch.Generator().manual_seed(0))
     check(way, normal(samples, width, dtype=dtype), normal(samples, 33, seed=1, dtype=dtype), labels)
 
@@ -241,8 +247,9 @@ def test_every_element_is_written(way, layout, dtype):
             assert written.isfinite().all()
 
 
-# PyTorch cuts a product of matrices differently for each number of threads, which leaves eager out of this promise.
-NATIVE = [way for way in ways("class_relation") if not way.name.startswith("eager")]
+# PyTorch cuts a product of matrices differently for each number of threads, which leaves eager out of this promise. An
+# interpreted kernel has one thread.
+NATIVE = [way for way in ways("class_relation") if not way.name.startswith("eager") and way.name != "triton"]
 
 
 @pytest.mark.parametrize("way", NATIVE, ids=lambda way: way.name)
@@ -262,8 +269,8 @@ def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, dtype,
 @every_way("class_relation")
 @pytest.mark.parametrize("layout", ("contiguous", "reversed", "stepped"))
 def test_gradcheck(way, layout):
-    student = way.put(lay_out(normal(7, 3, dtype=torch.float64), layout)).requires_grad_()
-    teacher, labels = way.put(normal(7, 4, seed=1, dtype=torch.float64)), way.put(torch.tensor([0, 5, 0, 5, 5, 2, 0]))
+    student = way.put(lay_out(normal(6, 3, dtype=torch.float64), layout)).requires_grad_()
+    teacher, labels = way.put(normal(6, 4, seed=1, dtype=torch.float64)), way.put(torch.tensor([0, 5, 0, 5, 5, 2]))
     with way.active():
         assert torch.autograd.gradcheck(lambda s: dk.class_relation_loss(s, teacher, labels), (student,))
 

@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "cuda", "eager"),
     "channel_dot": ("cpp", "cuda", "triton", "eager"),
-    "class_relation": ("cpp", "cuda", "eager"),
+    "class_relation": ("cpp", "cuda", "triton", "eager"),
     "backdoor": ("cpp", "cuda", "triton", "eager"),
 }
 #: Where in `torch.ops` a backend's kernels are found: the same names and schemas everywhere.
