@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import backdoor, channel_dot, channel_scale, class_relation, feature_match
+from . import backdoor, channel_dot, channel_scale, class_relation, feature_match, localization
 
 LIBRARY = torch.library.Library("debiaskd_triton", "DEF")
 
@@ -22,6 +22,8 @@ def register(function: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
 register(feature_match.feature_match)
 register(feature_match.feature_match_backward)
 register(feature_match.feature_match_scale_, mutates=("gradient",))
+register(localization.localization)
+register(localization.localization_backward)
 register(channel_dot.channel_dot)
 register(channel_scale.channel_scale)
 register(class_relation.class_relation)

@@ -27,7 +27,7 @@ REDUCTION_NAMES = tuple(REDUCTIONS)
 #: Which backends implement each op, fastest first. A new implementation is announced here.
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
-    "localization": ("cpp", "cuda", "eager"),
+    "localization": ("cpp", "cuda", "triton", "eager"),
     "channel_dot": ("cpp", "cuda", "triton", "eager"),
     "class_relation": ("cpp", "cuda", "triton", "eager"),
     "backdoor": ("cpp", "cuda", "triton", "eager"),

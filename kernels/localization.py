@@ -1,0 +1,220 @@
+"""Localization losses with Triton: forward reads the map once, backward writes its gradient once.
+
+The formulas are those of debiaskd/ops/localization.py. A map is cut into bands of up to 32 rows, and these into strips
+of up to 256 columns. A program has a tile of one band, or where maps are narrow of several, of neighbouring maps too:
+
+    _sums                what a tile adds to its map's sums and, for energy, a bit for each pixel: is it positive?
+    _upsampled_sums      the same for a tile of a map that is interpolated on the fly, without bits
+    _finish              losses, and two coefficients a map, from the sums of its tiles
+    _gradient            by the coefficients, and by the bits or the map
+    _upsampled_gradient  gathered into the cells of a small map
+
+Bytes: energy on a map of the boxes' own size reads it in forward and leaves one bit a pixel; backward reads that and
+writes the gradient. The other kinds read the map again in backward. Upsampled maps move hardly any bytes: there the
+floor is the arithmetic of their pixels.
+
+Launches: forward 2; for more than MOST_IMAGES maps 1 more for their sum, and 1 more to count them for the mean.
+Backward 1.
+
+Strides: maps are read in place, 16 bytes at a time where their columns follow each other and rows begin at multiples of
+16 bytes. Boxes are copied if they are not contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .coverage import Boxes, are_annotated, cover, is_covered
+from .launch import launch
+from .layout import Map, Values, multiple
+from .localization_finish import finish
+from .localization_tiles import ENERGY, add_pixels, cut, factors_of, pixel_gradients, tile_of
+from .localization_upsampled import upsampled_gradient, upsampled_sums
+from .precision import accumulator, narrow, widen
+from .sums import NONE
+
+
+@triton.jit
+def _pixels(maps, images, rows, cols, VECTOR: tl.constexpr):
+    """Pointers to the pixels of a tile. Where VECTOR is not 1, the last stride is, and others are multiples of it."""
+    offset = (images * multiple(maps.strides[0], VECTOR))[:, None] + rows * multiple(maps.strides[1], VECTOR)
+    return maps.data + (offset[:, :, None] + cols[None, None, :] * maps.strides[2])
+
+
+@triton.jit
+def _inside(tiles, images, rows, cols, VECTOR: tl.constexpr):
+    """Which pixels of a tile there are, in images that are there."""
+    return (images[:, None] & (rows < tiles.height))[:, :, None] & (cols < multiple(tiles.width, VECTOR))[None, None, :]
+
+
+@triton.jit
+def _words(positive, tiles, images, there, rows, left, COLS: tl.constexpr):
+    """Pointers to the words that hold a bit for each pixel of a tile, and which of them there are."""
+    words = (tiles.width + 31) // 32
+    word = left // 32 + tl.arange(0, COLS // 32)
+    there = (there[:, None] & (rows < tiles.height))[:, :, None] & (word < words)[None, None, :]
+    row = (images * tiles.height)[:, None] + rows
+    return positive + ((row * words)[:, :, None] + word[None, None, :]), there
+
+
+@triton.jit
+def _packed(bits):
+    shape: tl.constexpr = bits.shape
+    places = tl.arange(0, 32)[None, None, None, :]
+    bits = tl.reshape(bits.to(tl.int32), [shape[0], shape[1], shape[2] // 32, 32])
+    return tl.sum(bits << places, 3).to(tl.int32)
+
+
+@triton.jit
+def _unpacked(words):
+    shape: tl.constexpr = words.shape
+    places = tl.arange(0, 32)[None, None, None, :]
+    return tl.reshape((words[:, :, :, None] >> places) & 1, [shape[0], shape[1], shape[2] * 32])
+
+
+@triton.jit(do_not_specialize=("images",))
+def _sums(
+    maps,
+    boxes,
+    partial,
+    positive,  # None where nobody asked for it
+    images,
+    tiles,
+    KIND: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BANDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    dtype: tl.constexpr = partial.dtype.element_ty
+    image, tops, rows, left = tile_of(tiles, BANDS, ROWS, COLS)
+    cols = left + tl.arange(0, COLS)
+    counted = are_annotated(boxes, image, images)
+    pixels = tl.zeros([BANDS, ROWS, COLS], dtype)
+    if tl.max(counted.to(tl.int32), 0) > 0:
+        mask = _inside(tiles, counted, rows, cols, VECTOR)
+        pixels = widen(tl.load(_pixels(maps, image, rows, cols, VECTOR), mask=mask, other=0), dtype)
+        covered = is_covered(cover(boxes, image, counted, tops, cols), ROWS)
+        add_pixels(pixels, covered, mask, counted, partial, tiles, KIND)
+    if positive is not None:
+        # Nobody reads those of a map that is not annotated, but an output is never left unwritten.
+        place, there = _words(positive, tiles, image, image < images, rows, left, COLS)
+        tl.store(place, _packed(pixels > 0), mask=there)
+
+
+@triton.jit(do_not_specialize=("images",))
+def _gradient(
+    maps,  # None where their bits say all
+    positive,
+    boxes,
+    coefficients,
+    upstream,
+    gradient,
+    images,
+    tiles,
+    KIND: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BANDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    dtype: tl.constexpr = coefficients.dtype.element_ty
+    image, tops, rows, left = tile_of(tiles, BANDS, ROWS, COLS)
+    cols = left + tl.arange(0, COLS)
+    counted = are_annotated(boxes, image, images)
+    values = tl.zeros([BANDS, ROWS, COLS], dtype)
+    if tl.max(counted.to(tl.int32), 0) > 0:
+        if maps is None:
+            place, there = _words(positive, tiles, image, counted, rows, left, COLS)
+            pixels = _unpacked(tl.load(place, mask=there, other=0)).to(dtype)
+        else:
+            there = _inside(tiles, counted, rows, cols, VECTOR)
+            pixels = widen(tl.load(_pixels(maps, image, rows, cols, VECTOR), mask=there, other=0), dtype)
+        within, beyond = factors_of(coefficients, upstream, image, counted)
+        covered = is_covered(cover(boxes, image, counted, tops, cols), ROWS)
+        values = pixel_gradients(pixels, covered, within, beyond, KIND)
+    place = _pixels(gradient, image, rows, cols, VECTOR)
+    mask = _inside(tiles, image < images, rows, cols, VECTOR)
+    tl.store(place, narrow(values, gradient.data.dtype.element_ty), mask=mask)
+
+
+# ---- the functions of csrc/schema.cpp ----
+
+
+def localization(
+    attribution: Tensor,
+    coords: Tensor,
+    offsets: Tensor,
+    annotated: Tensor,
+    kind: int,
+    height: int,
+    width: int,
+    reduction: int,
+    with_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, own = attribution.shape[0], attribution.shape[1:] == (height, width)
+    dtype = accumulator(attribution.dtype)
+    loss = attribution.new_empty((images,) if reduction == NONE else (), dtype=dtype)
+    coefficients = attribution.new_empty((images if with_state else 0, 2), dtype=dtype)
+    bits = (images, height, triton.cdiv(width, 32)) if with_state and kind == ENERGY.value and own else (0,)
+    positive = attribution.new_empty(bits, dtype=torch.int32)
+    if images == 0:
+        return loss.zero_(), coefficients, positive
+    boxes = Boxes.of(coords, offsets, annotated)
+    if own:
+        tiles, programs, size = cut(images, height, width)
+        partial = loss.new_empty((images * tiles.parts, 2))
+        maps = Map(attribution, attribution.stride())
+        arguments = (maps, boxes, partial, positive if positive.numel() else None, images, tiles)
+        vector = _vector(attribution, width)
+        launch(_sums, programs, loss, *arguments, KIND=kind, VECTOR=vector, **size, warps=8)
+    else:
+        tiles, partial = upsampled_sums(attribution, boxes, kind, height, width, loss)
+    finish(partial, boxes, kind, reduction, loss, coefficients if with_state else None, tiles)
+    return loss, coefficients, positive
+
+
+def localization_backward(
+    grad_output: Tensor,
+    attribution: Tensor | None,
+    coords: Tensor,
+    offsets: Tensor,
+    annotated: Tensor,
+    coefficients: Tensor,
+    positive: Tensor,
+    kind: int,
+    height: int,
+    width: int,
+    map_height: int,
+    map_width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    images = annotated.shape[0]
+    gradient = coefficients.new_empty((images, map_height, map_width), dtype=dtype)
+    if images == 0:
+        return gradient
+    boxes, upstream = Boxes.of(coords, offsets, annotated), Values.of(grad_output)
+    if attribution is not None and (map_height, map_width) != (height, width):
+        upsampled_gradient(attribution, boxes, coefficients, upstream, kind, height, width, gradient)
+        return gradient
+    maps, vector = None, _vector(gradient, width)
+    if attribution is not None and positive.numel() == 0:
+        maps, vector = Map(attribution, attribution.stride()), math.gcd(vector, _vector(attribution, width))
+    tiles, programs, size = cut(images, height, width)
+    bits = positive if maps is None else None
+    to = Map(gradient, gradient.stride())
+    arguments = (maps, bits, boxes, coefficients, upstream, to, images, tiles)
+    launch(_gradient, programs, gradient, *arguments, KIND=kind, VECTOR=vector, **size, warps=8)
+    return gradient
+
+
+def _vector(maps: Tensor, width: int) -> int:
+    """How many pixels of a row lie side by side wherever one of 16 bytes begins; 1 where rows do not begin there."""
+    if maps.stride(2) != 1:
+        return 1
+    return math.gcd(16 // maps.itemsize, width, maps.stride(1), maps.stride(0) if maps.shape[0] > 1 else 0)
