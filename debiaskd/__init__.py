@@ -7,6 +7,7 @@ Fast losses for the loop you have (`feature_match_loss`, `localization_loss`), o
 """
 
 from debiaskd.boxes import Boxes, collate
+from debiaskd.guide import Guide, Guided
 from debiaskd.losses import (
     BackdoorLogits,
     ChannelDot,
@@ -40,6 +41,8 @@ __all__ = [
     "ErrorSetWarning",
     "FeatureMatchLoss",
     "FrozenTeacher",
+    "Guide",
+    "Guided",
     "KdLoss",
     "LocalizationLoss",
     "Transplanted",

@@ -145,6 +145,14 @@ class Boxes:
         checks.same_device("target", target, "boxes", self.coords)
         return self._keep(self.labels == target[self.image_ids()])
 
+    def annotated_where(self, where: Tensor) -> Boxes:
+        """Annotation kept for the images where bool [N] holds; of the others nothing is known any more."""
+        if checks.tensor("where", where).dtype != torch.bool:
+            raise TypeError(f"where must be torch.bool, got {where.dtype}")
+        checks.shape("where", where, "[N]", [len(self)])
+        checks.same_device("where", where, "boxes", self.coords)
+        return self._trusted(self.coords, self.offsets, self.labels, self.annotated & where)
+
     def _keep(self, keep: Tensor) -> Boxes:
         """Boxes that are not kept disappear; on an accelerator they become empty instead, since counting what
         remains would wait for the device."""

@@ -168,7 +168,7 @@ def cut(role: str, model: object, layer: str | None = None, example: Tensor | No
     uses = Uses()
     with torch.no_grad(), uses:
         images, raw = _trial(role, body.eval(), example)
-        body.layout = _layout(role, model, raw, images)
+        body.layout = layout_of(role, model, raw, images)
         expected = body.layout.to_map(raw, images)
     if not bool(torch.isfinite(expected).all()):
         raise ValueError(f"{role} must give a finite feature map, got NaN or infinity on random input")
@@ -229,7 +229,7 @@ def _inputs(model: nn.Module, example: Tensor | None) -> Iterator[Tensor]:
         yield torch.randn(1, channels, *size, generator=generator).to(like)
 
 
-def _layout(role: str, model: nn.Module, raw: Tensor, images: Tensor) -> Layout:
+def layout_of(role: str, model: nn.Module, raw: Tensor, images: Tensor) -> Layout:
     if raw.dim() == 4:
         first, second, third = raw.shape[1:]
         named = third == getattr(model, "num_features", None) != first

@@ -1,4 +1,4 @@
-"""One training step of a small student with every loss: what test_distributed.py runs on each of several ranks."""
+"""One training step of a small student, with every loss or guided: what test_distributed.py runs on several ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import debiaskd as dk
+from debiaskd.models import SmallNet
 
 
 class Student(nn.Module):
@@ -47,17 +48,37 @@ def loss(student: nn.Module, rank: int) -> torch.Tensor:
     )
 
 
+def guided_loss(student: nn.Module, rank: int) -> torch.Tensor:
+    """At the image and in the middle by gradients, where the graph is of second order; at the end in closed form."""
+    pictures, _, labels = batch(rank)
+    boxes = dk.Boxes.from_lists([[[1, 2, 6, 9]], [], None, [[0, 0, 3, 3], [2, 2, 9, 9]]] * 2)
+    total = torch.zeros(())
+    for layer in ("Input", "body.conv1", "Final"):
+        logits, loss, _ = dk.Guide(student, layer)(pictures, labels, boxes)
+        total = total + loss + nn.functional.cross_entropy(logits, labels)
+    return total
+
+
 def make_student() -> Student:
     torch.manual_seed(0)
     return Student()
 
 
-def run(rank: int, ranks: int, folder: str) -> None:
+def make_guided() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallNet((4, 6), (1, 2), 4).eval()  # batch norm in training knows of its own rank alone
+
+
+TASKS = {"losses": (make_student, loss), "guided": (make_guided, guided_loss)}
+
+
+def run(rank: int, ranks: int, folder: str, task: str) -> None:
+    make, task_loss = TASKS[task]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     try:
-        student = nn.parallel.DistributedDataParallel(make_student())
-        loss(student, rank).backward()
+        student = nn.parallel.DistributedDataParallel(make())
+        task_loss(student, rank).backward()
         torch.save([p.grad for p in student.parameters()], f"{folder}/rank{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()

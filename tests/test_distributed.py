@@ -11,12 +11,14 @@ needs_gloo = pytest.mark.skipif(
 
 
 @needs_gloo
-def test_gradients_are_averaged_over_ranks(tmp_path):
-    torch.multiprocessing.spawn(distributed_step.run, args=(RANKS, str(tmp_path)), nprocs=RANKS)
+@pytest.mark.parametrize("task", distributed_step.TASKS)
+def test_gradients_are_averaged_over_ranks(tmp_path, task):
+    torch.multiprocessing.spawn(distributed_step.run, args=(RANKS, str(tmp_path), task), nprocs=RANKS)
+    make, loss = distributed_step.TASKS[task]
     alone = []
     for rank in range(RANKS):
-        student = distributed_step.make_student()
-        distributed_step.loss(student, rank).backward()
+        student = make()
+        loss(student, rank).backward()
         alone.append([p.grad for p in student.parameters()])
     expected = [torch.stack(gradients).mean(0) for gradients in zip(*alone)]
     assert all(gradient.any() for gradient in expected)
