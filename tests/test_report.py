@@ -103,6 +103,18 @@ def test_findings_say_what_came_out(worst, held):
     assert (f"{failed} of 3 checks failed" in report.headline(summaries)) == (failed > 0)
 
 
+@pytest.mark.parametrize(
+    ("energy", "average", "held"),
+    [(60.0, 69.0, [True, True]), (59.9, 69.0, [False, True]), (61.0, 68.9, [True, False])],
+)
+def test_findings_look_at_more_than_the_worst_group(energy, average, held):
+    erm = {**row("erm", 0, 5.0), "energy_in_box": 45.0, "average_accuracy": 70.0}
+    guided = {**row("guided", 0, 5.0), "energy_in_box": energy, "average_accuracy": average}
+    found = report.findings(report.summarize([erm, guided]))
+    assert [finding.held for finding in found] == held
+    assert found[0].text.startswith(f"energy in box %: guided {energy} against erm 45.0")
+
+
 class Loads(HTMLParser):
     """Everything that a browser would fetch, and all tags that are open."""
 
