@@ -1,0 +1,146 @@
+"""`python -m bench.guidance`: what guiding a model costs, as ratios to the same training step without guidance.
+
+A step is forward, cross-entropy, backward and SGD, of a ResNet in training mode on random pictures, each with a box.
+Guided, the energy loss of one class an image is added. Steps take turns in a random order each round; what is reported
+are medians of one run, and the bytes that autograd keeps from forward to backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import debiaskd as dk
+from debiaskd.depths import DEPTHS
+
+from . import environment
+
+Step = Callable[[], None]
+
+
+def steps_of(model: nn.Module, images: Tensor, labels: Tensor, boxes: dk.Boxes, paths: int) -> dict[str, Step]:
+    """By name, in the order of the table; each has run twice, so that the closed form is decided on."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step(loss: Callable[[], Tensor]) -> Step:
+        def run() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        return run
+
+    def guided(guide: dk.Guide) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            logits, guidance, _ = guide(images, labels, boxes)
+            return F.cross_entropy(logits, labels) + guidance
+
+        return loss
+
+    def by_autograd(guide: dk.Guide) -> dk.Guide:
+        guide.closed_form = False
+        return guide
+
+    steps = {"unguided": step(lambda: F.cross_entropy(model(images), labels))}
+    for depth in reversed(DEPTHS):
+        if depth == "Final":
+            steps["Final, closed form"] = step(guided(dk.Guide(model, weight=1e-3)))
+        for method in ("input_x_gradient", "grad_cam"):
+            if depth != "Input" or method == "input_x_gradient":
+                guide = by_autograd(dk.Guide(model, depth, method, weight=1e-3))
+                steps[f"{depth}, {method}"] = step(guided(guide))
+    name = f"Mid3, integrated_gradients of {paths}"
+    steps[name] = step(guided(dk.Guide(model, "Mid3", "integrated_gradients", weight=1e-3, steps=paths)))
+    for run in steps.values():
+        run()
+        run()
+    return steps
+
+
+def kept_bytes(step: Step) -> int:
+    """What autograd saves for backward during a step, each piece of memory once."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(seen.values())
+
+
+def measure(name: str, batch: int, size: int, rounds: int, paths: int, device: str) -> dict[str, Any]:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=20).to(device).train()
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.arange(batch, device=device) % 20
+    boxes = dk.Boxes.from_lists([[[size // 8, size // 8, size // 2, size // 2]]] * batch).to(device)
+    steps = steps_of(model, images, labels, boxes, paths)
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    order = list(steps)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for key in order:
+            begin = time.perf_counter()
+            steps[key]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[key].append(time.perf_counter() - begin)
+    base, memory = statistics.median(times["unguided"]), {key: kept_bytes(run) for key, run in steps.items()}
+    rows = [
+        {
+            "step": key,
+            "time": statistics.median(taken) / base,
+            "low": min(taken) / base,
+            "high": max(taken) / base,
+            "kept": memory[key] / memory["unguided"],
+        }
+        for key, taken in times.items()
+    ]
+    return {"model": name, "batch": batch, "size": size, "rounds": rounds, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.guidance", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["resnet18:16", "resnet50:8"], metavar="NAME:BATCH")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--paths", type=int, default=4, help="points of integrated gradients (default 4)")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="where the JSON goes; nothing is written without it")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    results = []
+    for entry in options.models:
+        name, _, batch = entry.partition(":")
+        results.append(measure(name, int(batch or 8), options.size, options.rounds, options.paths, options.device))
+        for row in results[-1]["rows"]:
+            print(f"{name:12} {row['step']:34} {row['time']:6.3f} x time  {row['kept']:6.3f} x kept")
+    if options.out is not None:
+        record = environment.describe(options.device, memory_kept=False)
+        device = record["device"].lower().replace(" ", "-")
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"guidance-{device}-{record['date']}.json"
+        path.write_text(json.dumps({"environment": record, "results": results}, indent=1) + "\n")
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
