@@ -55,7 +55,33 @@ def quickstart_block() -> str:
 def bench_results() -> list[dict[str, Any]]:
     """All benchmark files, the oldest first."""
     files = sorted((ROOT / "bench" / "results").glob("*.json"), key=lambda path: path.stem.split("-", 1)[1])
-    return [json.loads(path.read_text()) for path in files]
+    documents = [json.loads(path.read_text()) for path in files]
+    return [document for document in documents if "cases" in document]
+
+
+def newest(kind: str) -> dict[str, Any]:
+    """What the newest file KIND-DEVICE-DATE.json says."""
+    files = sorted((ROOT / "bench" / "results").glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
+    found: dict[str, Any] = json.loads(files[-1].read_text())
+    return found
+
+
+def guidance_block() -> str:
+    document = newest("guidance")
+    results = document["results"]
+    lines = ["| step | " + " | ".join(f"{r['model']}: time | kept" for r in results) + " |"]
+    lines.append("| --- |" + " ---: | ---: |" * len(results))
+    for rows in zip(*(result["rows"] for result in results)):
+        lines.append(f"| {rows[0]['step']} | " + " | ".join(f"{r['time']:.2f} | {r['kept']:.2f}" for r in rows) + " |")
+    where = document["environment"]
+    sizes = " and ".join(f"{r['batch']}×3×{r['size']}×{r['size']} ({r['model']})" for r in results)
+    lines += [
+        "",
+        f"Training steps as ratios to the unguided one: medians of {results[0]['rounds']} turns each, {sizes}, "
+        f"{where['cpu'] if where['device'] == 'cpu' else where['device']}, {where['threads']} threads, torch "
+        f"{where['torch']}, {where['date']}; `python -m bench.guidance`.",
+    ]
+    return "\n".join(lines)
 
 
 def performance_block() -> str:
@@ -121,6 +147,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "call": call_block,
     "speed": speed_block,
     "performance": performance_block,
+    "guidance": guidance_block,
     **{op: (lambda op=op: op_block(op)) for op in OPS},
 }
 

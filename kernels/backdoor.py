@@ -26,8 +26,6 @@ Strides: everything is read in place. 16 bytes at a time where each of a launch'
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +35,7 @@ from .backdoor_exponents import (
     INFINITY,
     LOWEST,
     Exponents,
+    Logits,
     Matrix,
     inside,
     largest_of,
@@ -51,22 +50,32 @@ from .backdoor_exponents import (
 from .backdoor_products import add_far, multiply, sum_logs
 from .launch import INTERPRETED, launch
 
-OWN_MAXIMA = 256
 ENOUGH_TILES = 128  # of 64 by 64; with fewer, smaller ones keep more of the device busy
 # Terms at a time. Triton's interpreter pays by the operation and not by the element.
 DEPTH = 64 if INTERPRETED else 16
-MAXIMA_ROWS, MAXIMA_COLS = 8, 512
+MAXIMA_ROWS, MAXIMA_COLS = 8, 256
 
 
 @triton.jit
-def _maxima(a, b, t, a_max, b_max, w_max, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _maxima(
+    a,
+    b,
+    t,  # None forward; ALL says so once more, since within an `if` on the device None is no value to every Triton
+    a_max,
+    b_max,
+    w_max,
+    ALL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     program = tl.program_id(0)
     programs = tl.cdiv(a.height, ROWS)
     lines = tl.arange(0, ROWS)
     if program < programs:
         rows = program.to(tl.int64) * ROWS + lines
         maxima_of(a, a_max, rows, True, VECTOR, COLS)
-        if t is not None:
+        if ALL:
             maxima_of(t, w_max, rows, True, VECTOR, COLS)
     else:
         maxima_of(b, b_max, (program - programs).to(tl.int64) * ROWS + lines, True, VECTOR, COLS)
@@ -155,7 +164,8 @@ def _grad_logits(
     g,
     grad_output,
     grad_feature,
-    grad_context,  # None where nobody asked for it
+    grad_context,  # None where nobody asked for it, which BOTH says, too
+    BOTH: tl.constexpr,
     VECTOR: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -174,7 +184,7 @@ def _grad_logits(
         there = inside(p.height, p.width, rows, cols, VECTOR)
         total += read(grad_output, there, rows, cols, 0.0, VECTOR)
         write(grad_feature, total, there, p.width, rows, cols, VECTOR)
-    elif grad_context is not None:
+    elif BOTH:
         lines = tile_at(program - programs, q.width, TILE)
         rows, cols = lines
         total, farthest = multiply(total, -INFINITY, w, None, True, g, None, True, lines, p.height, VECTOR, DEPTH)
@@ -190,53 +200,14 @@ def _grad_logits(
 # ---- the functions of csrc/schema.cpp ----
 
 
-class _Logits:
-    """The op's inputs, and the vectors of maxima that go with them."""
-
-    def __init__(self, a: Tensor, b: Tensor, prior: Tensor) -> None:
-        self.samples, self.classes = a.shape
-        self.strata = b.shape[0]
-        self.a, self.b, self.prior = Matrix.of(a), Matrix.of(b), Matrix.of(prior)
-        self.a_max, self.b_max, self.w_max = (a.new_empty(n) for n in (self.samples, self.strata, self.samples))
-        self.own = self.classes <= OWN_MAXIMA and self.samples > 0 and self.strata > 0
-
-    def p(self) -> Exponents:
-        return Exponents(self.samples, self.classes, plus=self.a, taken=self.a_max)
-
-    def q(self) -> Exponents:
-        return Exponents(self.strata, self.classes, plus=self.b, taken=self.b_max)
-
-    def w(self, norm: Tensor) -> Exponents:
-        minus = Matrix.of(norm)
-        return Exponents(self.samples, self.strata, self.prior, minus, taken=self.w_max, columns=self.b_max)
-
-    def t(self, output: Tensor) -> Exponents:
-        return Exponents(self.samples, self.classes, plus=Matrix.of(output), minus=self.a)
-
-    def g(self, output: Tensor, grad_output: Tensor) -> Exponents:
-        factor = Matrix.of(grad_output)
-        return Exponents(self.samples, self.classes, self.a, Matrix.of(output), added=self.w_max, factor=factor)
-
-    def h(self, norm: Tensor, grad_norm: Tensor) -> Exponents:
-        minus, factor = Matrix.of(norm), Matrix.of(grad_norm)
-        return Exponents(self.samples, self.strata, minus=minus, added=self.a_max, columns=self.b_max, factor=factor)
-
-    def vector(self, *others: Tensor) -> int:
-        """Elements of 16 bytes, where all matrices can be read so many at a time, else 1."""
-        matrices = (self.a, self.b, self.prior, *map(Matrix.of, others))
-        if any(matrix.column != 1 for matrix in matrices):
-            return 1
-        widest = 16 // self.a.data.itemsize
-        return math.gcd(widest, self.classes, self.strata, *(matrix.row for matrix in matrices))
-
-    def find_maxima(self, vector: int, t: Exponents | None) -> None:
-        """Before another launch, unless its programs find those of their own rows."""
-        if self.own:
-            return
-        programs = triton.cdiv(self.samples, MAXIMA_ROWS) + triton.cdiv(self.strata, MAXIMA_ROWS)
-        maxima = (self.a_max, self.b_max, self.w_max)
-        constants = {"VECTOR": vector, "ROWS": MAXIMA_ROWS, "COLS": MAXIMA_COLS}
-        launch(_maxima, programs, self.a_max, self.p(), self.q(), t, *maxima, warps=4, **constants)
+def _find_maxima(logits: Logits, vector: int, t: Exponents | None) -> None:
+    """Before another launch, unless its programs find those of their own rows."""
+    if logits.own:
+        return
+    programs = triton.cdiv(logits.samples, MAXIMA_ROWS) + triton.cdiv(logits.strata, MAXIMA_ROWS)
+    maxima = (logits.a_max, logits.b_max, logits.w_max)
+    constants = {"ALL": t is not None, "VECTOR": vector, "ROWS": MAXIMA_ROWS, "COLS": MAXIMA_COLS}
+    launch(_maxima, programs, logits.a_max, logits.p(), logits.q(), t, *maxima, warps=4, **constants)
 
 
 def _tiles(dtype: torch.dtype, *results: tuple[int, int]) -> tuple[int, dict[str, int]]:
@@ -251,14 +222,14 @@ def _tiles(dtype: torch.dtype, *results: tuple[int, int]) -> tuple[int, dict[str
 
 
 def backdoor(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _Logits(feature_logits, context_logits, log_prior)
+    logits = Logits(feature_logits, context_logits, log_prior)
     samples, strata, classes = logits.samples, logits.strata, logits.classes
     norm = feature_logits.new_empty(samples, strata)
     output = feature_logits.new_empty(samples, classes)
     if output.numel() == 0:
         return output, norm
     p, q, vector = logits.p(), logits.q(), logits.vector()
-    logits.find_maxima(vector, None)
+    _find_maxima(logits, vector, None)
     tiles, constants = _tiles(norm.dtype, (samples, strata))
     parts = norm.new_empty(samples, triton.cdiv(strata, constants["TILE"]))
     maxima = (logits.a_max, logits.b_max)
@@ -278,7 +249,7 @@ def backdoor_backward(
     output: Tensor,
     with_context: bool,
 ) -> tuple[Tensor, Tensor]:
-    logits = _Logits(feature_logits, context_logits, log_prior)
+    logits = Logits(feature_logits, context_logits, log_prior)
     samples, strata, classes = logits.samples, logits.strata, logits.classes
     grad_norm = feature_logits.new_empty(samples, strata)
     grad_feature = feature_logits.new_empty(samples, classes)
@@ -288,12 +259,26 @@ def backdoor_backward(
     p, q, w, t = logits.p(), logits.q(), logits.w(norm), logits.t(output)
     g, h = logits.g(output, grad_output), logits.h(norm, grad_norm)
     vector = logits.vector(norm, output, grad_output)
-    logits.find_maxima(vector, t)
+    _find_maxima(logits, vector, t)
     tiles, constants = _tiles(norm.dtype, (samples, strata))
     maxima = (logits.a_max, logits.b_max, logits.w_max)
     launch(_grad_norm, tiles, norm, g, q, w, p, t, *maxima, grad_norm, OWN=logits.own, VECTOR=vector, **constants)
     results = [(samples, classes), (strata, classes)][: 1 + with_context]
     tiles, constants = _tiles(norm.dtype, *results)
     gradients = (grad_feature, grad_context if with_context else None)
-    launch(_grad_logits, tiles, norm, h, q, p, w, g, Matrix.of(grad_output), *gradients, VECTOR=vector, **constants)
+    launch(
+        _grad_logits,
+        tiles,
+        norm,
+        h,
+        q,
+        p,
+        w,
+        g,
+        Matrix.of(grad_output),
+        *gradients,
+        BOTH=with_context,
+        VECTOR=vector,
+        **constants,
+    )
     return grad_feature, grad_context

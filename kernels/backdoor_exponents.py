@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,15 @@ from .layout import multiple
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 INFINITY = tl.constexpr(float("inf"))
+OWN_MAXIMA = 256  # classes up to which programs find the maxima of their own rows
 
 
 class Matrix(NamedTuple):
-    data: Tensor
-    row: int
-    column: int
+    """Without data it is not there. Whether a tuple is None, not every Triton can tell."""
+
+    data: Tensor | None = None
+    row: int = 0
+    column: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor) -> Matrix:
@@ -26,7 +30,7 @@ class Matrix(NamedTuple):
 
 
 class Exponents(NamedTuple):
-    """exp(plus - minus - taken + added + columns) * factor, [height, width]; what is None is not there.
+    """exp(plus - minus - taken + added + columns) * factor, [height, width]; what has no data is not there.
 
     `taken` and `added` have a number for each row, `columns` for each column. With a factor, what lies beyond
     exp(FARTHEST) counts 0, and is added term by term afterwards.
@@ -34,12 +38,52 @@ class Exponents(NamedTuple):
 
     height: int
     width: int
-    plus: Matrix | None = None
-    minus: Matrix | None = None
+    plus: Matrix = Matrix()
+    minus: Matrix = Matrix()
     taken: Tensor | None = None
     added: Tensor | None = None
     columns: Tensor | None = None
-    factor: Matrix | None = None
+    factor: Matrix = Matrix()
+
+
+class Logits:
+    """The op's inputs, and the vectors of maxima that go with them."""
+
+    def __init__(self, a: Tensor, b: Tensor, prior: Tensor) -> None:
+        self.samples, self.classes = a.shape
+        self.strata = b.shape[0]
+        self.a, self.b, self.prior = Matrix.of(a), Matrix.of(b), Matrix.of(prior)
+        self.a_max, self.b_max, self.w_max = (a.new_empty(n) for n in (self.samples, self.strata, self.samples))
+        self.own = self.classes <= OWN_MAXIMA and self.samples > 0 and self.strata > 0
+
+    def p(self) -> Exponents:
+        return Exponents(self.samples, self.classes, plus=self.a, taken=self.a_max)
+
+    def q(self) -> Exponents:
+        return Exponents(self.strata, self.classes, plus=self.b, taken=self.b_max)
+
+    def w(self, norm: Tensor) -> Exponents:
+        minus = Matrix.of(norm)
+        return Exponents(self.samples, self.strata, self.prior, minus, taken=self.w_max, columns=self.b_max)
+
+    def t(self, output: Tensor) -> Exponents:
+        return Exponents(self.samples, self.classes, plus=Matrix.of(output), minus=self.a)
+
+    def g(self, output: Tensor, grad_output: Tensor) -> Exponents:
+        factor = Matrix.of(grad_output)
+        return Exponents(self.samples, self.classes, self.a, Matrix.of(output), added=self.w_max, factor=factor)
+
+    def h(self, norm: Tensor, grad_norm: Tensor) -> Exponents:
+        minus, factor = Matrix.of(norm), Matrix.of(grad_norm)
+        return Exponents(self.samples, self.strata, minus=minus, added=self.a_max, columns=self.b_max, factor=factor)
+
+    def vector(self, *others: Tensor) -> int:
+        """Elements of 16 bytes, where all matrices can be read so many at a time, else 1."""
+        matrices = (self.a, self.b, self.prior, *map(Matrix.of, others))
+        if any(matrix.column != 1 for matrix in matrices):
+            return 1
+        widest = 16 // self.a.data.itemsize
+        return math.gcd(widest, self.classes, self.strata, *(matrix.row for matrix in matrices))
 
 
 # ---- tiles of matrices ----
@@ -80,9 +124,9 @@ def read(matrix, mask, rows, cols, other: tl.constexpr, VECTOR: tl.constexpr):
 def logs_of(of, rows, cols, VECTOR: tl.constexpr):
     """plus - minus; -inf outside of the matrix."""
     mask = inside(of.height, of.width, rows, cols, VECTOR)
-    if of.plus is None:
+    if of.plus.data is None:
         return -read(of.minus, mask, rows, cols, INFINITY, VECTOR)
-    elif of.minus is None:
+    elif of.minus.data is None:
         return read(of.plus, mask, rows, cols, -INFINITY, VECTOR)
     else:
         plus = read(of.plus, mask, rows, cols, -INFINITY, VECTOR)
@@ -115,7 +159,7 @@ def exponentials(of, of_rows, rows, cols, VECTOR: tl.constexpr):
     """A tile of the matrix, and the logarithms in it, -inf where none could be too large."""
     logs = shifted(of, logs_of(of, rows, cols, VECTOR), of_rows, cols)
     values = tl.exp(logs)
-    if of.factor is not None:
+    if of.factor.data is not None:
         mask = inside(of.height, of.width, rows, cols, VECTOR)
         factor = read(of.factor, mask, rows, cols, 0.0, VECTOR)
         values = tl.where(logs > farthest_log(logs.dtype), 0.0, values * factor)
@@ -151,11 +195,11 @@ def tile_at(index, width, TILE: tl.constexpr):
 @triton.jit
 def largest_of(of, rows, VECTOR: tl.constexpr, COLS: tl.constexpr):
     """The largest logarithm in each row, finite."""
-    largest = tl.full(rows.shape, LOWEST, of.plus.data.dtype.element_ty)
+    largest = tl.full([rows.shape[0], COLS], LOWEST, of.plus.data.dtype.element_ty)
     for begin in range(0, of.width, COLS):
         cols = begin + tl.arange(0, COLS).to(tl.int64)
-        largest = tl.maximum(largest, tl.max(logs_of(of, rows, cols, VECTOR), 1))
-    return largest
+        largest = tl.maximum(largest, logs_of(of, rows, cols, VECTOR))
+    return tl.max(largest, 1)
 
 
 @triton.jit

@@ -51,16 +51,16 @@ def multiply(
 ):
     """total + the product, and the larger of `farthest` and the largest logarithm beside a factor."""
     # Of each row of the matrices as they lie, which few registers hold.
-    across: tl.constexpr = Y_ACROSS if x.factor is None else X_ACROSS
+    across: tl.constexpr = Y_ACROSS if x.factor.data is None else X_ACROSS
     largest = tl.full([DEPTH if across else total.shape[0]], -INFINITY, total.dtype)
     for begin in range(0, terms, DEPTH):
         at = begin + tl.arange(0, DEPTH).to(tl.int64)
         left, left_logs = _side(x, of_x, lines[0], at, X_ACROSS, VECTOR)
         right, right_logs = _side(y, of_y, lines[1], at, Y_ACROSS, VECTOR)
         total = tl.dot(left, tl.trans(right), total, input_precision="ieee", out_dtype=total.dtype)
-        if x.factor is not None:
+        if x.factor.data is not None:
             largest = tl.maximum(largest, tl.max(left_logs, 1))
-        elif y.factor is not None:
+        elif y.factor.data is not None:
             largest = tl.maximum(largest, tl.max(right_logs, 1))
     return total, tl.maximum(farthest, tl.max(largest, 0))
 
@@ -132,7 +132,7 @@ def sum_logs(total, of_rows, of_cols, x, X_ACROSS: tl.constexpr, y, Y_ACROSS: tl
 @triton.jit
 def _side_far(of, of_rows, lines, terms, ACROSS: tl.constexpr):
     """[lines, terms] of the factors of what counted 0 for being too large, and 0 elsewhere. Without a factor, 1."""
-    if of.factor is None:
+    if of.factor.data is None:
         return tl.full([lines.shape[0], terms.shape[0]], 1.0, of.plus.data.dtype.element_ty)
     elif ACROSS:
         return tl.trans(far_factors(of, row_shifts(of, terms), terms, lines))

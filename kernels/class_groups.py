@@ -85,7 +85,11 @@ def _find(labels, classes, samples, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def look(labels, classes, samples):
-    """The class of the sample that has this program's number, and its rank. Leaves them for later launches."""
+    """The class of the sample that has this program's number, and its rank. Leaves them for later launches.
+
+    A class is its first place, its size, and where to find its samples: the rank of each sample of the batch in it, or
+    a pointer to the samples in order.
+    """
     sample = tl.program_id(0)
     i = tl.arange(0, _OWN)
     there = i < samples
@@ -100,22 +104,22 @@ def look(labels, classes, samples):
     tl.store(classes.first + place, first)
     tl.store(classes.size + place, size)
     tl.store(classes.starts + sample.to(tl.int64), ((rank == 0) & (size > 1)).to(tl.int32))
-    return (first, size, classes.order, tl.where(same > 0, tl.cumsum(same, 0) - 1, -1)), rank
+    return (first, size, tl.where(same > 0, tl.cumsum(same, 0) - 1, -1)), rank
 
 
 @triton.jit
 def known(classes, place):
     """The class of the sample at a place, and its rank."""
     first = tl.load(classes.first + place.to(tl.int64))
-    return (first, tl.load(classes.size + place.to(tl.int64)), classes.order, None), place - first
+    return (first, tl.load(classes.size + place.to(tl.int64)), classes.order), place - first
 
 
 @triton.jit
 def members(group, ranks):
     """The samples that have these ranks in a class; those of its size and beyond have sample 0."""
-    first, size, order, found = group
-    if found is None:
-        return tl.load(order + (first + ranks).to(tl.int64), mask=ranks < size, other=0)
+    first, size, found = group
+    if found.dtype.is_ptr():
+        return tl.load(found + (first + ranks).to(tl.int64), mask=ranks < size, other=0)
     else:
         i = tl.arange(0, _OWN)
         return tl.sum(tl.where(found[None, :] == ranks[:, None], i[None, :], 0), 1)
