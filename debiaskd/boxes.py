@@ -104,8 +104,6 @@ class Boxes:
     def _with_coords(self, coords: Tensor) -> Boxes:
         return self._trusted(coords, self.offsets, self.labels, self.annotated)
 
-    # -- the batch --------------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return self.offsets.numel() - 1
 
@@ -139,19 +137,19 @@ class Boxes:
         """Only the boxes whose label is their image's `target`, int64 [N]. Annotation stays as it was."""
         if self.labels is None:
             raise ValueError("for_class needs boxes with labels, got labels=None")
-        if checks.tensor("target", target).dtype != torch.int64:
-            raise TypeError(f"target must be torch.int64, got {target.dtype}")
-        checks.shape("target", target, "[N]", [len(self)])
-        checks.same_device("target", target, "boxes", self.coords)
+        self._check("target", target, torch.int64)
         return self._keep(self.labels == target[self.image_ids()])
 
     def annotated_where(self, where: Tensor) -> Boxes:
         """Annotation kept for the images where bool [N] holds; of the others nothing is known any more."""
-        if checks.tensor("where", where).dtype != torch.bool:
-            raise TypeError(f"where must be torch.bool, got {where.dtype}")
-        checks.shape("where", where, "[N]", [len(self)])
-        checks.same_device("where", where, "boxes", self.coords)
+        self._check("where", where, torch.bool)
         return self._trusted(self.coords, self.offsets, self.labels, self.annotated & where)
+
+    def _check(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
+        if checks.tensor(name, value).dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+        checks.shape(name, value, "[N]", [len(self)])
+        checks.same_device(name, value, "boxes", self.coords)
 
     def _keep(self, keep: Tensor) -> Boxes:
         """Boxes that are not kept disappear; on an accelerator they become empty instead, since counting what
@@ -223,8 +221,6 @@ class Boxes:
         for rows, columns, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
             corners.index_put_((image, rows, columns), one * sign, accumulate=True)
         return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
-
-    # -- where it lies ----------------------------------------------------------------------------------------------
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Boxes:
         labels = None if self.labels is None else function(self.labels)

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from debiaskd import cli_prepare
 from debiaskd.version import __version__
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "debiaskd":
             raise
-        return _fail(f"this command needs {error.name}, which is not installed: pip install 'debiaskd[train]'")
+        extra = "data" if (error.name or "").partition(".")[0] in ("torchdata", "litdata") else "train"
+        return _fail(f"this command needs {error.name}, which is not installed: pip install 'debiaskd[{extra}]'")
     except KeyboardInterrupt:
         _fail("stopped")
         return INTERRUPTED
@@ -85,6 +87,8 @@ def _parser() -> Parser:
     quickstart.add_argument(
         "--seeds", type=_positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s"
     )
+
+    cli_prepare.add(commands)
 
     commands.add_parser("doctor", help="which backend runs each op here, and why not the others")
 
@@ -135,6 +139,19 @@ def _quickstart(options: argparse.Namespace) -> None:
     print(f"{options.out / 'report.html'}\n{options.out / 'results.json'}")
 
 
+def _prepare(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from debiaskd.data import DataError
+
+    try:
+        with _progress(Console(stderr=True)) as progress:
+            lines = cli_prepare.run(options, progress)
+    except DataError as error:
+        raise UsageError(error) from None
+    print("\n".join(lines))
+
+
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     """A bar on a terminal; elsewhere, in a log file say, a line for each thing that begins."""
@@ -177,6 +194,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "quickstart": _quickstart,
+    "prepare": _prepare,
     "doctor": _doctor,
     "bench": _bench,
 }

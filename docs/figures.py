@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench import metrics as bench_metrics  # noqa: E402
 from bench import report as bench_report  # noqa: E402
 from bench.__main__ import OPS  # noqa: E402
 from debiaskd import report  # noqa: E402
@@ -141,6 +142,46 @@ def call_block() -> str:
     return "\n".join(lines)
 
 
+def data_block() -> str:
+    """Reading and preparing, as ratios to decoding the JPEG files."""
+    result = newest("data")
+    where, packed, jpeg = result["environment"], result["packed"], result["jpeg"]["images_per_second"]
+    memory, processes = "pinned" if result["pinned"] else "ordinary", f"{result['workers']} processes"
+    rows = [
+        ("`PackedDataset`, read by the training process, first epoch", packed["first_epoch"]),
+        ("the same, later epochs", packed["images_per_second"]),
+        ("`StreamedDataset` (LitData), read by the training process", result["litdata"]["images_per_second"]),
+        (f"the same with {processes}", result["litdata"]["with_workers"]),
+        (f"`Augment` on {where['device']}: random resized crop, flip, normalisation", result["augment"]["contiguous"]),
+    ]
+    first, last = result["prepare"][0], result["prepare"][-1]
+    return "\n".join(
+        [
+            f"| images a second: shuffled, {result['size']} px, batches of {result['batch']}, {memory} memory | × |",
+            "| --- | ---: |",
+            f"| JPEG files (500×375, {result['jpeg_bytes'] / 1000:.0f} kB) decoded and resized by {processes} | 1 |",
+            *(f"| {name} | {rate / jpeg:.1f} |" for name, rate in rows),
+            "",
+            f"Peak memory of preparing {first['images']:,} and {last['images']:,} images: {first['peak_mb']:.0f} and "
+            f"{last['peak_mb']:.0f} MB, of each worker {first['worker_peak_mb']:.0f} and "
+            f"{last['worker_peak_mb']:.0f} MB.",
+            "",
+            f"{_place(where, where['share_of_others'])}; files in the page cache.",
+        ]
+    )
+
+
+def metrics_block() -> str:
+    document = newest("metrics")
+    others = max(found.get("cpu_share_of_others") or 0 for found in document["metrics"])
+    return f"{bench_metrics.table(document['metrics'])}\n\nMedians; {_place(document['environment'], others)}."
+
+
+def _place(where: dict[str, Any], others: float | None) -> str:
+    busy = f", {others:.0%} of the processor's time taken by others" if others and others >= 0.05 else ""
+    return f"{where['cpu']}, {where['threads']} threads{busy}, torch {where['torch']}, {where['date']}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
     "growth": growth_block,
@@ -148,6 +189,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed": speed_block,
     "performance": performance_block,
     "guidance": guidance_block,
+    "data": data_block,
+    "metrics": metrics_block,
     **{op: (lambda op=op: op_block(op)) for op in OPS},
 }
 

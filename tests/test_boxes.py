@@ -274,3 +274,9 @@ def test_geometry_leaves_the_boxes_themselves_alone():
         assert moved.annotated.tolist() == boxes.annotated.tolist()
         assert len(moved.labels) == len(moved.coords)
     assert as_lists(boxes) == LISTS
+
+
+def test_annotation_can_be_forgotten_and_never_learned():
+    boxes = dk.Boxes.from_lists(LISTS, LABELS).annotated_where(torch.tensor([True, False, True, False]))
+    assert boxes.annotated.tolist() == [True, False, False, False]
+    assert torch.equal(boxes.coords, dk.Boxes.from_lists(LISTS).coords)

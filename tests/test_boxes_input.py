@@ -94,6 +94,8 @@ BAD = [
     (lambda: good[torch.tensor([[0]])], TypeError, "index must hold integers or be bool [N], got torch.int64 [1, 1]"),
     (lambda: good["a"], TypeError, "index must be an integer, a slice, integers or bool [N], got 'a'"),
     (lambda: plain.for_class(torch.zeros(4).long()), ValueError, "for_class needs boxes with labels, got labels=None"),
+    (lambda: good.annotated_where(torch.ones(4)), TypeError, "where must be torch.bool, got torch.float32"),
+    (lambda: good.annotated_where(torch.ones(3).bool()), ValueError, "where must have shape [N]=[4], got [3]"),
     (lambda: good.for_class([0, 0, 0, 0]), TypeError, "target must be a torch.Tensor, got list"),
     (lambda: good.for_class(torch.zeros(4)), TypeError, "target must be torch.int64, got torch.float32"),
     (lambda: good.for_class(torch.zeros(3).long()), ValueError, "target must have shape [N]=[4], got [3]"),

@@ -1,1 +1,28 @@
-"""Data sets, one file each."""
+"""Data sets: pictures with boxes, read fast.
+
+`prepare` decodes a data set once; `PackedDataset` (or, through LitData, `StreamedDataset`) reads what it wrote,
+`loader` makes batches of it, and `Augment` moves pixels and boxes on the device. `digits` draws its own pictures.
+"""
+
+from debiaskd.data.augment import Augment
+from debiaskd.data.batch import Batch, collate
+from debiaskd.data.loading import EpochSampler, loader, open_dataset, set_epoch
+from debiaskd.data.packed import PackedDataset
+from debiaskd.data.preparing import Prepared, prepare
+from debiaskd.data.records import DataError
+from debiaskd.data.streamed import StreamedDataset
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "DataError",
+    "EpochSampler",
+    "PackedDataset",
+    "Prepared",
+    "StreamedDataset",
+    "collate",
+    "loader",
+    "open_dataset",
+    "prepare",
+    "set_epoch",
+]

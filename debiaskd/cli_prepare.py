@@ -1,0 +1,125 @@
+"""`debiaskd prepare`: its options, and what it says when it is done."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from debiaskd.data import Prepared
+
+_SOURCES = {
+    "coco": "COCO 2014, 2017 or alike: SRC/annotations/instances_train2017.json and SRC/train2017/",
+    "voc": "Pascal VOC 2007 or 2012: SRC or SRC/VOCdevkit/VOC2012 with ImageSets, Annotations, JPEGImages",
+    "waterbirds": "Waterbirds: SRC/metadata.csv and its pictures; boxes of CUB-200-2011 if there are any",
+    "folder": "SRC/CLASS/… or SRC/train/CLASS/…, and a CSV file with boxes: path,x0,y0,x1,y1[,label]",
+}
+_KEEP = "keep: like any other; drop: as if it were not annotated; mask: its class counts, its area is to be ignored"
+
+
+def add(commands: Any) -> None:
+    """Adds the command to argparse's subparsers."""
+    prepare = commands.add_parser(
+        "prepare",
+        help="decode a data set once, so that training reads pixels",
+        description="Decodes the pictures of SRC into shards below OUT. Interrupted and started again it goes on; "
+        "shards that are whole are never written again.",
+    )
+    sources = prepare.add_subparsers(
+        dest="source", required=True, metavar="{" + ",".join(_SOURCES) + "}", parser_class=type(prepare)
+    )
+    for name, text in _SOURCES.items():
+        _options(sources.add_parser(name, help=text, description=text), name)
+
+
+def _options(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("src", type=Path, metavar="SRC", help="the data set as it is distributed")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, empty or begun before")
+    parser.add_argument(
+        "--size", type=_positive, default=224, metavar="N", help="side of the stored pictures; default: %(default)s"
+    )
+    parser.add_argument(
+        "--fit",
+        choices=("squash", "pad"),
+        default="squash",
+        help="squash to the square, or keep the shape, centred on black; default: %(default)s",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that decode; default: one for each core"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("npy", "litdata"),
+        default="npy",
+        help="npy: mapped into memory; litdata: streamed, from object stores too; default: %(default)s",
+    )
+    parser.add_argument("--split", action="append", metavar="NAME", help="only this one; may be given several times")
+    parser.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")
+    if source == "coco":
+        parser.add_argument(
+            "--crowd", choices=("keep", "drop", "mask"), default="keep", help=f"boxes of crowds: {_KEEP}"
+        )
+    if source == "voc":
+        parser.add_argument(
+            "--difficult", choices=("keep", "drop", "mask"), default="keep", help=f"difficult objects: {_KEEP}"
+        )
+    if source == "waterbirds":
+        parser.add_argument(
+            "--boxes", type=Path, metavar="DIR", help="CUB's images.txt and bounding_boxes.txt; default: SRC"
+        )
+    if source == "folder":
+        parser.add_argument("--boxes", type=Path, metavar="CSV", help="default: SRC/boxes.csv, if it is there")
+
+
+def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> list[str]:
+    """Does it; returns what is to be printed.
+
+    Raises:
+        as `debiaskd.data.prepare`.
+    """
+    from debiaskd.data import prepare
+
+    own = {name: getattr(options, name) for name in ("crowd", "difficult", "boxes") if hasattr(options, name)}
+    prepared = prepare(
+        options.source,
+        options.src,
+        options.out,
+        size=options.size,
+        fit=options.fit,
+        format=options.format,
+        workers=options.workers or _cores(),
+        splits=options.split,
+        strict=options.strict,
+        progress=progress,
+        **own,
+    )
+    return _summary(prepared, options.out)
+
+
+def _summary(prepared: Prepared, out: Path) -> list[str]:
+    lines = []
+    for name, split in prepared.manifest["splits"].items():
+        skipped = f", {len(split['skipped'])} left out" if split["skipped"] else ""
+        lines.append(f"{name}: {split['count']} pictures, {split['boxes']} boxes{skipped}")
+    lines += prepared.problems.lines()
+    if prepared.problems.found:
+        lines.append(f"all of them: {out / 'problems.txt'}")
+    if prepared.reused:
+        lines.append(f"shards: {prepared.written} written, {prepared.reused} were there already")
+    return [*lines, str(out / "manifest.json")]
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,235 @@
+"""Augmentation of a whole batch where it lies, boxes with pixels, without waiting for the device.
+
+A crop is a window of whole pixels, so that a box's place in it is exact before it is resized; what a box loses by
+rounding is at most half a pixel of the result on each side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from debiaskd import checks
+from debiaskd.boxes import Boxes
+from debiaskd.data.batch import Batch
+
+#: Of ImageNet's pixels in 0..1, what most weights were trained with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TRIES = 10
+
+
+class Augment:
+    """Random resized crop, flip, resize and normalisation of a `Batch` of uint8 pictures, on their device.
+
+    Args:
+        size: side of the result in pixels, or (height, width).
+        flip: mirror each picture left to right with probability one half.
+        crop_scale: smallest and largest share of the picture's area that a random crop takes, such as (0.08, 1);
+            None: no crop.
+        crop_ratio: smallest and largest width / height of the crop.
+        mean, std: of the pixels in 0..1, one number a channel: (pixel / 255 - mean) / std. None: leave 0..1.
+        dtype: of the result.
+        generator: whose device draws the random numbers; None: that device's own. A generator on the CPU draws the
+            same crops for every device.
+
+    Crops are interpolated bilinearly. Where nothing is cropped, a picture of another size is resized with
+    antialiasing. Memory order stays.
+
+    Raises:
+        TypeError, ValueError: arguments out of range.
+
+    Example:
+        >>> pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        >>> batch = Batch(pictures, torch.tensor([0, 1]), Boxes.from_lists([[[4, 4, 20, 20]], None]))
+        >>> made = Augment(24, crop_scale=(0.5, 1))(batch)
+        >>> made.images.shape, made.images.dtype, len(made.boxes)
+        (torch.Size([2, 3, 24, 24]), torch.float32, 2)
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        flip: bool = True,
+        crop_scale: tuple[float, float] | None = None,
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        mean: Sequence[float] | None = MEAN,
+        std: Sequence[float] | None = STD,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        checks.flag("flip", flip)
+        self.size = checks.size("size", (size, size) if isinstance(size, int) else size)
+        self.flip = flip
+        self.crop_scale = None if crop_scale is None else _interval("crop_scale", crop_scale)
+        if self.crop_scale is not None and self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale must lie in (0, 1], got {crop_scale}")
+        self.crop_ratio = _interval("crop_ratio", crop_ratio)
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std must be given together, got mean={mean}, std={std}")
+        self.mean, self.std = mean, std
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        self.dtype, self.generator = dtype, generator
+        self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with images of `dtype` [N,3,*size], and boxes that moved with them.
+
+        Raises:
+            TypeError: `batch` is no `Batch`, or its images are not uint8.
+            ValueError: their shape is not [N,C,H,W].
+        """
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch, got {type(batch).__name__}")
+        images = checks.tensor("images", batch.images)
+        checks.rank("images", images, "[N,C,H,W]")
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images must be torch.uint8, got {images.dtype}")
+        count, _, height, width = images.shape
+        every = [batch.boxes] + ([] if batch.ignore is None else [batch.ignore])
+        order = (
+            torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
+        pixels = images.float()
+        flipped = self._coins(count, images.device) if self.flip else None
+        if self.crop_scale is not None:
+            windows = self._windows(count, height, width, images.device)
+            pixels = crop_resize(pixels, windows, self.size, flipped)
+            every = [crop_resize_boxes(boxes, windows, self.size) for boxes in every]
+        else:
+            if (height, width) != self.size:
+                pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
+                every = [boxes.resize((height, width), self.size) for boxes in every]
+            if flipped is not None:
+                pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
+        if flipped is not None:
+            every = [flip_boxes(boxes, flipped, self.size[1]) for boxes in every]
+        images = self._normalized(pixels).contiguous(memory_format=order)
+        return dataclasses.replace(batch, images=images, boxes=every[0], ignore=every[1] if len(every) > 1 else None)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        if self.mean is None or self.std is None:
+            return (pixels / 255).to(self.dtype)
+        if pixels.device not in self.constants:
+            mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] * 255 for v in (self.mean, self.std))
+            self.constants[pixels.device] = mean, std
+        mean, std = self.constants[pixels.device]
+        if mean.shape[0] not in (1, pixels.shape[1]):
+            raise ValueError(f"images must have {mean.shape[0]} channels, as mean has, got {pixels.shape[1]}")
+        return ((pixels - mean) / std).to(self.dtype)
+
+    def _random(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        drawn_on = device if self.generator is None else self.generator.device
+        return torch.rand(shape, generator=self.generator, device=drawn_on).to(device, non_blocking=True)
+
+    def _coins(self, count: int, device: torch.device) -> Tensor:
+        return self._random((count,), device) < 0.5
+
+    def _windows(self, count: int, height: int, width: int, device: torch.device) -> Tensor:
+        """int64 [N,4], rows (x0, y0, x1, y1). Of ten sizes drawn the first that fits, else the largest in the middle
+        whose shape is allowed."""
+        assert self.crop_scale is not None
+        (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
+        drawn = self._random((count, 2 * _TRIES + 2), device)
+        area = height * width * (low + (high - low) * drawn[:, :_TRIES])
+        ratio = (math.log(narrow) + (math.log(wide) - math.log(narrow)) * drawn[:, _TRIES : 2 * _TRIES]).exp()
+        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)
+        found = fits.gather(1, first)[:, 0]
+        shape = min(max(width / height, narrow), wide)
+        whole_w, whole_h = max(1, min(width, round(height * shape))), max(1, min(height, round(width / shape)))
+        w = torch.where(found, w.gather(1, first)[:, 0], float(whole_w))
+        h = torch.where(found, h.gather(1, first)[:, 0], float(whole_h))
+        room_x, room_y = width - w, height - h
+        x = torch.where(found, (drawn[:, -2] * (room_x + 1)).floor().minimum(room_x), (room_x / 2).floor())
+        y = torch.where(found, (drawn[:, -1] * (room_y + 1)).floor().minimum(room_y), (room_y / 2).floor())
+        return torch.stack([x, y, x + w, y + h], 1).long()
+
+
+def crop_resize(images: Tensor, windows: Tensor, size: tuple[int, int], flipped: Tensor | None = None) -> Tensor:
+    """Every picture's window, resized bilinearly and, where `flipped`, mirrored.
+
+    Args:
+        images: floating point [N,C,H,W].
+        windows: integers [N,4], rows (x0, y0, x1, y1) within the picture, at least a pixel large.
+        size: (height, width) of the result.
+        flipped: bool [N], or None.
+
+    Returns:
+        [N,C,*size].
+    """
+    height, width = images.shape[2:]
+    (x, left), (y, top) = (_samples(windows, axis, size[1 - axis]) for axis in (0, 1))
+    if flipped is not None:
+        x = torch.where(flipped[:, None], x.flip(1), x)
+    # A window's edge is where the picture ends: what lies beyond must not shine in.
+    x = x.clamp(left[0][:, None] + 0.5, left[1][:, None] - 0.5) * (2 / width) - 1
+    y = y.clamp(top[0][:, None] + 0.5, top[1][:, None] - 0.5) * (2 / height) - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], -1)
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+
+
+def _samples(windows: Tensor, axis: int, steps: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    start, end = windows[:, axis].float(), windows[:, axis + 2].float()
+    centres = (torch.arange(steps, device=windows.device) + 0.5) / steps
+    return start[:, None] + (end - start)[:, None] * centres, (start, end)
+
+
+def crop_resize_boxes(boxes: Boxes, windows: Tensor, size: tuple[int, int]) -> Boxes:
+    """The boxes as `crop_resize` shows them: clipped to the window, and gone where they lie outside of it.
+
+    On an accelerator they become empty rather than being taken out, as by `Boxes.crop`. A box that covers some of the
+    window keeps at least a pixel.
+
+    Args:
+        boxes: of N pictures.
+        windows, size: as for `crop_resize`.
+
+    Raises:
+        ValueError: not one window a picture.
+    """
+    checks.shape("windows", windows, "[N,4]", [len(boxes), 4])
+    mine = windows[boxes.image_ids()].long()
+    begin, extent = mine[:, :2], mine[:, 2:] - mine[:, :2]
+    coords = boxes.coords.long()
+    start = (coords[:, :2] - begin).clamp(min=0).minimum(extent)
+    end = (coords[:, 2:] - begin).clamp(min=0).minimum(extent)
+    seen = (end > start).all(1)
+    target = torch.tensor([size[1], size[0]], device=coords.device)
+    # Rounded to the nearest edge in whole numbers: exact, and alike on every device.
+    first = torch.div(2 * start * target + extent, 2 * extent, rounding_mode="floor").minimum(target - 1)
+    last = torch.div(2 * end * target + extent, 2 * extent, rounding_mode="floor").maximum(first + 1)
+    return _kept(boxes, torch.cat([first, last], 1).to(torch.int32), seen)
+
+
+def flip_boxes(boxes: Boxes, flipped: Tensor, width: int) -> Boxes:
+    """Mirrored in pictures `width` pixels wide where `flipped`, bool [N]."""
+    checks.shape("flipped", flipped, "[N]", [len(boxes)])
+    x0, y0, x1, y1 = boxes.coords.unbind(1)
+    mirrored = torch.stack([width - x1, y0, width - x0, y1], 1)
+    coords = torch.where(flipped[boxes.image_ids()][:, None], mirrored, boxes.coords)
+    return Boxes(coords, boxes.offsets, boxes.labels, boxes.annotated)
+
+
+def _kept(boxes: Boxes, coords: Tensor, keep: Tensor) -> Boxes:
+    if coords.device.type != "cpu":  # counting what remains would wait for the device
+        return Boxes(coords * keep[:, None], boxes.offsets, boxes.labels, boxes.annotated)
+    before = torch.cat([boxes.offsets.new_zeros(1), keep.cumsum(0)])
+    labels = None if boxes.labels is None else boxes.labels[keep]
+    return Boxes(coords[keep], before[boxes.offsets], labels, boxes.annotated)
+
+
+def _interval(name: str, value: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{name} must be a (smallest, largest) pair, got {value!r}")
+    low, high = (checks.number(name, v, minimum=0, exclusive=True) for v in value)
+    if low > high:
+        raise ValueError(f"{name} must be a (smallest, largest) pair, got {value}")
+    return low, high

@@ -1,0 +1,93 @@
+"""A batch of pictures with all that is known about them, and how one is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiaskd import checks
+from debiaskd.boxes import Boxes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N pictures.
+
+    Attributes:
+        images: [N,3,H,W], uint8 as they are stored, or what augmentation made of them. In the memory order
+            channels-last where they come from `PackedDataset` or `StreamedDataset`.
+        target: int64 [N], or uint8 [N,K] where a picture may show several classes.
+        boxes: of N pictures, in pixels of `images`.
+        groups: int64 [N], or None where there are none.
+        index: int64 [N], each picture's number in its data set, or None.
+        ignore: areas to be left out of any judgement of where the model looks (crowds under `--crowd mask`), or None.
+
+    Example:
+        >>> batch = collate([(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, [[0, 0, 4, 4]])] * 2)
+        >>> len(batch), batch.images.shape, batch.boxes
+        (2, torch.Size([2, 3, 8, 8]), Boxes(2 images, 2 boxes, device=cpu))
+    """
+
+    images: Tensor
+    target: Tensor
+    boxes: Boxes
+    groups: Tensor | None = None
+    index: Tensor | None = None
+    ignore: Boxes | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Also what a DataLoader calls under `pin_memory=True`. Tensors that are pinned already stay as they are."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Any) -> Batch:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
+
+
+def collate(samples: Batch | Sequence[Any]) -> Batch:
+    """`collate_fn` of a DataLoader: what is a `Batch` already passes; else one of samples (image, target, boxes).
+
+    An image is a tensor [3,H,W], the same size in each; a target is an integer, or a tensor [K]; boxes are `Boxes` of
+    one picture, rows (x0, y0, x1, y1) in whole pixels, or None where they are not known.
+
+    Raises:
+        TypeError, ValueError: a sample is something else; names it.
+    """
+    if isinstance(samples, Batch):
+        return samples
+    if not checks.sequence("samples", samples):
+        raise ValueError("samples must hold at least one, got an empty sequence")
+    images, targets, boxes = [], [], []
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, (tuple, list)) or len(sample) != 3:
+            what = f"{len(sample)} parts" if isinstance(sample, (tuple, list)) else type(sample).__name__
+            raise TypeError(f"samples[{i}] must be (image, target, boxes), got {what}")
+        image, target, known = sample
+        checks.rank(f"samples[{i}] image", checks.tensor(f"samples[{i}] image", image), "[3,H,W]")
+        if image.shape != samples[0][0].shape:
+            raise ValueError(
+                f"samples[{i}] image must have the shape of the first, {list(samples[0][0].shape)}, "
+                f"got {list(image.shape)}"
+            )
+        images.append(image)
+        targets.append(checks.convertible(f"samples[{i}] target", target, "an integer or a tensor [K]"))
+        boxes.append(_boxes(f"samples[{i}] boxes", known))
+    return Batch(torch.stack(images), torch.stack(targets), Boxes.cat(boxes))
+
+
+def _boxes(name: str, known: Any) -> Boxes:
+    if not isinstance(known, Boxes):
+        return Boxes.from_lists([known])
+    if len(known) != 1:
+        raise ValueError(f"{name} must be of one picture, got {len(known)}")
+    return known

@@ -1,0 +1,194 @@
+"""DataLoaders for training: which rank reads what, in which order, and how to go on where a run was interrupted."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from debiaskd import checks
+from debiaskd.data import manifest
+from debiaskd.data.batch import collate
+from debiaskd.data.packed import PackedDataset
+from debiaskd.data.streamed import StreamedDataset
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """torch's `DistributedSampler` such that no two ranks get the same picture, and an epoch can be gone on with.
+
+    The order of an epoch depends on `seed` and the epoch (`set_epoch`) alone. Ranks take turns in it. Shuffled, all
+    ranks get equally many, so that up to `world_size - 1` pictures, others in every epoch, are left out; in order,
+    every picture is read exactly once and some ranks may get one fewer.
+
+    Args:
+        dataset: of which only the length counts.
+        shuffle, seed: see above.
+        rank, world_size: who reads, and of how many.
+
+    Raises:
+        TypeError, ValueError: arguments out of range.
+    """
+
+    def __init__(
+        self, dataset: Any, *, shuffle: bool = True, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        checks.flag("shuffle", shuffle)
+        checks.integer("seed", seed)
+        if checks.integer("world_size", world_size) < 1 or not 0 <= checks.integer("rank", rank) < world_size:
+            raise ValueError(f"rank must lie in 0..world_size - 1, got rank={rank}, world_size={world_size}")
+        super().__init__(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
+        self.total = len(dataset)
+        self.position = self.start = 0
+        self.wanted: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Before each epoch. Another one than that of a state that was loaded begins at its beginning."""
+        super().set_epoch(epoch)
+        self.wanted = epoch
+
+    def __len__(self) -> int:
+        world_size, rank = self.num_replicas, self.rank
+        return self.total // world_size if self.shuffle else len(range(rank, self.total, world_size))
+
+    def __iter__(self) -> Iterator[int]:
+        self.position, self.start = self.start, 0
+        # Where torch fills up with pictures of other ranks, what is too much is at the end.
+        for index in list(super().__iter__())[self.position : len(self)]:
+            self.position += 1
+            yield index
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, unless `set_epoch` asked for another epoch.
+
+        Raises:
+            ValueError: it is of another order: seed, number of pictures or ranks differ.
+        """
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"state must be of the same data: it has {key}={state.get(key)!r}, here it is {value!r}"
+                )
+        # A DataLoader calls this only when it begins to iterate: which epoch that is may have been said since.
+        same = self.wanted in (None, state["epoch"])
+        self.epoch = state["epoch"] if self.wanted is None else self.wanted
+        self.position = self.start = state["position"] if same else 0
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "pictures": self.total, "world_size": self.num_replicas, "shuffle": self.shuffle}
+
+
+def loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+    workers: int = 0,
+    drop_last: bool = False,
+    pin_memory: bool | None = None,
+    **options: Any,
+) -> Any:
+    """Batches of a data set: a `PackedDataset`, a `StreamedDataset`, or any that yields (image, target, boxes).
+
+    Call `set_epoch(batches, epoch)` before each epoch; the order depends on seed and epoch alone. `state_dict()` and
+    `load_state_dict()` carry the place within an epoch: the next iteration reads what was left of it or, if another
+    epoch was set, all of that. A `PackedDataset` wants no workers: reading it is copying.
+
+    For a `StreamedDataset` LitData takes the rank from torch.distributed, and the order depends on the numbers of ranks
+    and workers as well.
+
+    Args:
+        dataset: see above; one without `__getitem__` but the streamed one is refused.
+        batch_size: pictures in a batch.
+        shuffle, seed, rank, world_size: see `EpochSampler`; None: those of torch.distributed if it is initialised.
+        workers: processes that read.
+        drop_last: leave out a last batch that is smaller.
+        pin_memory: None: if there is a CUDA device.
+        **options: further ones of torchdata's `StatefulDataLoader` (LitData's `StreamingDataLoader`).
+
+    Returns:
+        torchdata's `StatefulDataLoader`, or LitData's `StreamingDataLoader`.
+
+    Raises:
+        ModuleNotFoundError: torchdata is not installed (`pip install 'debiaskd[data]'`).
+        TypeError, ValueError: arguments out of range.
+
+    Example:
+        >>> pictures = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, None)] * 5
+        >>> [len(batch) for batch in loader(pictures, 2, shuffle=True)]
+        [2, 2, 1]
+    """
+    if checks.integer("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
+    if checks.integer("workers", workers) < 0:
+        raise ValueError(f"workers must be an integer >= 0, got {workers}")
+    checks.flag("drop_last", drop_last)
+    pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+    options |= {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last}
+    if isinstance(dataset, StreamedDataset):
+        if rank is not None or world_size is not None:
+            raise ValueError("rank and world_size are not for a StreamedDataset: LitData asks torch.distributed")
+        from litdata import StreamingDataLoader
+
+        options["drop_last"] = drop_last or None  # by itself LitData knows that ranks need equally many
+        reader = dataset.reader(shuffle=shuffle, seed=seed)
+        return StreamingDataLoader(reader, collate_fn=dataset.collate, pin_memory=pin, **options)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(f"dataset must have __getitem__ and __len__, got {type(dataset).__name__}")
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size must be given together, got rank={rank}, world_size={world_size}")
+    if rank is None or world_size is None:
+        rank, world_size = _distributed()
+    sampler = EpochSampler(dataset, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+    if pin and workers == 0 and isinstance(dataset, PackedDataset):
+        packed = copy.copy(dataset)
+        packed.pin_memory, pin = True, False  # copied once, from the file into pinned memory, rather than twice
+        dataset = packed
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # what torchdata calls, nobody here can help
+        return StatefulDataLoader(dataset, sampler=sampler, collate_fn=collate, pin_memory=pin, **options)
+
+
+def open_dataset(path: Path | str, split: str | None = None, **options: Any) -> PackedDataset | StreamedDataset:
+    """What `debiaskd prepare` wrote into `path`, by whichever class reads its format.
+
+    Args:
+        path, split: see `PackedDataset`.
+        **options: those of the class; annotated_fraction, seed and dilate are the same for both.
+
+    Raises:
+        DataError: as for `PackedDataset`.
+    """
+    format = manifest.read(Path(path))["options"]["format"]
+    return (PackedDataset if format == "npy" else StreamedDataset)(path, split, **options)
+
+
+def set_epoch(batches: Any, epoch: int) -> None:
+    """Say which epoch the next iteration of what `loader` returned is, counted from 0.
+
+    One that was loaded with `load_state_dict` goes on if it is of this epoch, and else begins it.
+    """
+    if checks.integer("epoch", epoch) < 0:
+        raise ValueError(f"epoch must be an integer >= 0, got {epoch}")
+    if isinstance(batches.sampler, EpochSampler):
+        batches.sampler.set_epoch(epoch)
+    elif not (batches.restore and batches.current_epoch == epoch + 1):  # LitData counts from 1 as it begins
+        batches.restore, batches.current_epoch = False, epoch
+
+
+def _distributed() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

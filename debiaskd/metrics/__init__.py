@@ -1,0 +1,67 @@
+"""What is measured, always: accuracies over groups, and how much of an attribution lies on the object.
+
+Functions that take a batch: `group_accuracy`; `energy_in_box`, `energy_pointing_game`, `iou_with_boxes`,
+`box_coverage`, `box_size_bins`.
+
+Metrics that add up batches and ranks, on torchmetrics, which the `train` extra brings and which is imported only when
+one of them is asked for: `EnergyPointingGame`, `BoxIoU`, `MultilabelF1`, `MultilabelMeanAveragePrecision`,
+`GroupAccuracy`.
+
+Accuracies over groups are in percent, 0 to 100. Everything else is a fraction, 0 to 1, as in torchmetrics and as
+`debiaskd.selection` takes it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from debiaskd.metrics.groups import GroupAccuracies, group_accuracy
+from debiaskd.metrics.localization import (
+    box_coverage,
+    box_size_bins,
+    energy_in_box,
+    energy_pointing_game,
+    iou_with_boxes,
+)
+
+if TYPE_CHECKING:
+    from debiaskd.metrics.accumulated import BoxIoU, EnergyPointingGame, GroupAccuracy
+    from debiaskd.metrics.multilabel import MultilabelF1, MultilabelMeanAveragePrecision
+
+__all__ = [
+    "BoxIoU",
+    "EnergyPointingGame",
+    "GroupAccuracies",
+    "GroupAccuracy",
+    "MultilabelF1",
+    "MultilabelMeanAveragePrecision",
+    "box_coverage",
+    "box_size_bins",
+    "energy_in_box",
+    "energy_pointing_game",
+    "group_accuracy",
+    "iou_with_boxes",
+]
+
+_ON_TORCHMETRICS = {
+    "BoxIoU": "accumulated",
+    "EnergyPointingGame": "accumulated",
+    "GroupAccuracy": "accumulated",
+    "MultilabelF1": "multilabel",
+    "MultilabelMeanAveragePrecision": "multilabel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_TORCHMETRICS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_ON_TORCHMETRICS[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torchmetrics":
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs torchmetrics, which is not installed: pip install 'debiaskd[train]'",
+            name="torchmetrics",
+        ) from None

@@ -1,0 +1,102 @@
+"""Multi-label F1 and mean average precision of logits, over many batches and all ranks, as `torchmetrics.Metric`s."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
+
+from debiaskd import checks
+
+
+class MultilabelF1(MultilabelF1Score):
+    """torchmetrics' `MultilabelF1Score` of logits, where a label counts as predicted at `logit >= threshold`.
+
+    torchmetrics itself takes logits for probabilities in any batch whose logits all lie in [0,1], and compares with >.
+
+    Args:
+        num_labels: K >= 2.
+        average: "micro" (over all decisions), "macro", "weighted", or "none" for one F1 a class [K].
+        threshold: of the logits.
+
+    `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.metrics import MultilabelF1
+        >>> metric = MultilabelF1(2)
+        >>> metric.update(torch.tensor([[0.1, -2.0], [0.4, 0.2]]), torch.tensor([[1, 0], [0, 1]]))
+        >>> metric.compute()
+        tensor(0.8000)
+    """
+
+    def __init__(self, num_labels: int, average: str = "micro", threshold: float = 0.0, **kwargs: Any) -> None:
+        checks.option("average", average, ("micro", "macro", "weighted", "none"))
+        self.logit_threshold = checks.number("threshold", threshold)
+        super().__init__(_labels(num_labels), average=average, **kwargs)  # type: ignore[arg-type]
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        targets = _targets(logits, targets, self.num_labels)
+        super().update((logits >= self.logit_threshold).long(), targets)
+
+
+class MultilabelMeanAveragePrecision(MultilabelAveragePrecision):
+    """torchmetrics' `MultilabelAveragePrecision` of logits, exact: the mean of the classes' average precision (mAP).
+
+    torchmetrics itself applies the sigmoid only to batches with a logit outside of [0,1], which mixes two scales; and
+    in float32, where logits above 17 are ties.
+
+    Args:
+        num_labels: K >= 2.
+        average: "macro" (mAP, over classes with a positive sample), "micro", "weighted", or "none" for [K].
+
+    `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions.
+    Every score is kept: 16 bytes a sample and class.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.metrics import MultilabelMeanAveragePrecision
+        >>> metric = MultilabelMeanAveragePrecision(2, average="none")
+        >>> metric.update(torch.tensor([[0.1, 0.3], [0.9, 0.1]]), torch.tensor([[1, 1], [0, 0]]))
+        >>> metric.update(torch.tensor([[3.0, -4.0], [-2.0, -5.0]]), torch.tensor([[1, 0], [0, 0]]))
+        >>> metric.compute()
+        tensor([0.8333, 1.0000])
+    """
+
+    preds: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, num_labels: int, average: str = "macro", **kwargs: Any) -> None:
+        checks.option("average", average, ("macro", "micro", "weighted", "none"))
+        super().__init__(_labels(num_labels), average=average, **kwargs)  # type: ignore[arg-type]
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        targets = _targets(logits, targets, self.num_labels)
+        super().update(logits.detach().double().sigmoid(), targets)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        # A rank without a sample would send a tensor of another dtype and shape, which gathering does not survive.
+        if not self.preds and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.preds.append(torch.zeros(0, self.num_labels, dtype=torch.float64, device=self.device))
+            self.target.append(torch.zeros(0, self.num_labels, dtype=torch.int64, device=self.device))
+        super().sync(*args, **kwargs)
+
+
+def _labels(num_labels: int) -> int:
+    if checks.integer("num_labels", num_labels) < 2:
+        raise ValueError(f"num_labels must be an integer >= 2, got {num_labels}")
+    return num_labels
+
+
+def _targets(logits: Tensor, targets: Tensor, num_labels: int) -> Tensor:
+    checks.rank("logits", checks.floating("logits", logits), "[N,K]")
+    checks.shape("logits", logits, "[N,K]", [len(logits), num_labels])
+    checks.shape("targets", checks.tensor("targets", targets), "[N,K]", list(logits.shape))
+    if logits.device.type == "cpu":  # elsewhere, looking at values would wait for the device
+        if bool(logits.isnan().any()):
+            raise ValueError("logits must not hold NaN, got NaN")
+        if not bool(((targets == 0) | (targets == 1)).all()):
+            raise ValueError(f"targets must hold 0 and 1 alone, got {targets.unique()[:5].tolist()}")
+    return targets.long()

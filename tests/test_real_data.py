@@ -1,0 +1,64 @@
+"""Preparing and reading real pictures; skipped where they are not at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason="pictures are decoded with pillow")
+
+import data_trees as trees
+
+from debiaskd.data import Augment, PackedDataset, collate, prepare
+
+VOC, COCO = trees.SHARED / "voc2012_sample", trees.SHARED / "coco64"
+
+
+@pytest.mark.skipif(not VOC.is_dir(), reason=f"no real pictures at {VOC}")
+def test_voc(tmp_path: Path) -> None:
+    prepared = prepare("voc", VOC, tmp_path / "out", size=96, shard_size=40)
+    assert prepared.problems.found == {}
+    data = PackedDataset(tmp_path / "out", verify=True)
+    assert len(data) == 100
+    assert data.boxes.coords.shape == (273, 4)
+    assert len(data.classes) == 20
+    # Every class of a picture has a box, and every box some area within the picture.
+    assert data.boxes.labels is not None
+    assert ((data.boxes.coords >= 0) & (data.boxes.coords <= 96)).all()
+    assert (data.boxes.coords[:, 2:] > data.boxes.coords[:, :2]).all()
+    for i in range(100):
+        labels = data.boxes[i].labels
+        assert labels is not None
+        assert data.target[i].nonzero()[:, 0].tolist() == sorted(set(labels.tolist()))
+    batch = data.__getitems__(range(64))
+    made = Augment(64, crop_scale=(0.3, 1), generator=torch.Generator().manual_seed(0))(batch)
+    assert made.images.isfinite().all()
+    assert 0 < len(made.boxes.coords) <= len(batch.boxes.coords)
+    dropped = prepare("voc", VOC, tmp_path / "dropped", size=8, difficult="drop")
+    assert dropped.manifest["splits"]["trainval"]["boxes"] == 273 - 38
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason=f"no real pictures at {COCO}")
+def test_coco(tmp_path: Path) -> None:
+    document = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
+    prepared = prepare("coco", COCO, tmp_path / "out", size=96, crowd="mask")
+    assert prepared.problems.found == {}
+    data = PackedDataset(tmp_path / "out", verify=True)
+    assert len(data) == 64
+    assert len(data.classes) == 80
+    assert data.ignore is not None
+    assert len(data.ignore.coords) == 13
+    assert len(data.boxes.coords) == 565 - 13
+    shown: dict[Any, set[str]] = {}
+    names = {entry["id"]: entry["name"] for entry in document["categories"]}
+    for entry in document["annotations"]:
+        shown.setdefault(entry["image_id"], set()).add(names[entry["category_id"]])
+    for i, image in enumerate(document["images"]):
+        classes = {data.classes[k] for k in data.target[i].nonzero()[:, 0].tolist()}
+        assert classes == shown.get(image["id"], set())
+    assert data.paths() == [image["file_name"] for image in document["images"]]
+    assert len(collate(data.__getitems__(range(64)))) == 64
