@@ -15,8 +15,9 @@ ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-fil
 quickstart: $(VENV)/.train
 	$(BIN)/debiaskd quickstart --out quickstart-out
 
+# CUDA sources on the CPU are tested under sanitizers, by `make sanitize`.
 test: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) -m "not cuda_on_cpu"
 
 bench: $(VENV)/.dev
 	$(BIN)/debiaskd bench

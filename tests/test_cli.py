@@ -126,11 +126,18 @@ def test_doctor_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -
     assert re.search(rf"feature_match\s+{chosen}\n", out)
 
 
+def interruptible() -> None:
+    """What was started in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_leaves_nothing_and_exits_130(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the quickstart needs the train extra")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "debiaskd.cli", "quickstart", "--out", str(out), "--seeds", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     assert process.stderr is not None
     # Libraries may warn of the machine while they are imported, before the command has begun.
     first = next((line for line in process.stderr if " % " in line), "")

@@ -230,7 +230,12 @@ def test_ctrl_c_stops_all_processes_and_leaves_nothing_unfinished(tmp_path: Path
     script.write_text(code)
     command = [sys.executable, str(script), "prepare", "coco", str(src), str(out), "--size", "16", "--workers", "2"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
     )
     assert process.stderr is not None
     first = next((line for line in process.stderr if " % " in line), "")
