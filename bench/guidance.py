@@ -49,7 +49,7 @@ def steps_of(model: nn.Module, images: Tensor, labels: Tensor, boxes: dk.Boxes, 
         return loss
 
     def by_autograd(guide: dk.Guide) -> dk.Guide:
-        guide.closed_form = False
+        guide.use_gradients()
         return guide
 
     steps = {"unguided": step(lambda: F.cross_entropy(model(images), labels))}

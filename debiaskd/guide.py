@@ -70,9 +70,6 @@ class Guide:
         reduction: "mean" over annotated images, or "sum", as the public code of the paper has it.
         steps: of integrated gradients.
 
-    Attributes:
-        closed_form: whether the closed form is used; None until a batch has decided.
-
     B-cos and integrated gradients run the model again, with batch norm's statistics left alone. Random layers (dropout)
     draw anew then.
 
@@ -116,9 +113,21 @@ class Guide:
                 pass
         self.model, self.layer, self.attribution, self.kind = model, layer, attribution, loss
         self.weight, self.reduction, self.steps = checks.number("weight", weight, minimum=0), reduction, steps
-        self.closed_form: bool | None = False if layer == "Input" or attribution == "bcos" else None
         self._depth: Depth | None = None
-        self._classifier: nn.Linear | None = None
+        #: Decided in training and in evaluation apart, since dropout differs.
+        self._classifiers: dict[bool, nn.Linear | None] = {}
+        if layer == "Input" or attribution == "bcos":
+            self.use_gradients()
+
+    @property
+    def closed_form(self) -> bool | None:
+        """Whether the closed form is used in the mode that the model is in; None until a batch has decided."""
+        mode = self.model.training
+        return self._classifiers[mode] is not None if mode in self._classifiers else None
+
+    def use_gradients(self) -> None:
+        """Never use the closed form."""
+        self._classifiers = {False: None, True: None}
 
     def __call__(self, images: Tensor, target: Tensor, boxes: Boxes) -> Guided:
         """One step: the model runs once, its logits come back together with the guidance loss.
@@ -197,11 +206,11 @@ class Guide:
     def _maps(self, seen: Seen, target: Tensor, create_graph: bool) -> Tensor:
         layout = self._find(seen.images).layout
         feature = layout.to_map(seen.raw, seen.images)
-        if self.closed_form is None and len(feature):
-            self._classifier = self._confirmed_classifier(seen, feature, target)
-            self.closed_form = self._classifier is not None
-        if self._classifier is not None:
-            maps = final_layer_map(feature, self._classifier.weight, target)
+        if self.closed_form is None and bool(feature.any()):  # maps of zeros would confirm whatever is asked
+            self._classifiers[self.model.training] = self._confirmed_classifier(seen, feature, target)
+        classifier = self._classifiers.get(self.model.training)
+        if classifier is not None:
+            maps = final_layer_map(feature, classifier.weight, target)
             return maps.relu() if self.attribution == "grad_cam" else maps
         if self.attribution == "bcos":
             return self._bcos(seen.images, target, create_graph)
@@ -229,7 +238,8 @@ class Guide:
 
     def _bcos(self, images: Tensor, target: Tensor, create_graph: bool) -> Tensor:
         inner = Guide(unwrap(self.model), self.layer, "input_x_gradient")
-        inner.closed_form, inner._depth = False, self._depth
+        inner.use_gradients()
+        inner._depth = self._depth
         with explanation_mode(inner.model), statistics_kept(inner.model), torch.enable_grad():
             seen = inner.watch(images)
             return inner._maps(seen, target, create_graph)

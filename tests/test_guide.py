@@ -94,6 +94,30 @@ def test_a_head_that_is_not_linear_is_noticed():
     assert guide.closed_form is False
 
 
+def test_dropout_is_noticed_though_the_model_was_evaluated_first():
+    model = net()
+    model.forward_head = lambda feature: model.fc(nn.functional.dropout(feature.mean((2, 3)), 0.5, model.training))
+    guide = dk.Guide(model.eval())
+    guide(images(), TARGET, BOXES)
+    assert guide.closed_form
+    model.train()
+    assert guide.closed_form is None
+    guide(images(), TARGET, BOXES)
+    assert guide.closed_form is False
+
+
+def test_maps_of_zeros_decide_nothing():
+    model = net().eval()
+    guide = dk.Guide(model)
+    bias = model.body.bn3.bias.data.clone()
+    model.body.bn3.bias.data.fill_(-1e6)
+    guide(images(), TARGET, BOXES)
+    assert guide.closed_form is None
+    model.body.bn3.bias.data.copy_(bias)
+    guide(images(), TARGET, BOXES)
+    assert guide.closed_form
+
+
 def test_a_transplanted_student_is_guided_by_its_frozen_row():
     teacher, student = SmallNet((8, 12), (2, 2), 3), SmallNet((4, 5), (2, 2), 3)
     model = dk.transplant(teacher, student)
