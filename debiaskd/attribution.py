@@ -182,12 +182,13 @@ def explanation_mode(model: nn.Module) -> Iterator[None]:
             layer.set_explanation_mode(was)  # type: ignore[operator]
 
 
-def draw_target(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_target(labels: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
     """One class an image, uniformly from its positive labels.
 
     Args:
         labels: [N,K], bool or 0 and 1.
         generator: of random numbers, on the device of `labels`; None: the global one.
+        noise: [N,K] uniform in [0,1), to be used instead of drawing any.
 
     Returns:
         int64 [N]; -1 for an image without a positive label.
@@ -203,7 +204,11 @@ def draw_target(labels: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     checks.rank("labels", checks.tensor("labels", labels), "[N,K]")
     # The largest of uniform numbers lies anywhere with the same probability. One draw, and no wait for a device.
-    chance = torch.rand(labels.shape, generator=generator, device=labels.device) + 1
+    if noise is None:
+        noise = torch.rand(labels.shape, generator=generator, device=labels.device)
+    else:
+        checks.shape("noise", checks.floating("noise", noise), "[N,K]", list(labels.shape))
+    chance = noise + 1
     best = (chance * (labels > 0)).max(1)
     return torch.where(best.values > 0, best.indices, -1)
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from debiaskd import cli_prepare
+from debiaskd import cli_prepare, cli_train
 from debiaskd.version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ class UsageError(Exception):
     """Something the user can put right: printed as one line, exit code 2."""
 
 
+class Failure(Exception):  # noqa: N818
+    """Something went wrong that is no mistake of usage: printed as one line, exit code 1."""
+
+
 class Parser(argparse.ArgumentParser):
     """Errors in one line instead of a page of usage."""
 
@@ -39,12 +43,18 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `debiaskd` command; returns its exit code."""
     try:
-        options = _parser().parse_args(arguments)
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and options.command != "train":
+            raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see debiaskd {options.command} --help)")
+        options.overrides = rest
         _check_environment()
         code = _COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Failure as error:
+        _fail(_describe(error))
         return 1
     except (UsageError, OSError) as error:
         return _fail(_describe(error))
@@ -88,6 +98,7 @@ def _parser() -> Parser:
         "--seeds", type=_positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s"
     )
 
+    cli_train.add(commands)
     cli_prepare.add(commands)
 
     commands.add_parser("doctor", help="which backend runs each op here, and why not the others")
@@ -152,6 +163,43 @@ def _prepare(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def _train(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    with _usage_errors():
+        lines = cli_train.train(options, options.overrides, lambda: _progress(Console(stderr=True)))
+    if lines:
+        print("\n".join(lines))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    with _usage_errors():
+        print("\n".join(cli_train.evaluate(options)))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    with _usage_errors():
+        print("\n".join(cli_train.explain(options)))
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What a recipe, a run, data or weights lack is for the user to put right."""
+    from debiaskd.data import DataError
+    from debiaskd.networks import NetworkError
+    from debiaskd.recipe import RecipeError
+    from debiaskd.training.checkpoint import CheckpointError
+    from debiaskd.training.loop import DivergedError
+    from debiaskd.training.run import RunError
+
+    try:
+        yield
+    except (RecipeError, RunError, DataError, NetworkError, CheckpointError) as error:
+        raise UsageError(error) from None
+    except DivergedError as error:
+        raise Failure(error) from None
+
+
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     """A bar on a terminal; elsewhere, in a log file say, a line for each thing that begins."""
@@ -194,6 +242,9 @@ def _print_table(summaries: Sequence[Summary]) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "quickstart": _quickstart,
+    "train": _train,
+    "evaluate": _evaluate,
+    "explain": _explain,
     "prepare": _prepare,
     "doctor": _doctor,
     "bench": _bench,

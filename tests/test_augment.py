@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from debiaskd import Boxes
 from debiaskd.data import Augment, Batch
+from debiaskd.data import augment as augment_module
 from debiaskd.data.augment import crop_resize, crop_resize_boxes, flip_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,9 +177,14 @@ def test_normalisation_and_memory_order() -> None:
     assert Augment(9, dtype=torch.bfloat16, **options)(batch).images.dtype == torch.bfloat16
 
 
+def windows_of(augment: Augment, count: int, height: int, width: int) -> Tensor:
+    drawn = augment._random((count, 2 * augment_module._TRIES + 2), torch.device("cpu"))
+    return augment._windows(drawn, height, width)
+
+
 def test_crops_are_of_the_size_asked_for() -> None:
     augment = Augment(10, crop_scale=(0.25, 0.5), generator=torch.Generator().manual_seed(0))
-    windows = augment._windows(2000, 60, 80, torch.device("cpu"))
+    windows = windows_of(augment, 2000, 60, 80)
     w, h = windows[:, 2] - windows[:, 0], windows[:, 3] - windows[:, 1]
     assert (windows[:, :2] >= 0).all()
     assert (windows[:, 2] <= 80).all() and (windows[:, 3] <= 60).all()
@@ -193,8 +199,8 @@ def test_crops_are_of_the_size_asked_for() -> None:
 
 def test_crop_where_no_shape_fits() -> None:
     augment = Augment(4, crop_scale=(1, 1), crop_ratio=(1, 1))
-    assert augment._windows(3, 10, 40, torch.device("cpu")).tolist() == [[15, 0, 25, 10]] * 3
-    assert augment._windows(1, 1, 1, torch.device("cpu")).tolist() == [[0, 0, 1, 1]]
+    assert windows_of(augment, 3, 10, 40).tolist() == [[15, 0, 25, 10]] * 3
+    assert windows_of(augment, 1, 1, 1).tolist() == [[0, 0, 1, 1]]
 
 
 def test_half_of_the_pictures_are_flipped() -> None:

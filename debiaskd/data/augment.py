@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from debiaskd.data.batch import Batch
 #: Of ImageNet's pixels in 0..1, what most weights were trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TRIES = 10
+
+Random: TypeAlias = Callable[[tuple[int, ...], torch.device], Tensor]
 
 
 class Augment:
@@ -78,8 +81,12 @@ class Augment:
         self.dtype, self.generator = dtype, generator
         self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch, random: Random | None = None) -> Batch:
         """The batch with images of `dtype` [N,3,*size], and boxes that moved with them.
+
+        Args:
+            batch: see above.
+            random: (shape, device) to uniform numbers in [0,1), to be asked instead of the generator.
 
         Raises:
             TypeError: `batch` is no `Batch`, or its images are not uint8.
@@ -97,9 +104,10 @@ class Augment:
             torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
         pixels = images.float()
-        flipped = self._coins(count, images.device) if self.flip else None
+        draw = random or self._random
+        flipped = draw((count,), images.device) < 0.5 if self.flip else None
         if self.crop_scale is not None:
-            windows = self._windows(count, height, width, images.device)
+            windows = self._windows(draw((count, 2 * _TRIES + 2), images.device), height, width)
             pixels = crop_resize(pixels, windows, self.size, flipped)
             every = [crop_resize_boxes(boxes, windows, self.size) for boxes in every]
         else:
@@ -128,15 +136,11 @@ class Augment:
         drawn_on = device if self.generator is None else self.generator.device
         return torch.rand(shape, generator=self.generator, device=drawn_on).to(device, non_blocking=True)
 
-    def _coins(self, count: int, device: torch.device) -> Tensor:
-        return self._random((count,), device) < 0.5
-
-    def _windows(self, count: int, height: int, width: int, device: torch.device) -> Tensor:
+    def _windows(self, drawn: Tensor, height: int, width: int) -> Tensor:
         """int64 [N,4], rows (x0, y0, x1, y1). Of ten sizes drawn the first that fits, else the largest in the middle
         whose shape is allowed."""
         assert self.crop_scale is not None
         (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
-        drawn = self._random((count, 2 * _TRIES + 2), device)
         area = height * width * (low + (high - low) * drawn[:, :_TRIES])
         ratio = (math.log(narrow) + (math.log(wide) - math.log(narrow)) * drawn[:, _TRIES : 2 * _TRIES]).exp()
         w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()

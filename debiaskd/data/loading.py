@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from debiaskd import checks
@@ -29,20 +30,33 @@ class EpochSampler(DistributedSampler[Any]):
         dataset: of which only the length counts.
         shuffle, seed: see above.
         rank, world_size: who reads, and of how many.
+        weights: [N] >= 0 and not all 0; shuffled, an epoch then draws N pictures with replacement, each as often as its
+            weight says. None: each picture once.
 
     Raises:
         TypeError, ValueError: arguments out of range.
     """
 
     def __init__(
-        self, dataset: Any, *, shuffle: bool = True, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Any,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Tensor | None = None,
     ) -> None:
         checks.flag("shuffle", shuffle)
+        if weights is not None:
+            checks.shape("weights", checks.floating("weights", weights), "[N]", [len(dataset)])
+            if not shuffle:
+                raise ValueError("weights must be left out without shuffle, got both")
         checks.integer("seed", seed)
         if checks.integer("world_size", world_size) < 1 or not 0 <= checks.integer("rank", rank) < world_size:
             raise ValueError(f"rank must lie in 0..world_size - 1, got rank={rank}, world_size={world_size}")
         super().__init__(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
-        self.total = len(dataset)
+        self.total, self.weights = len(dataset), weights
         self.position = self.start = 0
         self.wanted: int | None = None
 
@@ -58,9 +72,21 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         self.position, self.start = self.start, 0
         # Where torch fills up with pictures of other ranks, what is too much is at the end.
-        for index in list(super().__iter__())[self.position : len(self)]:
+        for index in self._order()[self.position : len(self)]:
             self.position += 1
             yield index
+
+    def _order(self) -> list[int]:
+        if self.weights is None:
+            return list(super().__iter__())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.multinomial(self.weights, self.total, replacement=True, generator=generator)
+        return drawn[self.rank :: self.num_replicas].tolist()
+
+    def start_at(self, epoch: int, position: int) -> None:
+        """The next iteration reads `epoch`, without the first `position` pictures of this rank."""
+        self.set_epoch(epoch)
+        self.position = self.start = position
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity(), "epoch": self.epoch, "position": self.position}
@@ -96,6 +122,7 @@ def loader(
     workers: int = 0,
     drop_last: bool = False,
     pin_memory: bool | None = None,
+    weights: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """Batches of a data set: a `PackedDataset`, a `StreamedDataset`, or any that yields (image, target, boxes).
@@ -114,6 +141,7 @@ def loader(
         workers: processes that read.
         drop_last: leave out a last batch that is smaller.
         pin_memory: None: if there is a CUDA device.
+        weights: see `EpochSampler`; not for a `StreamedDataset`.
         **options: further ones of torchdata's `StatefulDataLoader` (LitData's `StreamingDataLoader`).
 
     Returns:
@@ -138,6 +166,8 @@ def loader(
     if isinstance(dataset, StreamedDataset):
         if rank is not None or world_size is not None:
             raise ValueError("rank and world_size are not for a StreamedDataset: LitData asks torch.distributed")
+        if weights is not None:
+            raise ValueError("weights are not for a StreamedDataset, which reads in an order of its own")
         from litdata import StreamingDataLoader
 
         options["drop_last"] = drop_last or None  # by itself LitData knows that ranks need equally many
@@ -151,7 +181,7 @@ def loader(
         raise ValueError(f"rank and world_size must be given together, got rank={rank}, world_size={world_size}")
     if rank is None or world_size is None:
         rank, world_size = _distributed()
-    sampler = EpochSampler(dataset, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+    sampler = EpochSampler(dataset, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, weights=weights)
     if pin and workers == 0 and isinstance(dataset, PackedDataset):
         packed = copy.copy(dataset)
         packed.pin_memory, pin = True, False  # copied once, from the file into pinned memory, rather than twice

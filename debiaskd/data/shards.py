@@ -10,9 +10,6 @@ For LitData the shard is `OUT/train/chunk-0-0.bin` with `OUT/train/00000.json`, 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -23,10 +20,15 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from debiaskd.files import TEMPORARY as TEMPORARY
+from debiaskd.files import read_json as read_json
+from debiaskd.files import sha256 as sha256
+from debiaskd.files import sync
+from debiaskd.files import write_json as write_json
+
 FORMAT, VERSION = "debiaskd-packed", 1
 MANIFEST, PLAN, SHARD, INDEX = "manifest.json", "prepare.json", "shard.json", "index.json"
 FORMATS = ("npy", "litdata")
-TEMPORARY = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -149,48 +151,15 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        _sync(path)
+        sync(path)
     write_json(folder / SHARD, {**facts, "files": files})
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Under another name first: who reads `path` finds all of it or the old one."""
-    unfinished = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        unfinished.write_text(json.dumps(document, indent=1) + "\n")
-        _sync(unfinished)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def read_json(path: Path) -> Any:
-    """None if there is no such file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
 
 
 def move(unfinished: Path, final: Path) -> None:
     """A folder or file gets its name once all of it is on the disk."""
-    _sync(unfinished)
+    sync(unfinished)
     os.rename(unfinished, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def clear(folder: Path) -> None:
@@ -200,15 +169,3 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some file systems cannot for folders; a full disk must be heard of
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        with suppress(OSError):
-            os.close(descriptor)

@@ -1,0 +1,122 @@
+"""`debiaskd train`, `evaluate` and `explain`: their options, and what they say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, float], None]
+
+
+def add(commands: Any) -> None:
+    """Adds the three commands to argparse's subparsers."""
+    train = commands.add_parser(
+        "train",
+        help="train the student that a recipe describes",
+        description="Trains what RECIPE.yaml describes, with all that it needs before: teacher, weights, pretraining. "
+        "Interrupted and started again it goes on where it was; finished stages are used again. Whatever a recipe "
+        "says can be said anew: --schedule.epochs 5 --terms.guide.loss l1.",
+    )
+    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    train.add_argument("--out", type=Path, metavar="RUN", help="folder of the run; default: runs/RECIPE")
+    train.add_argument("--print", action="store_true", help="only print the whole recipe, with every default")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a run's student on a split",
+        description="Measures the student that RUN kept on a split of its data, by default the one that the recipe "
+        "calls test, prints the figures and writes RUN/evaluation-SPLIT.json. The threshold of the IoU is the one that "
+        "was best on validation.",
+    )
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument(
+        "--split", metavar="NAME", help='such as "val" or "train[:10%%]"; default: the recipe\'s test'
+    )
+    evaluate.add_argument(
+        "--stage", default="student", metavar="NAME", help="another of the run's models; default: %(default)s"
+    )
+    evaluate.add_argument("--data", metavar="DIR", help="where the prepared data lies now, if it was moved")
+    explain = commands.add_parser(
+        "explain",
+        help="show where a run's student looks",
+        description="Writes pictures with the evidence for a class drawn over them, and their boxes where these are "
+        "known: before guidance (the run's pretraining, or --before) and after it.",
+    )
+    explain.add_argument("run", type=Path, metavar="RUN")
+    explain.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files, or pictures of the run's data such as val:12"
+    )
+    explain.add_argument("--target", metavar="CLASS", help="name or number; default: the label, or what is predicted")
+    explain.add_argument("--before", type=Path, metavar="RUN", help="another run to compare with")
+    explain.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/explanations")
+    explain.add_argument("--data", metavar="DIR", help="where the prepared data lies now, if it was moved")
+
+
+def train(options: argparse.Namespace, overrides: Sequence[str], progress: Callable[[], Any]) -> list[str]:
+    """Does it; returns what is to be printed, nothing on ranks other than the first.
+
+    Raises:
+        RecipeError, RunError, DataError, NetworkError, CheckpointError, DivergedError, OSError: in one line each.
+    """
+    from debiaskd.recipe import read
+
+    recipe = read(options.recipe, overrides)
+    if options.print:
+        from debiaskd.training.run import as_yaml
+
+        return as_yaml(recipe).rstrip().split("\n")
+    from debiaskd.training.fabric import launch
+    from debiaskd.training.stages import Chain
+
+    folder = options.out or Path("runs") / options.recipe.stem
+    fabric = launch(recipe.compute)
+    with progress() if fabric.is_global_zero else _silence() as say:
+        stage = Chain(recipe, folder, fabric, say).student()
+    if not fabric.is_global_zero:
+        return []
+    facts = stage.facts
+    lines = [f"{name}: {value:.4f}" for name, value in facts["figures"].items() if value is not None]
+    kept = f"epoch {facts['epoch'] + 1} of {facts['epochs']}, by {facts['selection']}"
+    return [f"validation figures of {kept}", *lines, str(stage.model)]
+
+
+@contextmanager
+def _silence() -> Iterator[Progress]:
+    yield lambda task, done: None
+
+
+def evaluate(options: argparse.Namespace) -> list[str]:
+    """Does it; returns what is to be printed.
+
+    Raises:
+        as `train`.
+    """
+    from debiaskd.training.evaluation import HEADINGS
+    from debiaskd.training.loaded import evaluate_run
+
+    document, path = evaluate_run(options.run, options.stage, options.split, options.data)
+    figures, headings = document["figures"], dict(HEADINGS)
+    lines = [
+        f"{options.stage} of {options.run}, epoch {document['epoch']}, on {document['split']} ({document['pictures']} pictures)"
+    ]
+    for name, value in figures.items():
+        if value is not None:
+            lines.append(f"{headings.get(name, name):>24} {value:.4f}")
+    return [*lines, str(path)]
+
+
+def explain(options: argparse.Namespace) -> list[str]:
+    """Does it; returns the names of the pictures that were written."""
+    from debiaskd.training.explaining import explain_run
+
+    written = explain_run(
+        options.run,
+        options.images,
+        target=options.target,
+        before=options.before,
+        out=options.out,
+        data=options.data,
+    )
+    return [str(path) for path in written]

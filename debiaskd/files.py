@@ -1,0 +1,78 @@
+"""Files that are whole or not there, and that are still there after the power was cut."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+#: Names that begin so are of files still being written.
+TEMPORARY = ".unfinished-"
+
+
+def write(path: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` writes another file, which gets its name once all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is. Names `path`'s folder.
+    """
+    unfinished = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        fill(unfinished)
+        sync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    sync(path.parent)
+
+
+def write_json(path: Path, document: Any) -> None:
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    def fill(unfinished: Path) -> None:
+        unfinished.write_text(text, encoding="utf-8")
+
+    write(path, fill)
+
+
+def read_json(path: Path) -> Any:
+    """None if there is no such file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot for folders; a full disk must be heard of
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)

@@ -1,0 +1,184 @@
+"""Networks by name, as recipes give them, with their weights.
+
+resnet18              timm
+torchvision/resnet18  torchvision
+bcos/resnet18         the B-cos networks of their authors' package
+small/8,16,32         3×3 convolutions of these widths, each halving the map (`debiaskd.models.SmallNet`)
+cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), without parameters in their shortcuts
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.bias_free import bias_free
+from debiaskd.models import CifarResNet, SmallNet
+
+
+class NetworkError(ValueError):
+    """A name or weights that no network can be made of."""
+
+
+def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
+    """A network with a head for `num_classes`; its random weights come from torch's global generator.
+
+    Raises:
+        NetworkError: no such network, or none that has pretrained weights.
+        ModuleNotFoundError: the package that has it is not installed.
+    """
+    family, slash, rest = name.partition("/")
+    if not slash or family not in _FAMILIES:
+        return _timm(name, num_classes, pretrained)
+    if pretrained and family != "torchvision":
+        raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
+    return _FAMILIES[family](rest, num_classes, pretrained)
+
+
+def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5])
+        raise NetworkError(
+            f"{name}: timm has no such network{f'; it has {near}' if near else ''} "
+            f"(others are named {', '.join(f'{family}/…' for family in _FAMILIES)})"
+        )
+    found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    return found
+
+
+def _torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise NetworkError(f"torchvision/{name}: torchvision has no such classifier")
+    if not pretrained:
+        return models.get_model(name, num_classes=num_classes)  # type: ignore[no-any-return]
+    model: nn.Module = models.get_model(name, weights="DEFAULT")
+    last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, attribute = last.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.Linear(model.get_submodule(last).in_features, num_classes))  # type: ignore[arg-type]
+    return model
+
+
+def _bcos(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    from bcos import models
+
+    for module in ("resnet", "densenet", "vgg", "convnext", "vit"):
+        make = getattr(getattr(models, module, None), name, None)
+        if callable(make):
+            found: nn.Module = make(num_classes=num_classes)
+            return found
+    raise NetworkError(f"bcos/{name}: the bcos package has no such network")
+
+
+def _small(widths: str, num_classes: int, pretrained: bool) -> nn.Module:
+    parts = widths.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise NetworkError(f"small/{widths}: must be widths of convolutions, such as small/8,16,32")
+    return SmallNet([int(part) for part in parts], [2] * len(parts), num_classes)
+
+
+def _cifar(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    depth = name.removeprefix("resnet")
+    if not depth.isdecimal() or (int(depth) - 2) % 6 or int(depth) < 8:
+        raise NetworkError(f"cifar/{name}: must be cifar/resnetD with D = 6n + 2, such as cifar/resnet20")
+    return CifarResNet(int(depth), num_classes)
+
+
+_FAMILIES = {"torchvision": _torchvision, "bcos": _bcos, "small": _small, "cifar": _cifar}
+
+
+def inverse_added(name: str) -> bool:
+    """Whether the network reads six channels, each picture with its inverse, and pixels in 0..1 (B-cos)."""
+    return name.startswith("bcos/")
+
+
+def with_inverse(images: Tensor) -> Tensor:
+    """[N,3,H,W] in 0..1 to [N,6,H,W]."""
+    return torch.cat([images, 1 - images], 1)
+
+
+def prepare(model: nn.Module, size: tuple[int, int], *, x_dnn: bool = False, six: bool = False) -> nn.Module:
+    """Tries the network on pictures of `size` before anything is trained.
+
+    Raises:
+        NetworkError: it does not run on them, or cannot be made bias-free.
+    """
+    example = torch.rand(2, 6 if six else 3, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        if x_dnn:
+            model = bias_free(model, example)
+        mode = model.training
+        with torch.no_grad():
+            logits = model.eval()(example)
+        model.train(mode)
+    except (ValueError, RuntimeError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise NetworkError(
+            f"{type(model).__name__}: does not run on {size[0]}×{size[1]} pictures ({message})"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise NetworkError(f"{type(model).__name__}: must give logits [N,K] for {size[0]}×{size[1]} pictures")
+    return model
+
+
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Into `model`, all of them, from a .safetensors file, a state dict that torch.save wrote (which is loaded without
+    running any code that it might hold), or the folder of a finished run.
+
+    Raises:
+        NetworkError: missing, damaged, or of another network; names the first tensors that do not fit.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "student" / "model.safetensors" if (file / "student").is_dir() else file / "model.safetensors"
+    state = _read(file)
+    own = model.state_dict()
+    wrong = [name for name in {**own, **state} if _shape(own, name) != _shape(state, name)]
+    if wrong:
+        name = wrong[0]
+        raise NetworkError(
+            f"{file}: of another network: {name} is {_shape(state, name)} there and {_shape(own, name)} here"
+            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        )
+    model.load_state_dict(state)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise NetworkError(f"{file}: there is no such file of weights") from None
+    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        message = " ".join(str(error).split())
+        raise NetworkError(f"{file}: neither safetensors nor a state dict without code ({message[:200]})") from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise NetworkError(f"{file}: holds no state dict")
+    return state
+
+
+def _shape(state: dict[str, Any], name: str) -> str:
+    return str(list(state[name].shape)) if name in state else "missing"
+
+
+def save_weights(model: nn.Module, path: Path, about: dict[str, Any]) -> None:
+    """As .safetensors, whose metadata say what it is."""
+    from safetensors.torch import save_file
+
+    # Under one name each: safetensors stores no tensor twice.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"debiaskd": json.dumps(about, sort_keys=True)})

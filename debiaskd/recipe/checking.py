@@ -1,0 +1,166 @@
+"""What a recipe says has to fit together. Everything is refused here, by name, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from debiaskd.recipe.options import Network, Recipe, Schedule, Teacher
+
+OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed."""
+
+
+def check(recipe: Recipe) -> Recipe:
+    """The recipe, if it can be followed.
+
+    Raises:
+        RecipeError: names the key, what was expected, what came.
+    """
+    for problem in _problems(recipe):
+        raise RecipeError(problem)
+    return recipe
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _ranges(recipe)
+    yield from _terms(recipe)
+    yield from _teacher(recipe)
+    yield from _weights(recipe)
+    schedules = {"schedule": recipe.schedule, "pretraining": recipe.pretraining}
+    if recipe.teacher is not None:
+        schedules["teacher.schedule"] = recipe.teacher.schedule
+    for name, schedule in schedules.items():
+        if schedule is not None:
+            yield from _schedule(name, schedule)
+    yield from _network("student", recipe.student)
+    if recipe.compute.compile and recipe.terms.guide is not None:
+        yield "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to"
+    if recipe.pretraining is not None and recipe.transplant is not None:
+        yield "pretraining: a transplanted student has no classifier of its own to be trained on labels first"
+
+
+def _ranges(recipe: Recipe) -> Iterator[str]:
+    data, compute = recipe.data, recipe.compute
+    if not 0 < data.annotated_fraction <= 1:
+        yield f"data.annotated_fraction: must be a share in (0, 1], got {data.annotated_fraction}"
+    least = {
+        "data.size": data.size or 1,
+        "compute.devices": compute.devices,
+        "compute.nodes": compute.nodes,
+        "compute.log_every": compute.log_every,
+        "compute.checkpoint_every": compute.checkpoint_every or 1,
+        "selection.every": recipe.selection.every,
+    }
+    for name, value in least.items():
+        if value < 1:
+            yield f"{name}: must be >= 1, got {value}"
+    for name, number in {"data.dilate": data.dilate, "compute.workers": compute.workers}.items():
+        if number < 0:
+            yield f"{name}: must be >= 0, got {number}"
+    if data.crop_scale is not None and not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        yield f"data.crop_scale: must be (smallest, largest) in (0, 1], got {data.crop_scale}"
+
+
+def _terms(recipe: Recipe) -> Iterator[str]:
+    terms = {name: options for name, options in vars(recipe.terms).items() if options is not None}
+    if not terms:
+        yield f"terms: at least one is needed, of {', '.join(vars(recipe.terms))}"
+    for name, options in terms.items():
+        if options.weight <= 0 or options.start < 0 or options.ramp < 0:
+            yield f"terms.{name}: weight must be > 0, start and ramp >= 0, got {options}"
+        if options.start >= recipe.schedule.epochs:
+            yield f"terms.{name}.start: never comes, there are {recipe.schedule.epochs} epochs; got {options.start}"
+    # Contexts are built in an epoch of which other terms are the loss.
+    counting = [options.start for name, options in terms.items() if name != "backdoor"]
+    if terms and (not counting or min(counting) > 0):
+        yield "terms: none counts in epoch 0; one other than backdoor must have start 0"
+    backdoor, guide = recipe.terms.backdoor, recipe.terms.guide
+    if backdoor is not None and backdoor.start < 1:
+        yield "terms.backdoor.start: must be >= 1, the epoch before it builds the contexts; got 0"
+    if backdoor is not None and not 0 <= backdoor.mix < 1:
+        yield f"terms.backdoor.mix: must lie in [0, 1), got {backdoor.mix}"
+    if guide is None:
+        if recipe.data.annotated_fraction != 1 or recipe.data.dilate:
+            yield "data.annotated_fraction, data.dilate: only terms.guide uses boxes, and there is none"
+        return
+    if guide.steps is not None and guide.attribution != "integrated_gradients":
+        yield f"terms.guide.steps: only for integrated_gradients, got attribution {guide.attribution}"
+    if guide.steps is not None and guide.steps < 1:
+        yield f"terms.guide.steps: must be >= 1, got {guide.steps}"
+
+
+def _teacher(recipe: Recipe) -> Iterator[str]:
+    asking = [name for name in OF_TEACHER if getattr(recipe.terms, name) is not None]
+    teacher = recipe.teacher
+    if teacher is None:
+        if asking or recipe.transplant is not None:
+            what = f"terms.{asking[0]}" if asking else "transplant"
+            yield f"teacher: is needed by {what}"
+        return
+    if not asking and recipe.transplant is None:
+        yield f"teacher: nothing uses it; none of the terms {', '.join(OF_TEACHER)}, and no transplant"
+    if recipe.terms.match is not None and recipe.transplant is None:
+        yield "terms.match: needs transplant, whose projector gives the maps to match"
+    yield from _network("teacher", teacher)
+    yield from _method(teacher)
+
+
+def _method(teacher: Teacher) -> Iterator[str]:
+    method = teacher.method
+    if method == "checkpoint":
+        if teacher.weights is None and not teacher.pretrained:
+            yield "teacher: method checkpoint needs weights or pretrained"
+        if teacher.schedule is not None:
+            yield "teacher.schedule: method checkpoint trains nothing"
+    elif teacher.schedule is None:
+        yield f"teacher.schedule: is needed by method {method}"
+    for key, user in {"up": "jtt", "identification_epochs": "jtt", "step_size": "group_dro"}.items():
+        if getattr(teacher, key) is not None and method != user:
+            yield f"teacher.{key}: only for method {user}, got {method}"
+    if method == "jtt" and teacher.up is None:
+        yield "teacher.up: is needed by method jtt"
+
+
+def _weights(recipe: Recipe) -> Iterator[str]:
+    weights, terms = recipe.weights, recipe.terms
+    used = (terms.match is not None and terms.match.weighted) or (
+        terms.supervised is not None and terms.supervised.weighted
+    )
+    if weights is None:
+        if terms.supervised is not None and terms.supervised.weighted:
+            yield "terms.supervised.weighted: there are no weights"
+        return
+    if not used:
+        yield "weights: no term uses them; terms.match and terms.supervised can, with weighted: true"
+    if weights.method == "groups":
+        for key in ("up", "convention", "epochs"):
+            if getattr(weights, key) is not None:
+                yield f"weights.{key}: only for method errors, got groups"
+    if weights.up is not None and weights.up <= 0:
+        yield f"weights.up: must be > 0, got {weights.up}"
+    if weights.epochs is not None and weights.epochs < 1:
+        yield f"weights.epochs: must be >= 1, got {weights.epochs}"
+
+
+def _network(name: str, network: Network) -> Iterator[str]:
+    if network.pretrained and network.weights is not None:
+        yield f"{name}.pretrained, {name}.weights: only one of them can be begun from"
+
+
+def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
+    for key in ("epochs", "batch", "accumulate"):
+        if getattr(schedule, key) < 1:
+            yield f"{name}.{key}: must be >= 1, got {getattr(schedule, key)}"
+    if schedule.learning_rate <= 0 or schedule.weight_decay < 0 or schedule.warmup < 0:
+        yield f"{name}: learning_rate must be > 0, weight_decay and warmup >= 0, got {schedule}"
+    if (schedule.milestones is not None) != (schedule.shape == "steps"):
+        yield f"{name}.milestones: for shape steps and only for it, got {schedule.milestones} with {schedule.shape}"
+    if schedule.batch % schedule.accumulate:
+        yield f"{name}.batch: must be a multiple of accumulate={schedule.accumulate}, got {schedule.batch}"
+    if schedule.clip is not None and schedule.clip <= 0:
+        yield f"{name}.clip: must be > 0, got {schedule.clip}"
+    if schedule.ema is not None and not 0 < schedule.ema < 1:
+        yield f"{name}.ema: must lie in (0, 1), got {schedule.ema}"

@@ -1,0 +1,231 @@
+"""What a recipe can say, as dataclasses. Their docstrings are the command's help.
+
+None as a default means that the option only applies where something else asks for it; given where it does not apply, it
+is refused (`debiaskd.recipe.checking`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from debiaskd.terms import (
+    BackdoorOptions,
+    GuideOptions,
+    KdOptions,
+    MatchOptions,
+    RelationOptions,
+    SampleOptions,
+    SupervisedOptions,
+)
+
+
+@dataclass
+class Data:
+    """Prepared pictures (`debiaskd prepare`).
+
+    A split is named as it was prepared, "train", or a part of it, "train[:80%]" and "train[80%:]": pictures are taken
+    in a random order that depends on the seed alone.
+
+    Args:
+        path: the folder that was prepared.
+        train, validation: splits.
+        test: what `debiaskd evaluate` measures on, unless it is told otherwise; nothing else looks at it.
+        annotated_fraction: share of the training pictures whose boxes are known.
+        dilate: training boxes are larger by this share of their size on every side.
+        seed: decides which parts of a split, and which annotated pictures, are meant.
+        size: side of the pictures that the networks see; as prepared if it is left out.
+        flip: mirror half of the training pictures.
+        crop_scale: smallest and largest share of its area that a random crop of a training picture takes; no crop if it
+            is left out.
+    """
+
+    path: str
+    train: str = "train"
+    validation: str = "val"
+    test: str = "test"
+    annotated_fraction: float = 1.0
+    dilate: float = 0.0
+    seed: int = 0
+    size: int | None = None
+    flip: bool = True
+    crop_scale: tuple[float, float] | None = None
+
+
+@dataclass
+class Network:
+    """A network.
+
+    Args:
+        name: of timm, "resnet18"; or "torchvision/resnet18", "bcos/resnet18", "small/8,16,32" (convolutions of these
+            widths), "cifar/resnet20".
+        pretrained: begin from the weights that timm, torchvision or bcos know for the name, which they download.
+        weights: begin from these: a .safetensors file, or the folder of a run.
+        bias_free: make it an X-DNN.
+        layer, head: names of its last feature map's module and of its last linear layer, where they are not found.
+    """
+
+    name: str
+    pretrained: bool = False
+    weights: str | None = None
+    bias_free: bool = False
+    layer: str | None = None
+    head: str | None = None
+
+
+@dataclass
+class Schedule:
+    """How long, how fast.
+
+    Args:
+        epochs: over the training pictures.
+        batch: pictures a step, of all processes and accumulated passes together.
+        optimizer: "sgd" has momentum 0.9 and Nesterov's step.
+        learning_rate: the highest.
+        weight_decay: not for biases, norms, and CID's regressor.
+        shape: of the learning rate over the epochs; "steps" multiplies it by 0.1 at `milestones`.
+        milestones: epochs, for "steps" alone.
+        warmup: epochs of linear rise before.
+        accumulate: passes a step.
+        clip: largest norm of the gradient; not clipped if it is left out.
+        ema: decay of a moving average of the weights, which is what is evaluated and saved; none if it is left out.
+    """
+
+    epochs: int = 50
+    batch: int = 64
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    shape: Literal["constant", "cosine", "steps"] = "constant"
+    milestones: list[int] | None = None
+    warmup: int = 0
+    accumulate: int = 1
+    clip: float | None = None
+    ema: float | None = None
+
+
+@dataclass
+class Teacher(Network):
+    """A teacher, and how it comes to be debiased.
+
+    Args:
+        method: "checkpoint": it is given by `weights` or `pretrained`. Trained here on the labels: "erm" plainly;
+            "balanced" with its groups drawn alike; "group_dro"; "jtt", which needs `up`; "dfr", erm with its last
+            layer fitted anew on half of the validation pictures, groups alike.
+        schedule: of its training.
+        up: weight of a briefly trained model's mistakes, for jtt.
+        identification_epochs: of that model, for jtt.
+        step_size: for group_dro; 0.01 if it is left out.
+    """
+
+    method: Literal["checkpoint", "erm", "balanced", "group_dro", "jtt", "dfr"] = "checkpoint"
+    schedule: Schedule | None = None
+    up: float | None = None
+    identification_epochs: int | None = None
+    step_size: float | None = None
+
+
+@dataclass
+class Transplant:
+    """The student gets the teacher's frozen last layer behind a projector.
+
+    Args:
+        projector: see `dk.transplant`.
+    """
+
+    projector: Literal["depthwise", "dense", "linear", "identity"] = "depthwise"
+
+
+@dataclass
+class Weights:
+    """Sample weights.
+
+    Args:
+        method: "errors": mistakes of a briefly trained student count `up`, without any annotation of groups; "groups":
+            every group counts alike.
+        up: λ, for errors; 50 if it is left out.
+        convention: "weight": a mistake weighs `up`; "copies": JTT's `up` further copies. For errors; "weight" if it is
+            left out.
+        epochs: of the brief training, for errors; 1 if it is left out.
+    """
+
+    method: Literal["errors", "groups"] = "errors"
+    up: float | None = None
+    convention: Literal["weight", "copies"] | None = None
+    epochs: int | None = None
+
+
+@dataclass
+class Terms:
+    """The loss: a sum of terms, each with its weight, the first epoch that it counts in, and a ramp."""
+
+    supervised: SupervisedOptions | None = None
+    match: MatchOptions | None = None
+    kd: KdOptions | None = None
+    sample: SampleOptions | None = None
+    relation: RelationOptions | None = None
+    backdoor: BackdoorOptions | None = None
+    guide: GuideOptions | None = None
+
+
+@dataclass
+class Selection:
+    """Which epoch is kept, by validation alone.
+
+    Args:
+        rule: "worst_group"; "accuracy" (average); "f1"; "pareto": the front over F1 (accuracy where a picture shows one
+            class), EPG and IoU, all of which is kept, with the highest sum of the three in front; "last". Left out:
+            worst_group where groups are known, else pareto for guided students, else accuracy or f1.
+        every: epochs between validations. The last epoch is always validated.
+    """
+
+    rule: Literal["worst_group", "accuracy", "f1", "pareto", "last"] | None = None
+    every: int = 1
+
+
+@dataclass
+class Compute:
+    """On what.
+
+    Args:
+        accelerator: "auto", "cpu", "cuda", "mps".
+        devices: how many on this machine.
+        nodes: machines; `torchrun` starts the processes then.
+        precision: "32", "bf16", "16".
+        compile: the student and the teacher by torch.compile.
+        sync_batchnorm: batch norm over all processes' pictures.
+        workers: processes that read. A prepared data set wants none.
+        log_every: steps between lines of the log.
+        checkpoint_every: steps between checkpoints; after every epoch if it is left out.
+    """
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: Literal["32", "bf16", "16"] = "32"
+    compile: bool = False
+    sync_batchnorm: bool = False
+    workers: int = 0
+    log_every: int = 50
+    checkpoint_every: int | None = None
+
+
+@dataclass
+class Recipe:
+    """One run, from data to a student.
+
+    Args:
+        seed: of initial weights, order, and augmentation.
+    """
+
+    data: Data
+    student: Network
+    terms: Terms
+    schedule: Schedule = field(default_factory=Schedule)
+    teacher: Teacher | None = None
+    transplant: Transplant | None = None
+    weights: Weights | None = None
+    pretraining: Schedule | None = None
+    selection: Selection = field(default_factory=Selection)
+    compute: Compute = field(default_factory=Compute)
+    seed: int = 0

@@ -1,0 +1,109 @@
+"""From a YAML file and `--key value` overrides to a `Recipe`, and back. jsonargparse does the typing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from debiaskd.recipe.checking import RecipeError, check
+from debiaskd.recipe.options import Recipe
+
+__all__ = ["RecipeError", "read", "to_dict"]
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with overrides.
+
+    Args:
+        path: see `debiaskd.recipe.options.Recipe` for what it may say.
+        overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1".
+
+    Raises:
+        RecipeError: unknown keys, values of another type, unused options, impossible combinations; by name.
+        OSError: the file cannot be read.
+        ModuleNotFoundError: jsonargparse is not installed (`pip install 'debiaskd[train]'`).
+    """
+    import yaml
+
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(document).__name__}")
+    unknown(Recipe, document, f"{path}: ")
+    for key in _keys(overrides):
+        unknown(Recipe, _nested(key), "--", key)
+    return check(_typed(document, overrides, path))
+
+
+def _typed(document: dict[str, Any], overrides: Sequence[str], path: Path | str) -> Recipe:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, prog="debiaskd train")
+    parser.add_class_arguments(Recipe, None)
+    try:
+        made = parser.instantiate_classes(_parse(parser, document, overrides))
+    except ArgumentError as error:
+        raise RecipeError(f"{path}: {_one_line(str(error))}") from None
+    return Recipe(**{field.name: made[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def _parse(parser: Any, document: dict[str, Any], overrides: Sequence[str]) -> Any:
+    import yaml
+
+    parser.add_argument("--recipe", action="config")
+    parsed = parser.parse_args(["--recipe", yaml.safe_dump(document), *overrides])
+    parsed.pop("recipe")
+    return parsed
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Everything that was said and everything that was left to its default; what `read` takes again."""
+    found = dataclasses.asdict(recipe)
+    if found["data"]["crop_scale"] is not None:
+        found["data"]["crop_scale"] = list(found["data"]["crop_scale"])
+    return found
+
+
+def unknown(cls: type, document: Mapping[str, Any], where: str, shown: str | None = None, prefix: str = "") -> None:
+    """Refuses a key that is none, naming the ones that are close to it."""
+    hints = get_type_hints(cls)
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 3) or list(hints)
+            raise RecipeError(
+                f"{where}{shown or name}: no such key; did you mean {', '.join(prefix + n for n in near)}?"
+            )
+        inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
+        if isinstance(inner, type) and isinstance(value, Mapping):
+            unknown(inner, value, where, shown, f"{name}.")
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    found = []
+    for text in overrides:
+        if text.startswith("--"):
+            found.append(text[2:].partition("=")[0])
+    return found
+
+
+def _nested(key: str) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    return {head: _nested(rest) if rest else None}
+
+
+def _one_line(text: str) -> str:
+    """jsonargparse's message without its account of every alternative that it tried."""
+    text = re.sub(r"^Parser key \"([^\"]*)\":", r"\1:", text.strip())
+    text = re.sub(r"Does not validate against any of the Union subtypes\s+Subtypes:.*?Errors:\s*", "", text, flags=re.S)
+    text = re.sub(r"\s+Given value type:.*", "", text, flags=re.S)
+    text = re.sub(r"\s+- Expected a <class 'NoneType'>", "", text)
+    text = re.sub(r"Problem with given class_path '[^']*':", "", text)
+    return " ".join(text.split()).replace(": - ", ": ")

@@ -1,0 +1,43 @@
+"""DeTT and SimKD: the student's feature map is pulled to the teacher's, sample by sample as the weights say.
+
+Lee & Lee 2023 (arXiv 2302.11187); Chen et al. 2022. The student is a transplanted one (`debiaskd.transplant`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from debiaskd.ops.feature_match import feature_match_loss
+from debiaskd.terms.state import Setting, State, Term, TermOptions
+from debiaskd.transplant import match_spatial
+
+
+@dataclass
+class MatchOptions(TermOptions):
+    """The squared distance of the feature maps.
+
+    Args:
+        weighted: by the recipe's sample weights, where it has any (DeTT); all alike otherwise (SimKD).
+    """
+
+    weighted: bool = True
+
+
+class Match(Term):
+    needs: ClassVar[frozenset[str]] = frozenset({"student.feature", "teacher"})
+
+    def __init__(self, options: MatchOptions, setting: Setting) -> None:
+        super().__init__(options)
+        self.weighted = options.weighted
+
+    def forward(self, state: State) -> Tensor:
+        assert state.student.feature is not None and state.teacher is not None and state.teacher.feature is not None
+        student, teacher = match_spatial(state.student.feature, state.teacher.feature)
+        if not self.weighted or state.weight is None:
+            return feature_match_loss(student, teacher)
+        # Normalised beforehand, so that nothing is left to scale in the gradient of the whole map.
+        weight = state.weight / state.ranks.mean(state.weight.sum())
+        return feature_match_loss(student, teacher, weight, reduction="sum")

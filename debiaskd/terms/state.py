@@ -1,0 +1,177 @@
+"""What a step offers to its terms, and what a term is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.boxes import Boxes
+from debiaskd.guide import Seen
+
+
+class Outputs(NamedTuple):
+    """What a model gave for N images; None where no term asked for it.
+
+    feature: [N,C,H,W] the last feature map. pooled: [N,D] what the last linear layer reads. logits: [N,K].
+    """
+
+    feature: Tensor | None
+    pooled: Tensor | None
+    logits: Tensor
+
+
+class Ranks:
+    """The processes that train together; this one alone unless torch.distributed is initialised.
+
+    Every rank's gradients are averaged afterwards. A mean over all ranks' samples of quantities that not every sample
+    has, such as weights, is therefore a sum over this rank's, divided by `mean` of the denominator.
+    """
+
+    def __init__(self) -> None:
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if together else 0
+        self.world_size = torch.distributed.get_world_size() if together else 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over ranks, the same on each; a constant."""
+        value = value.detach().clone()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        return self.sum(value) / self.world_size
+
+    def gather(self, value: Tensor) -> Tensor:
+        """[N,...] of every rank as [world_size·N,...], in the order that one process would have read them.
+
+        Gradients of all ranks' uses come back to the rank whose value it was.
+        """
+        if self.world_size == 1:
+            return value
+        if value.requires_grad:
+            from torch.distributed.nn.functional import all_gather
+
+            parts = list(all_gather(value))
+        else:
+            parts = [torch.empty_like(value) for _ in range(self.world_size)]
+            torch.distributed.all_gather(parts, value.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+
+class Draws:
+    """A step's random numbers: of the seed, the step and a sample's place in the step alone.
+
+    Ranks take turns in the samples of a step, and so do they in its random numbers: two ranks draw together what one
+    process would. Nothing has to be remembered for a run to go on where it was interrupted.
+    """
+
+    def __init__(self, seed: int, step: int, ranks: Ranks, device: torch.device) -> None:
+        # Far apart for neighbouring steps, whatever the seed.
+        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
+        self.ranks, self.device = ranks, device
+
+    def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        """Uniform in [0,1), `shape[0]` rows for the samples of this rank."""
+        everyone = torch.rand(shape[0] * self.ranks.world_size, *shape[1:], generator=self.generator)
+        return everyone[self.ranks.rank :: self.ranks.world_size].to(device or self.device, non_blocking=True)
+
+
+@dataclass
+class State:
+    """One step.
+
+    Attributes:
+        images: [N,3,H,W], augmented and normalised.
+        target: int64 [N], or float [N,K] of 0 and 1 where a picture may show several classes.
+        boxes: of N pictures.
+        groups: int64 [N], or None where the data has none.
+        weight: float32 [N], the samples' weights, or None without reweighting.
+        student, teacher: what they gave; `teacher` is None where no term asked for it.
+        seen: what the guide watched, or None without one.
+        epoch: from 0.
+        draws, ranks: random numbers, and the other processes.
+    """
+
+    images: Tensor
+    target: Tensor
+    boxes: Boxes
+    groups: Tensor | None
+    weight: Tensor | None
+    student: Outputs
+    teacher: Outputs | None
+    seen: Seen | None
+    epoch: int
+    draws: Draws
+    ranks: Ranks
+
+
+@dataclass
+class Setting:
+    """What terms are built for: widths of the last feature maps and pooled features, and the task."""
+
+    num_classes: int
+    multi_label: bool
+    num_groups: int
+    student_width: int
+    teacher_width: int | None
+
+
+@dataclass
+class TermOptions:
+    """When and how much a term counts.
+
+    Args:
+        weight: its factor.
+        start: the first epoch that it counts in, from 0.
+        ramp: over so many epochs its factor rises linearly from `weight / (ramp + 1)`.
+    """
+
+    weight: float = 1.0
+    start: int = 0
+    ramp: int = 0
+
+    def factor(self, epoch: int) -> float:
+        """In `epoch`; 0 where the term does not count."""
+        if epoch < self.start:
+            return 0.0
+        return self.weight * min((epoch - self.start + 1) / (self.ramp + 1), 1.0)
+
+
+class Term(nn.Module):
+    """A loss by name.
+
+    A subclass says what it needs of a step, and gets only that. Modules and buffers that it owns are trained, saved and
+    moved with the student.
+
+    Attributes:
+        needs: any of "student.feature", "student.pooled", "teacher" (all of it), "groups", "boxes".
+        undecayed: the optimiser's weight decay leaves its parameters alone.
+        own: names of buffers in which every rank sums up by itself.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    undecayed: ClassVar[bool] = False
+    own: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: TermOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def active(self, epoch: int) -> bool:
+        """Whether it has something to do in an epoch."""
+        return self.options.factor(epoch) > 0
+
+    def forward(self, state: State) -> Tensor:
+        """The loss, without its weight: a scalar."""
+        raise NotImplementedError
+
+    def end_epoch(self, epoch: int, ranks: Ranks) -> None:
+        """After the last step of an epoch, on every rank."""
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """What is evaluated and saved: the student, or the student with what the term adds to it."""
+        return student

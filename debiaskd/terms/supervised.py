@@ -1,0 +1,39 @@
+"""The labels' own loss: cross-entropy, or binary cross-entropy where a picture may show several classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from debiaskd.terms.state import Setting, State, Term, TermOptions
+
+
+@dataclass
+class SupervisedOptions(TermOptions):
+    """The labels' cross-entropy; binary with logits where a picture may show several classes.
+
+    Args:
+        weighted: by the recipe's sample weights.
+        label_smoothing: in [0,1), for one class a picture.
+    """
+
+    weighted: bool = False
+    label_smoothing: float = 0.0
+
+
+class Supervised(Term):
+    def __init__(self, options: SupervisedOptions, setting: Setting) -> None:
+        super().__init__(options)
+        self.weighted, self.smoothing = options.weighted, options.label_smoothing
+
+    def forward(self, state: State) -> Tensor:
+        logits = state.student.logits.float()
+        if state.target.is_floating_point():
+            each = F.binary_cross_entropy_with_logits(logits, state.target, reduction="none").mean(1)
+        else:
+            each = F.cross_entropy(logits, state.target, reduction="none", label_smoothing=self.smoothing)
+        if not self.weighted or state.weight is None:
+            return each.mean()
+        return (state.weight * each).sum() / state.ranks.mean(state.weight.sum())

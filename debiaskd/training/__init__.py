@@ -1,0 +1,1 @@
+"""What `debiaskd train` does: stages, steps, checkpoints, logs. Recipes say what; this says how."""

@@ -1,0 +1,158 @@
+"""What a model is worth on a split: figures as fractions in [0,1], over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.boxes import Boxes
+from debiaskd.data import Batch
+from debiaskd.guide import Guide
+from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, MultilabelF1, MultilabelMeanAveragePrecision
+from debiaskd.terms import GuideOptions, make_guide
+from debiaskd.training.pictures import Pictures
+
+#: Where boxes count as small, middling or large: shares of the picture that they cover.
+SIZES = (0.1, 0.3)
+
+
+class Evaluation:
+    """Of models on the pictures of a split.
+
+    Args:
+        pictures: in order, not augmented.
+        training_groups: int64 [M] of the training split, or None without groups.
+        guide: where and how attributions are looked at; None: input × gradient at the last feature map.
+        threshold: of the IoU; None: the best of a grid, as is right on validation.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        training_groups: Tensor | None,
+        guide: GuideOptions | None,
+        threshold: float | None = None,
+    ) -> None:
+        self.pictures, self.training_groups = pictures, training_groups
+        self.guide, self.threshold = guide or GuideOptions(), threshold
+        split = pictures.split
+        self.boxed = bool(split.boxes.annotated.any()) and bool(len(split.boxes.coords))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the figures that selection may look at."""
+        split = self.pictures.split
+        found: tuple[str, ...] = ("f1",) if split.whole.multi_label else ("accuracy",)
+        if split.groups is not None and self.training_groups is not None:
+            found = (*found, "worst_group_accuracy")
+        return (*found, "epg", "iou") if self.boxed else found
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The model's figures; it is in evaluation mode, and on the pictures' device."""
+        meters = _Meters(self)
+        guide = make_guide(self.guide, model) if self.boxed else None
+        self.pictures.sampler.start_at(0, 0)
+        for batch in self.pictures.batches:
+            placed = self.pictures.placed(batch)
+            with torch.no_grad():
+                meters.classes(model(placed.images), placed)
+            if guide is not None:
+                for maps, boxes in attributions(guide, placed):
+                    meters.maps(maps, boxes)
+        return meters.compute()
+
+    def thresholded(self, threshold: float) -> Evaluation:
+        return Evaluation(self.pictures, self.training_groups, self.guide, threshold)
+
+
+def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes]]:
+    """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes."""
+    if batch.target.dim() == 1:
+        return [(guide.attribute(batch.images, batch.target), _of_class(batch.boxes, batch.target))]
+    most = int(batch.target.sum(1).max()) if len(batch) else 0
+    if not most:
+        return []
+    found = batch.target.float().topk(most, 1)
+    target = torch.where(found.values > 0, found.indices, -1)
+    maps = guide.attribute(batch.images, target.clamp(min=0))
+    return [(maps[:, t], _of_class(batch.boxes, target[:, t]).annotated_where(target[:, t] >= 0)) for t in range(most)]
+
+
+def _of_class(boxes: Boxes, target: Tensor) -> Boxes:
+    return boxes if boxes.labels is None else boxes.for_class(target)
+
+
+class _Meters:
+    def __init__(self, evaluation: Evaluation) -> None:
+        pictures = evaluation.pictures
+        split, device = pictures.split, pictures.device
+        self.found: dict[str, Any] = {}
+        self.multi_label = split.whole.multi_label
+        self.right = torch.zeros(2, dtype=torch.float64, device=device)
+        if self.multi_label:
+            self.found["f1"] = MultilabelF1(split.num_classes).to(device)
+            self.found["map"] = MultilabelMeanAveragePrecision(split.num_classes).to(device)
+        if split.groups is not None and evaluation.training_groups is not None and not self.multi_label:
+            groups = len(split.whole.groups)
+            self.found["groups"] = GroupAccuracy(evaluation.training_groups, groups).to(device)
+        if evaluation.boxed:
+            self.found["epg"] = EnergyPointingGame(bins=SIZES, size=pictures.size).to(device)
+            self.found["iou"] = BoxIoU(evaluation.threshold, size=pictures.size).to(device)
+
+    def classes(self, logits: Tensor, batch: Batch) -> None:
+        if self.multi_label:
+            self.found["f1"].update(logits.float(), batch.target.long())
+            self.found["map"].update(logits.float(), batch.target.long())
+            return
+        correct = logits.argmax(1) == batch.target
+        self.right += torch.stack([correct.double().sum(), correct.new_tensor(len(correct), dtype=torch.float64)])
+        if "groups" in self.found:
+            self.found["groups"].update(correct, batch.groups)
+
+    def maps(self, maps: Tensor, boxes: Boxes) -> None:
+        self.found["epg"].update(maps, boxes)
+        self.found["iou"].update(maps, boxes)
+
+    def compute(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if self.multi_label:
+            figures["f1"] = float(self.found["f1"].compute())
+            figures["map"] = float(self.found["map"].compute())
+        else:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(self.right)
+            figures["accuracy"] = float(self.right[0] / self.right[1])
+        if "groups" in self.found:
+            computed = self.found["groups"].compute()
+            for name, key in (("worst_group", "worst_group_accuracy"), ("unbiased", "unbiased_accuracy")):
+                figures[key] = float(computed[name]) / 100
+            figures["adjusted_accuracy"] = float(computed["adjusted"]) / 100
+            figures |= {f"group_{g}_accuracy": float(v) / 100 for g, v in enumerate(computed["groups"])}
+        if "epg" in self.found:
+            computed = self.found["epg"].compute()
+            figures |= {name: float(computed[name]) for name in ("epg", "epg_defined", "defined")}
+            sizes = zip(("small", "middle", "large"), computed["epg_bins"])
+            figures |= {f"epg_{name}": float(value) for name, value in sizes}
+            computed = self.found["iou"].compute()
+            figures |= {"iou": float(computed["iou"]), "iou_threshold": float(computed["threshold"])}
+        return figures
+
+
+#: (what is measured, its heading): in the order in which people read them.
+HEADINGS: Sequence[tuple[str, str]] = (
+    ("f1", "F1"),
+    ("map", "mAP"),
+    ("accuracy", "accuracy"),
+    ("worst_group_accuracy", "worst group"),
+    ("unbiased_accuracy", "unbiased"),
+    ("adjusted_accuracy", "adjusted"),
+    ("epg", "EPG"),
+    ("epg_defined", "EPG where defined"),
+    ("epg_small", "EPG, small boxes"),
+    ("epg_middle", "EPG, middling boxes"),
+    ("epg_large", "EPG, large boxes"),
+    ("iou", "IoU"),
+)

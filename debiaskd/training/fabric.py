@@ -1,0 +1,41 @@
+"""Where the processes, devices and precision come from: Lightning Fabric."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from debiaskd.recipe import Compute, RecipeError
+
+_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def launch(compute: Compute) -> Any:
+    """A Fabric whose processes run: those that torchrun started, or else the `devices` of this machine.
+
+    Raises:
+        RecipeError: there are no such devices.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # torchrun's
+    devices = local or compute.devices
+    nodes = int(os.environ["WORLD_SIZE"]) // local if local else compute.nodes
+    # Statistics of batch norm go from rank to rank when a model is judged, not in every step.
+    strategy: Any = DDPStrategy(broadcast_buffers=False) if devices * nodes > 1 else "auto"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*srun.*")
+            fabric = Fabric(
+                accelerator=compute.accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                precision=_PRECISION[compute.precision],  # type: ignore[arg-type]
+                strategy=strategy,
+            )
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"compute: {' '.join(str(error).split())}") from None
+    fabric.launch()
+    return fabric

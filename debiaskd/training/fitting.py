@@ -1,0 +1,253 @@
+"""One training of a recipe: from a network and its terms to weights in a stage's folder."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd import files
+from debiaskd.depths import find
+from debiaskd.guide import Guide
+from debiaskd.networks import build, inverse_added, load_weights, prepare
+from debiaskd.recipe import Network, Recipe, RecipeError, Schedule
+from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
+from debiaskd.training.evaluation import Evaluation
+from debiaskd.training.keeping import RULES, Keeper
+from debiaskd.training.learner import Learner
+from debiaskd.training.loop import Plan, Training
+from debiaskd.training.pictures import Pictures, Split, open_split
+from debiaskd.training.run import Say
+from debiaskd.training.watched import Places, Watched
+from debiaskd.training.watched import places as find_places
+from debiaskd.transplant import FrozenTeacher
+
+SELECTION = {
+    "worst_group": "worst-group accuracy on validation, whose groups are known; the later of equals",
+    "accuracy": "average accuracy on validation; the later of equals",
+    "f1": "F1 on validation; the later of equals",
+    "pareto": "Pareto front over {} on validation, in bins of 0.005; the highest sum in front",
+    "last": "the last epoch",
+}
+
+
+class Fitting:
+    """What the trainings of one recipe share: pictures, devices, seeds.
+
+    Args:
+        recipe: as checked.
+        fabric: launched.
+        say: is told what is being done.
+
+    Raises:
+        RecipeError: the data does not have what the recipe asks for.
+    """
+
+    def __init__(self, recipe: Recipe, fabric: Any, say: Say) -> None:
+        self.recipe, self.fabric, self.say = recipe, fabric, say
+        self.ranks = Ranks()
+        self.train = open_split(recipe.data, "train", training=True)
+        self.validation = open_split(recipe.data, "validation")
+        self._check_data()
+        side = recipe.data.size or self.train.whole.size[0]
+        self.size = (side, side)
+
+    def _check_data(self) -> None:
+        recipe, split = self.recipe, self.train
+        if split.whole.multi_label:
+            for name in ("relation", "backdoor"):
+                if getattr(recipe.terms, name) is not None:
+                    raise RecipeError(f"terms.{name}: needs one class a picture, here it may be several")
+            if recipe.weights is not None and recipe.weights.method == "errors":
+                raise RecipeError("weights.method: errors needs one class a picture, here it may be several")
+        grouped = recipe.weights is not None and recipe.weights.method == "groups"
+        if recipe.teacher is not None and recipe.teacher.method in ("balanced", "group_dro", "dfr"):
+            grouped = True
+        if split.groups is None and grouped:
+            raise RecipeError("data.path: groups are asked for, and the prepared data has none")
+        if recipe.terms.guide is not None and not len(split.boxes.coords):
+            raise RecipeError("terms.guide: the training pictures have no boxes")
+
+    def network(self, options: Network, purpose: str) -> nn.Module:
+        """With initial weights of the recipe's seed and this purpose alone, or with those it begins from."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/{purpose}".encode()))
+            model = build(options.name, self.train.num_classes, pretrained=options.pretrained)
+        model = prepare(model, self.size, x_dnn=options.bias_free, six=inverse_added(options.name))
+        if options.weights is not None:
+            load_weights(model, options.weights)
+        return model
+
+    def fit(
+        self,
+        name: str,
+        folder: Path,
+        fingerprint: str,
+        model: nn.Module,
+        terms: dict[str, TermOptions],
+        schedule: Schedule,
+        *,
+        teacher: FrozenTeacher | None = None,
+        weight: Tensor | None = None,
+        rule: str | None = None,
+        sampling: Tensor | None = None,
+        network: Network | None = None,
+    ) -> dict[str, Any]:
+        recipe, network = self.recipe, network or self.recipe.student
+        six = inverse_added(network.name)
+        learner = self._learner(model, terms, teacher, weight, network)
+        self._compile(learner, teacher)
+        share = schedule.batch // schedule.accumulate // self.ranks.world_size
+        if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
+            raise RecipeError(f"schedule.batch: {schedule.batch} is no multiple of {self.ranks.world_size} processes")
+        pictures = self.pictures(self.train, training=True, batch=share, six=six, sampling=sampling)
+        guide = terms.get("guide")
+        validation = self.pictures(self.validation, training=False, batch=max(share, 1), six=six)
+        evaluation = Evaluation(validation, self.train.groups, guide if isinstance(guide, GuideOptions) else None)
+        rule = rule or self._rule(evaluation, guided="guide" in terms)
+        names = self._names(rule, evaluation)
+        about = {"stage": name, "classes": list(self.train.whole.classes), "size": self.size[0]}
+        keeper = Keeper(folder, rule, names, about)
+        plan = Plan(
+            folder=folder,
+            identity=fingerprint,
+            learner=learner,
+            pictures=pictures,
+            schedule=schedule,
+            compute=recipe.compute,
+            seed=zlib.crc32(f"{recipe.seed}/{name}/steps".encode()),
+            validate=evaluation,
+            keeper=keeper,
+            every=recipe.selection.every,
+        )
+        training = Training(plan, self.fabric, lambda done: self.say(name, done))
+        training.run()
+        return self._finish(folder, keeper, training, rule, names)
+
+    def _finish(
+        self, folder: Path, keeper: Keeper, training: Training, rule: str, names: tuple[str, ...]
+    ) -> dict[str, Any]:
+        assert keeper.chosen is not None
+        if self.fabric.is_global_zero:
+            content = keeper.path(keeper.chosen).read_bytes()
+            files.write(folder / "model.safetensors", lambda path: void(path.write_bytes(content)))
+            if keeper.front is not None:
+                keeper.front.plot(folder / "pareto.png")
+            training.checkpoints.clear()
+        self.fabric.barrier()
+        return {
+            "epoch": keeper.chosen,
+            "epochs": training.plan.schedule.epochs,
+            "selection": SELECTION[rule].format(", ".join(names)),
+            "rule": rule,
+            "front": keeper.kept,
+            "figures": {name: none_for_nan(value) for name, value in keeper.figures[str(keeper.chosen)].items()},
+        }
+
+    def _learner(
+        self,
+        model: nn.Module,
+        terms: dict[str, TermOptions],
+        teacher: FrozenTeacher | None,
+        weight: Tensor | None,
+        network: Network,
+    ) -> Learner:
+        kinds = {name: TERMS[name] for name in terms}
+        wanted = {
+            need.partition(".")[2] for kind in kinds.values() for need in kind.needs if need.startswith("student.")
+        }
+        at = self.places(model, network) if wanted else None
+        split = self.train
+        setting = Setting(
+            num_classes=split.num_classes,
+            multi_label=split.whole.multi_label,
+            num_groups=len(split.whole.groups),
+            student_width=0 if at is None else at.pooled_width,
+            teacher_width=None if teacher is None else teacher.get_classifier().in_features,
+        )
+        made: dict[str, Term] = {}
+        guide = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/terms".encode()))
+            for name, options in terms.items():
+                if isinstance(options, GuideOptions):
+                    guide = self._guide(options, model, network)
+                    made[name] = GuideTerm(options, guide)
+                else:
+                    made[name] = kinds[name](options, setting)  # type: ignore[call-arg]
+        return Learner(Watched(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
+
+    def _guide(self, options: GuideOptions, model: nn.Module, network: Network) -> Guide:
+        try:
+            find(model, options.layer, self.example(network))
+            return make_guide(options, model)
+        except ValueError as error:
+            raise RecipeError(f"terms.guide: {error}") from None
+
+    def _compile(self, learner: Learner, teacher: FrozenTeacher | None) -> None:
+        if self.recipe.compute.compile:
+            learner.watched.model.compile()
+            if teacher is not None:
+                teacher.body.compile()
+
+    def pictures(
+        self,
+        split: Split,
+        *,
+        training: bool,
+        batch: int,
+        six: bool,
+        sampling: Tensor | None = None,
+        alone: bool = False,
+    ) -> Pictures:
+        ranks = Ranks()
+        if alone:  # every process reads all of it
+            ranks.rank, ranks.world_size = 0, 1
+        return Pictures(
+            split,
+            self.recipe.data,
+            training=training,
+            batch=min(batch, max(len(split) // ranks.world_size, 1)),
+            ranks=ranks,
+            device=self.fabric.device,
+            seed=self.recipe.seed,
+            workers=self.recipe.compute.workers,
+            six=six,
+            sampling=sampling,
+        )
+
+    def _rule(self, evaluation: Evaluation, *, guided: bool) -> str:
+        rule, names = self.recipe.selection.rule, evaluation.names
+        if rule is None:
+            if "worst_group_accuracy" in names:
+                return "worst_group"
+            return "pareto" if guided and "epg" in names else "accuracy" if "accuracy" in names else "f1"
+        return rule
+
+    def _names(self, rule: str, evaluation: Evaluation) -> tuple[str, ...]:
+        wanted = tuple(
+            "accuracy" if n == "f1" and rule == "pareto" and n not in evaluation.names else n for n in RULES[rule]
+        )
+        missing = [name for name in wanted if name not in evaluation.names]
+        if missing:
+            there = ", ".join(evaluation.names)
+            raise RecipeError(f"selection.rule: {rule} needs {missing[0]}, and the validation pictures give {there}")
+        return wanted
+
+    def example(self, options: Network) -> Tensor:
+        channels = 6 if inverse_added(options.name) else 3
+        return torch.rand(1, channels, *self.size, generator=torch.Generator().manual_seed(0))
+
+    def places(self, model: nn.Module, options: Network) -> Places:
+        return find_places(model, self.example(options), options.layer, options.head)
+
+
+def none_for_nan(value: float) -> float | None:
+    return value if value == value else None
+
+
+def void(value: object) -> None:
+    """For functions that are called for what they do."""

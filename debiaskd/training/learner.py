@@ -1,0 +1,123 @@
+"""A student with the terms that train it, as one module whose forward is a step's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.data import Batch
+from debiaskd.guide import Guide
+from debiaskd.terms import Draws, Outputs, Ranks, State, Term
+from debiaskd.training.watched import Watched
+from debiaskd.transplant import FrozenTeacher
+
+
+class Learner(nn.Module):
+    """Its parameters are all that is trained, its state dict all that training changes in modules.
+
+    Args:
+        watched: the student.
+        terms: by name.
+        teacher: kept outside of the module: it has nothing to train, save or synchronise. None: no term needs it.
+        guide: of the student's own model, if there is a guided term.
+        weight: float32 [M], a weight for every picture of the training split, by its number; or None.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        terms: Mapping[str, Term],
+        *,
+        teacher: FrozenTeacher | None = None,
+        guide: Guide | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.watched = watched
+        self.terms = nn.ModuleDict(terms)
+        self._outside = (teacher, guide, weight)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.terms)
+
+    def term(self, name: str) -> Term:
+        found = self.terms[name]
+        assert isinstance(found, Term)
+        return found
+
+    def place(self, device: torch.device) -> None:
+        """Brings to the device what is not part of the module."""
+        teacher, guide, weight = self._outside
+        self._outside = (
+            None if teacher is None else teacher.to(device),
+            guide,
+            None if weight is None else weight.to(device),
+        )
+
+    def forward(self, batch: Batch, epoch: int, draws: Draws, ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what is to be minimised, each term's own loss without its factor) of a batch of augmented pictures."""
+        teacher, guide, weight = self._outside
+        active = {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
+        taught = any("teacher" in term.needs for term in active.values())
+        student, seen = self.watched(batch.images, guide if "guide" in active else None)
+        state = State(
+            images=batch.images,
+            target=batch.target.float() if batch.target.dim() == 2 else batch.target,
+            boxes=batch.boxes,
+            groups=batch.groups,
+            weight=None if weight is None or batch.index is None else weight[batch.index],
+            student=student,
+            teacher=_ask(teacher, batch.images) if taught and teacher is not None else None,
+            seen=seen,
+            epoch=epoch,
+            draws=draws,
+            ranks=ranks,
+        )
+        losses = {name: term(state) for name, term in active.items()}
+        factors = {name: term.options.factor(epoch) for name, term in active.items()}
+        # One that only prepares in this epoch, such as contexts being built, gives a zero that is no loss.
+        total = torch.stack([(factors[name] or 1.0) * loss.float() for name, loss in losses.items()]).sum()
+        # Every parameter gets a gradient in every step, be it zero: ranks wait for each other's, and an optimiser's
+        # state must not depend on how many there are.
+        idle = [
+            student.logits,
+            *(p for name in self.names if not factors.get(name) for p in self.terms[name].parameters()),
+        ]
+        total = total + sum(0.0 * part.float().sum() for part in idle if part.requires_grad)
+        return total, {name: loss.detach().float() for name, loss in losses.items() if factors[name]}
+
+    def end_epoch(self, epoch: int, ranks: Ranks) -> None:
+        for name in self.names:
+            self.term(name).end_epoch(epoch, ranks)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What differs from rank to rank and is part of a checkpoint."""
+        return {
+            f"{name}.{buffer}": tensor
+            for name in self.names
+            for buffer, tensor in self.term(name).named_buffers()
+            if buffer in self.term(name).own
+        }
+
+    def load_own_state(self, state: Mapping[str, Tensor], rank: int | None) -> None:
+        """Of [world_size,...] this rank's; with None, for another number of ranks, the first gets the sum of all."""
+        for name, tensor in self.own_state().items():
+            saved = state[name]
+            tensor.copy_(saved[rank] if rank is not None else saved.sum(0) if Ranks().rank == 0 else 0 * saved[0])
+
+    def deployed(self) -> nn.Module:
+        """What is evaluated and saved."""
+        model = self.watched.model
+        for name in self.names:
+            model = self.term(name).deployed(model)
+        return model
+
+
+def _ask(teacher: FrozenTeacher, images: Tensor) -> Outputs:
+    with torch.no_grad():
+        feature = teacher.forward_features(images)
+        pooled = teacher.forward_head(feature, pre_logits=True)
+        return Outputs(feature, pooled, teacher.get_classifier()(pooled))

@@ -1,0 +1,152 @@
+"""Finished runs, loaded again: their models, and what these are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd import files
+from debiaskd.features import has_protocol
+from debiaskd.networks import build, inverse_added, load_weights, prepare
+from debiaskd.recipe import Network, Recipe
+from debiaskd.terms import BackdoorOptions, Ranks
+from debiaskd.terms.backdoor import Intervened, Intervention
+from debiaskd.training.evaluation import Evaluation
+from debiaskd.training.pictures import Pictures, Split, open_split
+from debiaskd.training.run import RunError, Stage, finished, open_run
+from debiaskd.training.watched import places
+from debiaskd.transplant import FrozenTeacher, transplant
+
+
+class Loaded:
+    """A stage of a finished run.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        recipe, stage: the run's.
+        network: how it is built.
+        classes: names.
+        size: (height, width) of the pictures that it reads.
+    """
+
+    def __init__(self, folder: Path, stage: str = "student", data: str | None = None) -> None:
+        self.recipe = open_run(folder)
+        if data is not None:
+            self.recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, path=data))
+        self.stage = finished(folder, stage)
+        if not self.stage.model.exists():
+            raise RunError(f"{self.stage.folder}: has no model; try one of student, pretraining, teacher")
+        about = _about(self.stage)
+        self.classes: list[str] = about["classes"]
+        self.size: tuple[int, int] = (about["size"], about["size"])
+        teaching = stage.startswith("teacher") and self.recipe.teacher is not None
+        self.network: Network = self.recipe.teacher if teaching else self.recipe.student  # type: ignore[assignment]
+        self.six = inverse_added(self.network.name)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = self._bare(self.network)
+        if stage == "student":
+            model = self._student(model)
+        load_weights(model, self.stage.model)
+        self.model = model.to(self.device).eval()
+
+    def _bare(self, network: Network) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            model = build(network.name, len(self.classes))
+        return prepare(model, self.size, x_dnn=network.bias_free, six=inverse_added(network.name))
+
+    def _student(self, model: nn.Module) -> nn.Module:
+        """What training made around the student's network: the transplanted head, the intervention."""
+        recipe, example = self.recipe, self._example(self.network)
+        if recipe.transplant is not None and recipe.teacher is not None:
+            teacher = frozen(self._bare(recipe.teacher), recipe.teacher, self._example(recipe.teacher))
+            model = transplanted(recipe, teacher, model, example)
+        if recipe.terms.backdoor is not None and self._intervened():
+            width = places(model, example, recipe.student.layer, recipe.student.head).pooled_width
+            options: BackdoorOptions = recipe.terms.backdoor
+            model = Intervened(model, Intervention(width, len(self.classes), options.mode, options.temperature))
+        return model
+
+    def _intervened(self) -> bool:
+        """An epoch before the contexts were built may have been the best."""
+        from safetensors import safe_open
+
+        with safe_open(self.stage.model, "pt") as file:
+            return any(name.startswith("intervention.") for name in file.keys())  # noqa: SIM118
+
+    def _example(self, network: Network) -> Tensor:
+        channels = 6 if inverse_added(network.name) else 3
+        return torch.rand(1, channels, *self.size, generator=torch.Generator().manual_seed(0))
+
+    def pictures(self, split: Split, batch: int = 64) -> Pictures:
+        return Pictures(
+            split,
+            dataclasses.replace(self.recipe.data, size=self.size[0]),
+            training=False,
+            batch=batch,
+            ranks=Ranks(),
+            device=self.device,
+            six=self.six,
+        )
+
+
+def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
+    """A teacher whose layers need not be named."""
+    if has_protocol(model) and network.layer is None:
+        return FrozenTeacher(model, head=network.head, example=example)
+    at = places(model, example, network.layer, network.head)
+    return FrozenTeacher(model, layer=at.feature, head=at.classifier, example=example)
+
+
+def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, example: Tensor) -> nn.Module:
+    """The student with the teacher's head; the projector's initial weights come from the global generator."""
+    assert recipe.transplant is not None
+    layer = recipe.student.layer
+    if layer is None and not has_protocol(student):
+        layer = places(student, example, None, recipe.student.head).feature
+    names = None if layer is None else (None, layer)
+    return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
+
+
+def _about(stage: Stage) -> dict[str, Any]:
+    import json
+
+    from safetensors import safe_open
+
+    with safe_open(stage.model, "pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["debiaskd"])
+        return about
+
+
+def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) -> tuple[dict[str, Any], Path]:
+    """(figures and what they are of, the file that holds them).
+
+    Raises:
+        RunError, RecipeError, DataError, NetworkError: as their names say.
+    """
+    loaded = Loaded(folder, stage, data)
+    recipe = loaded.recipe
+    name = split or recipe.data.test
+    asked = dataclasses.replace(recipe.data, test=name)
+    pictures = loaded.pictures(open_split(asked, "test"))
+    groups = open_split(recipe.data, "train").groups
+    guide = recipe.terms.guide if stage in ("student", "pretraining") else None
+    threshold = loaded.stage.facts.get("figures", {}).get("iou_threshold")
+    figures = Evaluation(pictures, groups, guide, threshold)(loaded.model)
+    document = {
+        "run": str(folder),
+        "stage": stage,
+        "epoch": loaded.stage.facts.get("epoch"),
+        "selection": loaded.stage.facts.get("selection"),
+        "split": name,
+        "pictures": len(pictures.split),
+        "figures": {key: value if value == value else None for key, value in figures.items()},
+    }
+    suffix = "" if stage == "student" else f"-{stage}"
+    path = folder / f"evaluation-{re.sub(r'[^A-Za-z0-9_]+', '-', name).strip('-')}{suffix}.json"
+    files.write_json(path, document)
+    return document, path

@@ -1,0 +1,101 @@
+"""Logs of a stage, on the first rank alone.
+
+log.csv      every so many steps: losses, learning rate. The same for the same recipe, interrupted or not
+epochs.csv   validation figures. Likewise
+speed.csv    images a second: what time it took is another matter every time
+tensorboard/ the same for TensorBoard, if it is installed
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from debiaskd import files
+
+
+class Table:
+    """A CSV file whose first column counts up. What lies behind the place where a run goes on is taken out again.
+
+    A line is on the disk once `append` returns; one that was not finished is not one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] | None = None
+
+    def go_on(self, last: int) -> None:
+        """Keeps the lines up to the one of `last`; -1: none."""
+        if not self.path.exists():
+            return
+        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+        lines = whole.split("\n") if whole else []
+        kept = lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= last]
+        self.columns = next(csv.reader(kept[:1]), None) if len(kept) > 1 else None
+        if self.columns is None:
+            self.path.unlink()
+        else:
+            files.write_text(self.path, "\n".join(kept) + "\n")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Terms that begin later have a column from then on: lines before get an empty one."""
+        if self.columns is None or any(name not in self.columns for name in row):
+            self._widen([*(self.columns or []), *(name for name in row if name not in (self.columns or []))])
+        assert self.columns is not None
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow([_text(row.get(name)) for name in self.columns])
+
+    def _widen(self, columns: list[str]) -> None:
+        rows = self.path.read_text(encoding="utf-8").splitlines()[1:] if self.columns else []
+        more = "," * (len(columns) - len(self.columns or []))
+        self.columns = columns
+        files.write_text(self.path, "".join(line + "\n" for line in [",".join(columns), *(row + more for row in rows)]))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+class Logs:
+    """Of the folder of a stage; `on` is false for all ranks but the first."""
+
+    def __init__(self, folder: Path, on: bool) -> None:
+        self.folder, self.on = folder, on
+        self.steps, self.epochs = Table(folder / "log.csv"), Table(folder / "epochs.csv")
+        self.speed = Table(folder / "speed.csv")
+        self.board: Any = None
+
+    def go_on(self, step: int, epoch: int) -> None:
+        """Behind the last step and the last epoch that count; 0 and -1: from the beginning."""
+        if not self.on:
+            return
+        self.steps.go_on(step)
+        self.epochs.go_on(epoch)
+        self.speed.go_on(step)
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def step(self, step: int, row: Mapping[str, float], images_per_second: float) -> None:
+        if self.on:
+            self.steps.append({"step": step, **row})
+            self.speed.append({"step": step, "images_per_second": round(images_per_second, 2)})
+            self._board({**row, "images_per_second": images_per_second}, step, "train")
+
+    def epoch(self, epoch: int, step: int, row: Mapping[str, float]) -> None:
+        if self.on:
+            self.epochs.append({"epoch": epoch, **row})
+            self._board(row, step, "validation")
+
+    def _board(self, row: Mapping[str, Any], step: int, section: str) -> None:
+        for name, value in row.items():
+            if self.board is not None and isinstance(value, (int, float)) and name != "epoch":
+                self.board.add_scalar(f"{section}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()

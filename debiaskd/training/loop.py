@@ -1,0 +1,260 @@
+"""The loop: steps, validation, checkpoints. One for every stage of every recipe.
+
+Nothing waits for the device but every `log_every` steps, at checkpoints and between epochs. Random numbers are a
+function of seed and step, the learning rate of the step, the order of pictures of seed and epoch: what is left to be
+remembered is in the checkpoint, and a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.data import Batch
+from debiaskd.recipe import Compute, Schedule
+from debiaskd.terms import Draws, Ranks
+from debiaskd.training.checkpoint import Checkpoints
+from debiaskd.training.keeping import Keeper
+from debiaskd.training.learner import Learner
+from debiaskd.training.logs import Logs
+from debiaskd.training.pictures import Pictures
+from debiaskd.training.schedule import Ema, optimizer, rate
+
+#: Called before and after every step with the share of the epochs that is over.
+Progress = Callable[[float], None]
+
+
+class DivergedError(ArithmeticError):
+    """A loss became NaN or infinite."""
+
+
+@dataclass
+class Plan:
+    """What is trained how.
+
+    Attributes:
+        folder: of the stage.
+        identity: of everything that decides the outcome; checkpoints of another are refused.
+        learner, pictures, schedule, compute, seed: see there.
+        validate: (model in evaluation mode) to its figures on the validation pictures; None: not validated.
+        keeper: which epochs are kept.
+        every: epochs between validations.
+    """
+
+    folder: Path
+    identity: str
+    learner: Learner
+    pictures: Pictures
+    schedule: Schedule
+    compute: Compute
+    seed: int
+    validate: Callable[[nn.Module], dict[str, float]] | None
+    keeper: Keeper
+    every: int = 1
+
+
+@dataclass
+class Moment:
+    """A step whose losses have not been looked at yet: `losses` [T] lie on the device."""
+
+    step: int
+    numbers: Tensor | None
+    names: tuple[str, ...]
+    losses: Tensor
+
+
+class Training:
+    """One training, of a `Plan`, on a Fabric that has been launched."""
+
+    def __init__(self, plan: Plan, fabric: Any, progress: Progress | None = None) -> None:
+        self.plan, self.fabric, self.progress = plan, fabric, progress
+        self.ranks = Ranks()
+        self.learner = plan.learner
+        self.learner.place(fabric.device)
+        self.learner.to(memory_format=torch.channels_last)
+        if plan.compute.sync_batchnorm and self.ranks.world_size > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
+        self.module = fabric.setup_module(self.learner, move_to_device=True)
+        self.optimizer = fabric.setup_optimizers(optimizer(plan.schedule, self.learner))
+        self.ema = None if plan.schedule.ema is None else Ema(self.learner, plan.schedule.ema)
+        self.checkpoints = Checkpoints(plan.folder / "checkpoints", plan.identity)
+        self.logs = Logs(plan.folder, fabric.is_global_zero)
+        self.steps = len(plan.pictures) // plan.schedule.accumulate
+        if self.steps < 1:
+            raise ValueError(
+                f"schedule.batch: {plan.schedule.batch} pictures a step, and the training split has "
+                f"{len(plan.pictures.split)}"
+            )
+        self.step = 0
+        self.moments: list[Moment] = []
+        self.window: dict[str, list[float]] = {}
+        self.clock, self.seen = time.perf_counter(), 0
+
+    def run(self) -> None:
+        """To the end, from where it was.
+
+        Raises:
+            DivergedError: a loss became NaN or infinite; the checkpoints are as they were before.
+            CheckpointError: there are checkpoints, and none that can be used.
+        """
+        self._go_on()
+        schedule = self.plan.schedule
+        while self.step < schedule.epochs * self.steps:
+            epoch, done = divmod(self.step, self.steps)
+            per_pass = self.plan.pictures.batches.batch_size
+            self.plan.pictures.sampler.start_at(epoch, done * schedule.accumulate * per_pass)
+            self.module.train()
+            for passes in _grouped(iter(self.plan.pictures.batches), schedule.accumulate):
+                self._step(passes, epoch)
+                if self.step % self.steps == 0:
+                    break  # what is left over is no whole step
+            self._end_epoch(epoch)
+        self.logs.close()
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _step(self, passes: list[Batch], epoch: int) -> None:
+        schedule, compute = self.plan.schedule, self.plan.compute
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(schedule, self.step, self.steps)
+        for number, batch in enumerate(passes):
+            draws = Draws(self.plan.seed, self.step * schedule.accumulate + number, self.ranks, self.fabric.device)
+            torch.manual_seed(draws.generator.initial_seed() + self.ranks.rank)  # for dropout
+            placed = self.plan.pictures.placed(batch, draws)
+            last = number + 1 == len(passes)
+            with self.fabric.no_backward_sync(self.module, enabled=not last):
+                total, losses = self.module(placed, epoch, draws, self.ranks)
+                self.fabric.backward(total / len(passes))
+            self.moments.append(
+                Moment(
+                    self.step, batch.index, ("loss", *losses), torch.stack([total.detach().float(), *losses.values()])
+                )
+            )
+            self.seen += len(batch) * self.ranks.world_size
+        if schedule.clip is not None:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=schedule.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.learner)
+        self.step += 1
+        if self.step % compute.log_every == 0:
+            self._look()
+            self._log(epoch)
+        if compute.checkpoint_every is not None and self.step % compute.checkpoint_every == 0:
+            self._look()
+            if self.step % self.steps:  # an epoch's end has its own
+                self._save()
+        if self.progress is not None:
+            self.progress(self.step / (schedule.epochs * self.steps))
+
+    def _look(self) -> None:
+        """Reads the losses that have piled up, all at once."""
+        moments, self.moments = self.moments, []
+        if not moments:
+            return
+        joined = self.ranks.mean(torch.cat([moment.losses for moment in moments])).cpu()
+        values = joined.split([len(moment.losses) for moment in moments])
+        for moment, losses in zip(moments, values):
+            for name, value in zip(moment.names, losses.tolist()):
+                if value - value != 0:
+                    raise DivergedError(self._account(moment, moment.names, losses.tolist()))
+                self.window.setdefault(name, []).append(value)
+
+    def _account(self, moment: Moment, names: tuple[str, ...], values: list[float]) -> str:
+        bad = [f"terms.{name} {value}" for name, value in zip(names, values) if value - value != 0 and name != "loss"]
+        numbers = [] if moment.numbers is None else moment.numbers.tolist()
+        shown = ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
+        return (
+            f"training diverged in step {moment.step}, epoch {moment.step // self.steps}: "
+            f"{', '.join(bad) or 'the loss'}; "
+            f"pictures {shown} of {self.plan.pictures.split.name}; the last checkpoint is from before. "
+            "A smaller learning rate, or clip, may help"
+        )
+
+    def _log(self, epoch: int) -> None:
+        window, self.window = self.window, {}
+        row = {name: sum(values) / len(values) for name, values in window.items()}
+        now = time.perf_counter()
+        speed, self.clock, self.seen = self.seen / max(now - self.clock, 1e-9), now, 0
+        learning_rate = rate(self.plan.schedule, self.step - 1, self.steps)
+        self.logs.step(self.step, {"epoch": epoch, "learning_rate": learning_rate, **row}, speed)
+
+    # -- an epoch -----------------------------------------------------------------------------------------------------
+
+    def _end_epoch(self, epoch: int) -> None:
+        self._look()
+        self.learner.end_epoch(epoch, self.ranks)
+        plan, last = self.plan, epoch + 1 == self.plan.schedule.epochs
+        if (epoch + 1) % plan.every == 0 or last:
+            if self.ema is not None:
+                self.ema.swap(self.learner)
+            self._share_statistics()
+            model = self.learner.deployed()
+            model.eval()
+            figures = {} if plan.validate is None else plan.validate(model)
+            plan.keeper.consider(epoch, figures, model, last, write=self.fabric.is_global_zero)
+            if self.ema is not None:
+                self.ema.swap(self.learner)
+            if figures:
+                self.logs.epoch(epoch, self.step, figures)
+        self._save()
+        plan.keeper.tidy(write=self.fabric.is_global_zero)
+        self.clock, self.seen = time.perf_counter(), 0
+
+    def _share_statistics(self) -> None:
+        """Batch norm's, of which every rank has its own unless they are synchronised: the first rank's."""
+        if self.ranks.world_size > 1:
+            for buffer in self.learner.watched.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        own = {name: self.ranks.gather(tensor[None]) for name, tensor in self.learner.own_state().items()}
+        if self.fabric.is_global_zero:
+            precision = self.fabric.strategy.precision
+            state = {
+                "learner": self.learner.state_dict(),
+                "own": own,
+                "optimizer": self.optimizer.state_dict(),
+                "precision": precision.state_dict(),
+                "ema": None if self.ema is None else self.ema.tensors,
+                "window": self.window,
+                "keeper": self.plan.keeper.state_dict(),
+                "world_size": self.ranks.world_size,
+            }
+            self.checkpoints.save(self.step, state)
+        self.fabric.barrier()
+
+    def _go_on(self) -> None:
+        found = self.checkpoints.load()
+        if found is not None:
+            self.step, state = found
+            self.learner.load_state_dict(state["learner"])
+            same = state["world_size"] == self.ranks.world_size
+            self.learner.load_own_state(state["own"], self.ranks.rank if same else None)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
+            if self.ema is not None:
+                self.ema.tensors = {name: t.to(self.fabric.device) for name, t in state["ema"].items()}
+            self.window = state["window"]
+            self.plan.keeper.load_state_dict(state["keeper"])
+        self.fabric.barrier()
+        self.plan.keeper.tidy(write=self.fabric.is_global_zero)
+        self.logs.go_on(self.step, self.step // self.steps - 1)
+
+
+def _grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == count:
+            yield group
+            group = []

@@ -1,0 +1,170 @@
+"""From a recipe's `data` to batches on the device, the same whatever the number of processes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from debiaskd.data import Augment, Batch, DataError, EpochSampler, PackedDataset, loader, open_dataset
+from debiaskd.networks import with_inverse
+from debiaskd.recipe import Data, RecipeError
+from debiaskd.terms import Draws, Ranks
+
+_PART = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<from>[\d.]+%)?:(?P<to>[\d.]+%)?\])?")
+
+
+class Slice(Dataset[Any]):
+    """Some of a data set's pictures, each with its number in the whole of it."""
+
+    def __init__(self, whole: PackedDataset, numbers: Tensor) -> None:
+        self.whole, self.numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[int(self.numbers[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.whole.__getitems__(self.numbers[torch.as_tensor(indices)])
+
+
+class Split:
+    """A split, or a part of one.
+
+    Attributes:
+        whole: the prepared split.
+        dataset: what is read; a `Slice` of it, or the whole.
+        numbers: int64 [N], the pictures' numbers in `whole`, rising.
+        target, groups, boxes: of these N pictures; `groups` None where there are none.
+    """
+
+    def __init__(self, data: Data, key: str, *, training: bool = False) -> None:
+        text = getattr(data, key)
+        found = _PART.fullmatch(text)
+        if found is None:
+            raise RecipeError(f'data.{key}: must be a split such as "train" or "train[:80%]", got {text!r}')
+        options = {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate} if training else {}
+        whole = open_dataset(data.path, found["name"], seed=data.seed, **options)
+        if not isinstance(whole, PackedDataset):
+            raise RecipeError("data.path: is prepared for LitData; recipes read what `--format npy` wrote")
+        self.name, self.whole = text, whole
+        self.numbers = _part(len(whole), found["from"], found["to"], data.seed, f"data.{key}")
+        self.dataset: Any = whole if len(self.numbers) == len(whole) else Slice(whole, self.numbers)
+        self.target = whole.target[self.numbers]
+        self.groups = None if whole.group_ids is None else whole.group_ids[self.numbers]
+        self.boxes = whole.boxes[self.numbers]
+        self.num_classes = len(whole.classes)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def _part(count: int, start: str | None, end: str | None, seed: int, key: str) -> Tensor:
+    low, high = (
+        round(count * float(share[:-1]) / 100) if share else whole for share, whole in ((start, 0), (end, count))
+    )
+    if not 0 <= low < high <= count:
+        raise RecipeError(f"{key}: [{start or ''}:{end or ''}] of {count} pictures holds none")
+    if high - low == count:
+        return torch.arange(count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[low:high].sort().values
+
+
+class Intake:
+    """The way of stored pixels into a network.
+
+    Args:
+        size: of the pictures that it reads.
+        device: where it is.
+        six: with inverses, in 0..1, for B-cos networks; else as ImageNet's are normalised.
+        flip, crop_scale: see `Augment`.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        device: torch.device,
+        *,
+        six: bool = False,
+        flip: bool = False,
+        crop_scale: tuple[float, float] | None = None,
+    ) -> None:
+        self.size, self.device, self.six = size, device, six
+        normal: dict[str, Any] = {"mean": None, "std": None} if six else {}
+        self.augment = Augment(size, flip=flip, crop_scale=crop_scale, **normal)
+
+    def __call__(self, batch: Batch, draws: Draws | None = None) -> Batch:
+        """On the device, as the network reads it."""
+        batch = self.augment(batch.to(self.device, non_blocking=True), None if draws is None else draws.rand)
+        if self.six:
+            images = with_inverse(batch.images).contiguous(memory_format=torch.channels_last)
+            return replace(batch, images=images)
+        return batch
+
+
+class Pictures:
+    """Batches of a split, augmented on the device.
+
+    Args:
+        split, data: see there.
+        training: shuffled and augmented, or in order and only normalised.
+        batch: pictures of this process a step.
+        six: with inverses, for B-cos networks.
+        sampling: float [N], probabilities up to a factor that an epoch's N pictures are drawn with; None: each once.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        data: Data,
+        *,
+        training: bool,
+        batch: int,
+        ranks: Ranks,
+        device: torch.device,
+        seed: int = 0,
+        workers: int = 0,
+        six: bool = False,
+        sampling: Tensor | None = None,
+    ) -> None:
+        self.split, self.device = split, device
+        size = data.size or split.whole.size[0]
+        self.size = (size, size)
+        crop = data.crop_scale if training else None
+        self.placed = Intake(self.size, device, six=six, flip=training and data.flip, crop_scale=crop)
+        self.batches = loader(
+            split.dataset,
+            batch,
+            shuffle=training,
+            seed=seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=workers,
+            drop_last=training,
+            pin_memory=device.type == "cuda",
+            weights=sampling,
+        )
+        self.sampler: EpochSampler = self.batches.sampler
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def open_split(data: Data, key: str, *, training: bool = False) -> Split:
+    """A split of the recipe's data.
+
+    Raises:
+        RecipeError: there is none such; says which key.
+    """
+    try:
+        return Split(data, key, training=training)
+    except DataError as error:
+        raise RecipeError(f"data.{key}: {error}") from None

@@ -1,0 +1,68 @@
+"""Learning rate and optimiser. The rate is a function of the step alone, so that there is no state to go on with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.recipe import Schedule
+from debiaskd.training.learner import Learner
+
+
+def rate(schedule: Schedule, step: int, steps: int) -> float:
+    """Of the step from 0, where an epoch has `steps`."""
+    epoch = step / steps
+    if epoch < schedule.warmup:
+        return schedule.learning_rate * (step + 1) / (schedule.warmup * steps)
+    if schedule.shape == "cosine":
+        share = (epoch - schedule.warmup) / max(schedule.epochs - schedule.warmup, 1)
+        return schedule.learning_rate * (1 + math.cos(math.pi * min(share, 1))) / 2
+    if schedule.shape == "steps":
+        passed = sum(epoch >= milestone for milestone in schedule.milestones or [])
+        return schedule.learning_rate * float(0.1**passed)
+    return schedule.learning_rate
+
+
+def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
+    """Weight decay for matrices and kernels; not for biases, norms, and terms that want none."""
+    spared = {id(p) for name in learner.names if learner.term(name).undecayed for p in learner.term(name).parameters()}
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in spared]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": schedule.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1 or id(p) in spared], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, schedule.learning_rate, momentum=0.9, nesterov=True)
+    kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, schedule.learning_rate)
+
+
+class Ema:
+    """A moving average of a module's floating-point tensors; the others are copied."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        own: list[Tensor] = []
+        new: list[Tensor] = []
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                own.append(self.tensors[name])
+                new.append(tensor)
+            else:
+                self.tensors[name].copy_(tensor)
+        torch._foreach_lerp_(own, new, 1 - self.decay)
+
+    def swap(self, module: nn.Module) -> None:
+        """The module has the averages and this its weights; and back again."""
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        module.load_state_dict(self.tensors)
+        self.tensors = state

@@ -1,0 +1,194 @@
+"""The stages of a recipe, in their order: teacher, weights, pretraining, student."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd import files
+from debiaskd.networks import inverse_added, load_weights
+from debiaskd.recipe import Network, Recipe, Schedule, Teacher, to_dict
+from debiaskd.reweight import error_weights, group_weights
+from debiaskd.terms import (
+    SupervisedOptions,
+)
+from debiaskd.training.fitting import Fitting
+from debiaskd.training.loaded import frozen, transplanted
+from debiaskd.training.run import Run, Say, Stage, data_fingerprint, decisive
+from debiaskd.transplant import FrozenTeacher
+
+
+class Chain:
+    """The stages of one recipe, on a Fabric that has been launched.
+
+    Args:
+        recipe: as checked.
+        folder: of the run.
+        fabric: see `debiaskd.training.fabric`.
+        say: is told what is being done.
+
+    Raises:
+        RecipeError, RunError, DataError, NetworkError: before anything is trained.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, fabric: Any, say: Say) -> None:
+        self.recipe, self.fabric = recipe, fabric
+        self.fitting = Fitting(recipe, fabric, say)
+        self.student_network = self.fitting.network(recipe.student, "student")
+        self.run = Run(folder, recipe, write=fabric.is_global_zero)
+        self.base = {"data": data_fingerprint(recipe.data.path)}
+
+    # -- the chain ----------------------------------------------------------------------------------------------------
+
+    def common(self) -> dict[str, Any]:
+        """What decides about every training, whatever the stage."""
+        everything = decisive(to_dict(self.recipe))
+        data = {k: v for k, v in everything["data"].items() if k not in ("annotated_fraction", "dilate")}
+        return {
+            "pictures": data,
+            "compute": everything["compute"],
+            "selection": everything["selection"],
+            "seed": self.recipe.seed,
+        }
+
+    def student(self) -> Stage:
+        """The last stage, after all those that it needs.
+
+        Raises:
+            DivergedError, CheckpointError, OSError: see `Training.run`.
+        """
+        recipe, model, before = self.recipe, self.student_network, dict(self.base)
+        weight = None
+        if recipe.weights is not None:
+            stage = self._weights()
+            before["weights"] = stage.fingerprint
+            weight = self.spread(_load(stage.folder / "weights.safetensors")["weights"])
+        if recipe.pretraining is not None:
+            stage = self._pretraining()
+            before["pretraining"] = stage.fingerprint
+            load_weights(model, stage.model)
+        teacher = None
+        if recipe.teacher is not None:
+            source, fingerprint = self.teacher(recipe.teacher)
+            before["teacher"] = fingerprint
+            teacher = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
+            if recipe.transplant is not None:
+                model = self._transplanted(teacher, model)
+        inputs = {**before, "recipe": decisive(to_dict(recipe))}
+        terms = {name: options for name, options in vars(recipe.terms).items() if options is not None}
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            return self.fitting.fit(
+                "student", folder, fingerprint, model, terms, recipe.schedule, teacher=teacher, weight=weight
+            )
+
+        return self.run.stage("student", inputs, make)
+
+    def _pretraining(self) -> Stage:
+        recipe = self.recipe
+        assert recipe.pretraining is not None
+        schedule = recipe.pretraining
+        inputs = {**self.base, **self.common(), "student": vars(recipe.student), "schedule": vars(schedule)}
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            model = self.fitting.network(recipe.student, "student")
+            return self.fitting.fit(
+                "pretraining", folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule
+            )
+
+        return self.run.stage("pretraining", inputs, make)
+
+    def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
+        """The teacher, trained here if need be, and a fingerprint of its weights."""
+        from debiaskd.training.teachers import trained_teacher
+
+        model = self.fitting.network(options, "teacher")
+        if options.method == "checkpoint":
+            what = "pretrained" if options.weights is None else files.sha256(_file(options.weights))
+            return model, f"{options.name} {what}"
+        stage = trained_teacher(self, options)
+        load_weights(model, stage.model)
+        return model, stage.fingerprint
+
+    def _weights(self) -> Stage:
+        options = self.recipe.weights
+        assert options is not None
+        if options.method == "groups":
+            groups = self.fitting.train.groups
+            assert groups is not None
+            return self._write_weights({**self.base, "method": "groups"}, lambda: group_weights(groups))
+        schedule = dataclasses.replace(self.recipe.schedule, epochs=options.epochs or 1, ema=None, warmup=0)
+        if schedule.shape == "steps":
+            schedule = dataclasses.replace(schedule, shape="constant", milestones=None)
+        correct, fingerprint = self.identified("identification", self.recipe.student, schedule)
+        up, convention = 50.0 if options.up is None else options.up, options.convention or "weight"
+        inputs = {"identification": fingerprint, "up": up, "convention": convention}
+        return self._write_weights(inputs, lambda: error_weights(correct(), up, convention=convention))
+
+    def _write_weights(self, inputs: dict[str, Any], weights: Any) -> Stage:
+        from safetensors.torch import save_file
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            found = weights()
+            if self.fitting.ranks.rank == 0:
+                files.write(folder / "weights.safetensors", lambda path: save_file({"weights": found}, path))
+            self.fabric.barrier()
+            heaviest = float(found.max())
+            return {"pictures": len(found), "heaviest": heaviest, "heaviest_pictures": int((found == heaviest).sum())}
+
+        return self.run.stage("weights", inputs, make)
+
+    def identified(self, name: str, network: Network, schedule: Schedule) -> tuple[Any, str]:
+        """Which training pictures a briefly and plainly trained network gets right, once it is trained."""
+        inputs = {**self.base, **self.common(), "network": vars(network), "schedule": vars(schedule)}
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            model = self.fitting.network(network, name)
+            return self.fitting.fit(
+                name, folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule, rule="last"
+            )
+
+        stage = self.run.stage(name, inputs, make)
+
+        def correct() -> Tensor:
+            model = self.fitting.network(network, name).to(self.fabric.device).eval()
+            load_weights(model, stage.model)
+            six = inverse_added(network.name)
+            pictures = self.fitting.pictures(self.fitting.train, training=False, batch=256, six=six, alone=True)
+            found = []
+            with torch.no_grad():
+                for batch in pictures.batches:
+                    placed = pictures.placed(batch)
+                    found.append((model(placed.images).argmax(1) == placed.target).cpu())
+            return torch.cat(found)
+
+        return correct, stage.fingerprint
+
+    def _transplanted(self, teacher: FrozenTeacher, student: nn.Module) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/projector".encode()))
+            return transplanted(self.recipe, teacher, student, self.fitting.example(self.recipe.student))
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """From the training pictures to all of the prepared split, by number."""
+        whole = torch.zeros(len(self.fitting.train.whole))
+        whole[self.fitting.train.numbers] = weights
+        return whole
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _file(path: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    return next((p for p in (folder / "student" / "model.safetensors",) if p.exists()), folder / "model.safetensors")
