@@ -98,9 +98,8 @@ def evaluate(options: argparse.Namespace) -> list[str]:
 
     document, path = evaluate_run(options.run, options.stage, options.split, options.data)
     figures, headings = document["figures"], dict(HEADINGS)
-    lines = [
-        f"{options.stage} of {options.run}, epoch {document['epoch']}, on {document['split']} ({document['pictures']} pictures)"
-    ]
+    epoch = "" if document["epoch"] is None else f", epoch {document['epoch'] + 1}"
+    lines = [f"{options.stage} of {options.run}{epoch}, on {document['split']} ({document['pictures']} pictures)"]
     for name, value in figures.items():
         if value is not None:
             lines.append(f"{headings.get(name, name):>24} {value:.4f}")

@@ -48,7 +48,8 @@ def _typed(document: dict[str, Any], overrides: Sequence[str], path: Path | str)
     parser = ArgumentParser(exit_on_error=False, prog="debiaskd train")
     parser.add_class_arguments(Recipe, None)
     try:
-        made = parser.instantiate_classes(_parse(parser, document, overrides))
+        instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called
+        made = instantiate(_parse(parser, document, overrides))
     except ArgumentError as error:
         raise RecipeError(f"{path}: {_one_line(str(error))}") from None
     return Recipe(**{field.name: made[field.name] for field in dataclasses.fields(Recipe)})

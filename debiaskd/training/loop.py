@@ -144,7 +144,7 @@ class Training:
         if self.ema is not None:
             self.ema.update(self.learner)
         self.step += 1
-        if self.step % compute.log_every == 0:
+        if self.step % compute.log_every == 0 or self.step == schedule.epochs * self.steps:
             self._look()
             self._log(epoch)
         if compute.checkpoint_every is not None and self.step % compute.checkpoint_every == 0:
