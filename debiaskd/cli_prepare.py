@@ -15,8 +15,14 @@ _SOURCES = {
     "coco": "COCO 2014, 2017 or alike: SRC/annotations/instances_train2017.json and SRC/train2017/",
     "voc": "Pascal VOC 2007 or 2012: SRC or SRC/VOCdevkit/VOC2012 with ImageSets, Annotations, JPEGImages",
     "waterbirds": "Waterbirds: SRC/metadata.csv and its pictures; boxes of CUB-200-2011 if there are any",
+    "celeba": "CelebA: SRC/img_align_celeba/, SRC/list_attr_celeba.txt and SRC/list_eval_partition.txt (or .csv)",
     "folder": "SRC/CLASS/… or SRC/train/CLASS/…, and a CSV file with boxes: path,x0,y0,x1,y1[,label]",
+    "cifar": "CIFAR-10 or CIFAR-100: the binary or the Python version, or SRC/train*.npz and SRC/test*.npz",
+    "mnist_on_cifar": "digits of SRC/mnist/ drawn on ships, trucks and horses of SRC/cifar10/: a shortcut of chosen "
+    "strength, with boxes and groups",
 }
+# Those whose pictures are all of one size, and square: how they are fitted makes no difference.
+_SIZES = {"cifar": "32, their own", "mnist_on_cifar": "64"}
 _KEEP = "keep: like any other; drop: as if it were not annotated; mask: its class counts, its area is to be ignored"
 
 
@@ -39,14 +45,18 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="the data set as it is distributed")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, empty or begun before")
     parser.add_argument(
-        "--size", type=_positive, default=224, metavar="N", help="side of the stored pictures; default: %(default)s"
+        "--size",
+        type=_positive,
+        metavar="N",
+        help=f"side of the stored pictures; default: {_SIZES.get(source, '224')}",
     )
-    parser.add_argument(
-        "--fit",
-        choices=("squash", "pad"),
-        default="squash",
-        help="squash to the square, or keep the shape, centred on black; default: %(default)s",
-    )
+    if source not in _SIZES:
+        parser.add_argument(
+            "--fit",
+            choices=("squash", "pad"),
+            default="squash",
+            help="squash to the square, or keep the shape, centred on black; default: %(default)s",
+        )
     parser.add_argument(
         "--workers", type=_positive, metavar="N", help="processes that decode; default: one for each core"
     )
@@ -72,6 +82,32 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         )
     if source == "folder":
         parser.add_argument("--boxes", type=Path, metavar="CSV", help="default: SRC/boxes.csv, if it is there")
+    if source == "celeba":
+        for name, default, what in (("target", "Blond_Hair", "to be told"), ("bias", "Male", "that goes along")):
+            parser.add_argument(
+                f"--{name}", default=default, metavar="NAME", help=f"attribute {what}; default: %(default)s"
+            )
+    if source == "cifar":
+        parser.add_argument(
+            "--labels", choices=("fine", "coarse"), help="of CIFAR-100: 100 classes or 20; default: fine"
+        )
+    if source == "mnist_on_cifar":
+        _drawing(parser)
+
+
+def _drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--agreement",
+        type=_share,
+        default=0.95,
+        metavar="P",
+        help="share of the training pictures whose photograph agrees with the class; default: %(default)s",
+    )
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: %(default)s")
+    for name, count in (("train", 6000), ("validation", 1000), ("test", 2000)):
+        parser.add_argument(
+            f"--{name}", type=_positive, default=count, metavar="N", help="number of pictures; default: %(default)s"
+        )
 
 
 def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> list[str]:
@@ -82,19 +118,17 @@ def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> 
     """
     from debiaskd.data import prepare
 
-    own = {name: getattr(options, name) for name in ("crowd", "difficult", "boxes") if hasattr(options, name)}
+    rest = dict(vars(options))  # size, fit, … and the source's own, by their names in `prepare`
+    for name in ("command", "source", "src", "out", "split", "workers"):
+        del rest[name]
     prepared = prepare(
         options.source,
         options.src,
         options.out,
-        size=options.size,
-        fit=options.fit,
-        format=options.format,
-        workers=options.workers or _cores(),
         splits=options.split,
-        strict=options.strict,
+        workers=options.workers or _cores(),
         progress=progress,
-        **own,
+        **rest,
     )
     return _summary(prepared, options.out)
 
@@ -123,3 +157,19 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share in [0, 1], got {text!r}")
+    return value

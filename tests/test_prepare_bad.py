@@ -22,6 +22,7 @@ from data_trees import spoiled, unfinished
 
 from debiaskd import cli
 from debiaskd.data import DataError, PackedDataset, making, prepare, shards
+from debiaskd.data.preparing import READERS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -202,7 +203,7 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare"], "{coco,voc,waterbirds,folder}"),
+        (["prepare"], "{coco,voc,waterbirds,celeba,folder,cifar,mnist_on_cifar}"),
         (["prepare", "imagenet", "a", "b"], "imagenet"),
         (["prepare", "coco", "a"], "OUT"),
         (["prepare", "coco", "/nowhere/at/all", "b"], "/nowhere/at/all: no such folder"),
@@ -211,6 +212,12 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["prepare", "coco", "a", "b", "--crowd", "eat"], "eat"),
         (["prepare", "voc", "a", "b", "--crowd", "drop"], "--crowd"),
         (["prepare", "coco", "a", "b", "--format", "zip"], "zip"),
+        (["prepare", "cifar", "a", "b", "--labels", "rough"], "rough"),
+        (["prepare", "cifar", "a", "b", "--fit", "pad"], "--fit"),
+        (["prepare", "waterbirds", "a", "b", "--bias", "Male"], "--bias"),
+        (["prepare", "mnist_on_cifar", "a", "b", "--agreement", "nan"], "must be a share in [0, 1], got 'nan'"),
+        (["prepare", "mnist_on_cifar", "a", "b", "--seed", "-1"], "--seed"),
+        (["prepare", "mnist_on_cifar", "a", "b", "--train", "0"], "must be an integer >= 1, got '0'"),
     ],
 )
 def test_bad_usage_is_one_line(
@@ -230,7 +237,7 @@ def test_bad_usage_is_one_line(
 
 def test_bad_arguments() -> None:
     for arguments, message in (
-        ({"kind": "imagenet"}, "kind must be one of 'coco', 'voc', 'waterbirds', 'folder', got 'imagenet'"),
+        ({"kind": "imagenet"}, "kind must be one of 'coco', 'voc', .*'mnist_on_cifar', got 'imagenet'"),
         ({"fit": "crop"}, "fit must be one of 'squash', 'pad', got 'crop'"),
         ({"size": 0}, "size must be an integer >= 1, got 0"),
         ({"workers": 0}, "workers must be an integer >= 1, got 0"),
@@ -240,6 +247,13 @@ def test_bad_arguments() -> None:
             prepare(**{"kind": "coco", "src": "a", "out": "b", **arguments})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"size must be an integer, got 3.5"):
         prepare("coco", "a", "b", size=3.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", list(READERS))
+def test_help_names_the_size_that_is_taken(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", kind, "--help"])
+    assert f"side of the stored pictures; default: {READERS[kind].size}" in capsys.readouterr().out
 
 
 def test_missing_litdata_is_named(

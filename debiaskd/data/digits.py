@@ -8,6 +8,7 @@ well without looking at the digit; in validation and test it agrees half of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
+from debiaskd.data import shortcut
 
 LABELS = ("open", "closed loop")
 PHOTOGRAPHS = ("china", "flower")
@@ -110,7 +112,9 @@ def load(
     generator = torch.Generator().manual_seed(seed)
     ink, classes, photographs = _sources()
     splits = {}
-    for name, pool in _split(classes, generator).items():
+    order = torch.randperm(len(classes), generator=generator)
+    kinds = [order[torch.isin(classes[order], torch.tensor(kind))] for kind in (OPEN, CLOSED)]
+    for name, pool in shortcut.deal(kinds, SHARES).items():
         share = agreement if name == "train" else 0.5
         splits[name] = _draw(counts[name], size, share, ink, pool, photographs, generator, backgrounds)
     return Digits(**splits)
@@ -130,35 +134,17 @@ def _sources() -> tuple[Tensor, Tensor, list[Tensor]]:
     return ink, torch.from_numpy(digits.target).long(), photographs
 
 
-def _split(classes: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each split the digits it may use, (open [m], closed [m'])."""
-    order = torch.randperm(len(classes), generator=generator)
-    kinds = [order[torch.isin(classes[order], torch.tensor(kind))] for kind in (OPEN, CLOSED)]
-    pools, start = {}, 0.0
-    for name, share in SHARES.items():
-        ends = [(round(start * len(kind)), round((start + share) * len(kind))) for kind in kinds]
-        pools[name] = (kinds[0][slice(*ends[0])], kinds[1][slice(*ends[1])])
-        start += share
-    return pools
-
-
 def _draw(
     count: int,
     size: int,
     agreement: float,
     ink: Tensor,
-    pool: tuple[Tensor, Tensor],
+    pool: Sequence[Tensor],
     photographs: list[Tensor],
     generator: torch.Generator,
     keep_backgrounds: bool,
 ) -> Pictures:
-    labels = (torch.arange(count) % 2)[torch.randperm(count, generator=generator)]
-    which, digits = labels.clone(), torch.empty_like(labels)
-    for label in (0, 1):
-        members = (labels == label).nonzero()[:, 0]
-        shuffled = members[torch.randperm(len(members), generator=generator)]
-        which[shuffled[round(agreement * len(members)) :]] = 1 - label
-        digits[members] = pool[label][torch.randint(len(pool[label]), (len(members),), generator=generator)]
+    labels, which, digits = shortcut.draw(count, agreement, pool, generator)
     crops = _crop(photographs, which, size, generator)
     coverage = _paste(ink[digits], size, generator)
     low, high = OPACITY

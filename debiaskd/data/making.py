@@ -138,7 +138,7 @@ def _samples(job: Job, problems: Problems) -> Iterator[tuple[int, Sample | None]
 def _sample(job: Job, i: int, problems: Problems) -> Sample:
     part = job.part
     name = part.paths[i]
-    image = pixels.decode(part.root / name)
+    image = pixels.decode(part.root / name) if part.pictures is None else pixels.from_array(part.pictures[i])
     width, height = image.size
     fitted, placed, corner = pixels.fit(image, job.size, job.fit)
     rows = slice(part.offsets[i], part.offsets[i + 1])

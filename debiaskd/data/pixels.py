@@ -55,6 +55,20 @@ def decode(path: Path) -> Image.Image:
         raise UnreadableError(kind or "truncated or non-image file", error) from None
 
 
+def from_array(pixels: NDArray[np.uint8]) -> Image.Image:
+    """The picture that is uint8 [H,W,3], RGB, already."""
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """uint8 [H,W,3] or [H,W] by antialiased bilinear interpolation to `size` × `size`, a new array."""
+    from PIL import Image
+
+    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 

@@ -15,15 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from debiaskd import checks
-from debiaskd.data import coco, folder, making, manifest, output, pixels, shards, voc, waterbirds
+from debiaskd.data import (
+    celeba,
+    cifar,
+    coco,
+    folder,
+    making,
+    manifest,
+    mnist_on_cifar,
+    output,
+    pixels,
+    shards,
+    voc,
+    waterbirds,
+)
 from debiaskd.data.making import Job
 from debiaskd.data.records import DataError, Problems, Source
 
-READERS: dict[str, Callable[..., Source]] = {
-    "coco": coco.read,
-    "voc": voc.read,
-    "waterbirds": waterbirds.read,
-    "folder": folder.read,
+
+@dataclass(frozen=True)
+class Reader:
+    """A data set's `read`, the side at which its pictures are stored unless another is asked for, and whether it draws
+    them, and so has to be told."""
+
+    read: Callable[..., Source]
+    size: int = 224
+    draws: bool = False
+
+
+READERS = {
+    "coco": Reader(coco.read),
+    "voc": Reader(voc.read),
+    "waterbirds": Reader(waterbirds.read),
+    "celeba": Reader(celeba.read),
+    "folder": Reader(folder.read),
+    "cifar": Reader(cifar.read, size=32),
+    "mnist_on_cifar": Reader(mnist_on_cifar.read, size=64, draws=True),
 }
 #: Pictures in a shard: at 224 pixels 77 MB, what object stores like to be asked for at once.
 SHARD_SIZE = 512
@@ -50,7 +77,7 @@ def prepare(
     src: Path | str,
     out: Path | str,
     *,
-    size: int = 224,
+    size: int | None = None,
     fit: str = "squash",
     format: str = "npy",
     workers: int = 1,
@@ -66,10 +93,10 @@ def prepare(
     a process for "litdata".
 
     Args:
-        kind: "coco", "voc", "waterbirds" or "folder".
+        kind: "coco", "voc", "waterbirds", "celeba", "folder", "cifar" or "mnist_on_cifar".
         src: the data set as it is distributed; see the reader of that name.
         out: folder, made if need be; empty, or what an earlier run with the same options began.
-        size: side of the stored pictures in pixels.
+        size: side of the stored pictures in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
         fit: "squash" to the square, or "pad": keep the shape, centred on black.
         format: "npy" for `PackedDataset`, "litdata" for `StreamedDataset`.
         workers: processes that decode; with more than one a script needs `if __name__ == "__main__":`.
@@ -77,7 +104,8 @@ def prepare(
         strict: raise at the first thing that is wrong instead of passing it over.
         shard_size: pictures in a shard.
         progress: called with (split, share of all that is done).
-        **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder.
+        **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, target and
+            bias for celeba, labels for cifar, and for mnist_on_cifar agreement, seed, train, validation and test.
 
     Raises:
         DataError: the source cannot be used, `strict` met something wrong, or `out` holds something else.
@@ -99,6 +127,8 @@ def prepare(
     import PIL  # noqa: F401  # here rather than once for every picture
 
     checks.option("kind", kind, tuple(READERS))
+    reader = READERS[kind]
+    size = reader.size if size is None else size
     checks.option("fit", fit, pixels.FITS)
     checks.option("format", format, shards.FORMATS)
     for name, value in (("size", size), ("workers", workers), ("shard_size", shard_size)):
@@ -112,7 +142,9 @@ def prepare(
     if out.resolve() == src.resolve() or (kind == "folder" and src.resolve() in out.resolve().parents):
         raise DataError(f"{out}: must not lie in the data set that is read")
     problems = Problems(strict)
-    source = READERS[kind](src, problems, splits=splits, **options)
+    if reader.draws:
+        options["size"] = size
+    source = reader.read(src, problems, splits=splits, **options)
     settings = {
         "kind": kind,
         "format": format,

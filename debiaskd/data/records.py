@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,16 +54,34 @@ class Problems:
         return made
 
 
+class Pictures(Protocol):
+    """The pixels of a split whose pictures are not files of their own."""
+
+    def part(self, start: int, stop: int) -> Pixels:
+        """Those of the pictures `start` to `stop`, light enough to be sent to another process.
+
+        Raises:
+            DataError, OSError: they cannot be read any more.
+        """
+
+
+class Pixels(Protocol):
+    """Pictures by number, each uint8 [H,W,3], RGB: an array, or what makes them one by one."""
+
+    def __getitem__(self, i: int, /) -> NDArray[np.uint8]: ...
+
+
 class Split:
     """One part of a data set: where each picture lies and what is known about it.
 
-    Columns grow by `add`: paths (relative to `root`), class or -1 where the boxes tell, group or -1, recorded size
-    (height, width) or zeros, whether the boxes are known, and the boxes themselves as float64 (x0, y0, x1, y1) in
-    half-open pixels of the stored picture, with label and flags.
+    Columns grow by `add`: paths (relative to `root`; with `pictures`, which then have the pixels, names alone), class
+    or -1 where the boxes tell, group or -1, recorded size (height, width) or zeros, whether the boxes are known, and
+    the boxes themselves as float64 (x0, y0, x1, y1) in half-open pixels of the stored picture, with label and flags.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, pictures: Pictures | None = None) -> None:
         self.root = root
+        self.pictures = pictures
         self.paths: list[str] = []
         self.classes, self.groups, self.sizes = array("q"), array("q"), array("q")
         self.annotated, self.flags = array("B"), array("B")
@@ -109,6 +127,7 @@ class Split:
             np.array(self.offsets[start : stop + 1], np.int64) - low,
             np.array(self.labels[low:high], np.int64),
             np.array(self.flags[low:high], np.uint8),
+            None if self.pictures is None else self.pictures.part(start, stop),
         )
 
     def update(self, digest: Any) -> None:
@@ -135,6 +154,7 @@ class Part:
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
     flags: NDArray[np.uint8]
+    pictures: Pixels | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -145,7 +165,7 @@ class Source:
     """A data set as its annotations describe it.
 
     Attributes:
-        kind: "coco", "voc", "waterbirds" or "folder".
+        kind: the name of its reader, such as "coco".
         path: where it lies.
         classes: their names.
         multi_label: whether a picture may show several classes: its target is then the set of its boxes' labels.

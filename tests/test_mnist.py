@@ -1,0 +1,67 @@
+"""MNIST's IDX files, whole and damaged."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL", reason="the small data sets are made with pillow")
+
+import more_trees as more
+
+from debiaskd.data import DataError, mnist
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_both_sets(tmp_path: Path, packed: bool) -> None:
+    more.mnist(tmp_path, [1, 2, 3], packed=packed)
+    more.mnist(tmp_path, [9, 0], name="train", packed=packed, seed=1)
+    made = mnist.read(tmp_path)
+    assert list(made) == ["train", "t10k"]
+    for name, labels, seed in (("train", [9, 0], 1), ("t10k", [1, 2, 3], 0)):
+        assert made[name][1].tolist() == labels
+        assert (made[name][0] == more.mnist_digits(len(labels), seed)).all()
+
+
+IMAGES, LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
+WHOLE = {IMAGES: more.idx(more.mnist_digits(3)), LABELS: more.idx(np.array([1, 2, 3], np.uint8))}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (IMAGES, None, f"{IMAGES}: no such file; images and labels go together"),
+        (LABELS, None, f"{LABELS}: no such file; images and labels go together"),
+        (IMAGES, gzip.compress(WHOLE[IMAGES])[:-20], f"{IMAGES}: damaged"),
+        (IMAGES, WHOLE[IMAGES], f"{IMAGES}: damaged"),  # not packed, in spite of its name
+        (IMAGES, gzip.compress(WHOLE[IMAGES][:-1]), "there is less in it than the 3 that it announces"),
+        (
+            IMAGES,
+            gzip.compress(b"\0\0\x08\x03" + b"\xff" * 4 + WHOLE[IMAGES][8:]),
+            "there is less in it than the 4294967295",
+        ),
+        (LABELS, gzip.compress(WHOLE[LABELS] + b"\0"), "there is more in it than the 3 that it announces"),
+        (IMAGES, gzip.compress(WHOLE[LABELS]), "cut short"),
+        (LABELS, gzip.compress(WHOLE[IMAGES]), "not an IDX file of labels of one byte"),
+        (IMAGES, gzip.compress(more.idx(np.zeros((3, 8, 8), np.uint8))), "not an IDX file of images of 28×28 bytes"),
+        (LABELS, gzip.compress(more.idx(np.array([1, 2], np.uint8))), "t10k has 3 images and 2 labels"),
+        (LABELS, gzip.compress(more.idx(np.array([1, 2, 10], np.uint8))), "labels must be digits, got 10"),
+    ],
+)
+def test_idx_files_that_are_damaged(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
+    for name, whole in WHOLE.items():
+        (tmp_path / name).write_bytes(gzip.compress(whole))
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        mnist.read(tmp_path)
+
+
+def test_idx_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no MNIST here: neither train-images-idx3-ubyte\.gz nor t10k-"):
+        mnist.read(tmp_path)
