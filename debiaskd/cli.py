@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The `debiaskd` command; returns its exit code."""
     try:
         options, rest = _parser().parse_known_args(arguments)
-        if rest and options.command != "train":
+        if options.command == "train":
+            options.overrides = rest
+        elif rest:
             raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see debiaskd {options.command} --help)")
-        options.overrides = rest
         _check_environment()
         code = _COMMANDS[options.command](options)
         sys.stdout.flush()
