@@ -7,7 +7,7 @@ another entry of `METHODS`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,13 +16,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from debiaskd.boxes import Boxes
-from debiaskd.data import digits
-from debiaskd.guide import Guide
+from debiaskd.data import Batch, digits
 from debiaskd.models import SmallNet
-from debiaskd.ops.feature_match import feature_match_loss
-from debiaskd.ops.kd import kd_loss
 from debiaskd.reweight import error_weights, predict_correct
-from debiaskd.train import Loss, Schedule, fit, to_float
+from debiaskd.terms import (
+    TERMS,
+    BackdoorOptions,
+    Draws,
+    GuideOptions,
+    GuideTerm,
+    KdOptions,
+    MatchOptions,
+    Outputs,
+    Ranks,
+    RelationOptions,
+    SampleOptions,
+    Setting,
+    SupervisedOptions,
+    Term,
+    TermOptions,
+    make_guide,
+)
+from debiaskd.train import Loss, Schedule, fit, in_batches, to_float
+from debiaskd.training.learner import Learner
+from debiaskd.training.teaching import Remembered
+from debiaskd.training.watched import Watched, places
 from debiaskd.transplant import FrozenTeacher, transplant
 
 
@@ -46,6 +64,11 @@ class Settings:
     up: float = 50.0
     annotated_fraction: float = 0.1
     guidance_weight: float = 0.1
+    sample_weight: float = 1.0
+    relation_weight: float = 1.0
+    intervention_epoch: int = 2
+    combined_guidance_weight: float = 0.1
+    combined_cid_weight: float = 0.1
 
 
 class Context:
@@ -89,13 +112,14 @@ class Context:
             return transplant(self.teacher, self.student(), projector=self.settings.projector)
 
     @cached_property
-    def teacher_outputs(self) -> tuple[Tensor, Tensor]:
-        """The frozen teacher's feature maps [N,C,H,W] and logits [N,K] of the training pictures, which never change."""
+    def teacher_outputs(self) -> Outputs:
+        """The frozen teacher's answers to the training pictures, which never change."""
         frozen = FrozenTeacher(self.teacher)
         with torch.no_grad():
             parts = [frozen(part) for part in self.images.split(500)]
-        feature = torch.cat([part[0] for part in parts]).contiguous(memory_format=torch.channels_last)
-        return feature, torch.cat([part[1] for part in parts])
+            feature = torch.cat([part[0] for part in parts]).contiguous(memory_format=torch.channels_last)
+            pooled = in_batches(lambda part: frozen.forward_head(part, pre_logits=True), feature)
+        return Outputs(feature, pooled, torch.cat([part[1] for part in parts]))
 
     @cached_property
     def few_boxes(self) -> Boxes:
@@ -115,33 +139,68 @@ class Context:
         return predict_correct(model, zip(self.images.split(500), self.labels.split(500)))
 
 
+class Taught(Learner):
+    """A student with the terms that train it, over pictures that lie in memory.
+
+    It speaks timm's protocol for what it deploys: the student, or the student with what a term adds to it.
+
+    Args:
+        context, student: see there.
+        terms: options by name, as in a recipe.
+        weight: [N] of the training pictures, or None.
+    """
+
+    def __init__(
+        self, context: Context, student: nn.Module, terms: Mapping[str, TermOptions], weight: Tensor | None = None
+    ) -> None:
+        self.labels, self.epoch = context.labels, 0
+        classes, example = len(digits.LABELS), context.images[:2]
+        wanted = {need.partition(".")[2] for name in terms for need in TERMS[name].needs if need.startswith("student.")}
+        at = places(student, example) if wanted else None
+        taught = any("teacher" in TERMS[name].needs for name in terms)
+        width = context.settings.teacher_widths[-1]
+        setting = Setting(classes, False, len(digits.GROUPS), 0 if at is None else at.pooled_width, width)
+        guide, self.boxes = None, Boxes.from_lists([None] * len(self.labels))
+        made: dict[str, Term] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.generator("terms").initial_seed())
+            for name, options in terms.items():
+                if isinstance(options, GuideOptions):
+                    guide, self.boxes = make_guide(options, student), context.few_boxes
+                    made[name] = GuideTerm(options, guide)
+                else:
+                    made[name] = TERMS[name](options, setting)  # type: ignore[call-arg]
+        teacher = Remembered(context.teacher_outputs) if taught else None
+        super().__init__(Watched(student, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
+        self.draws, self.ranks = Draws(context.seed, 0, Ranks(), torch.device("cpu")), Ranks()
+
+    def loss(self, images: Tensor, index: Tensor) -> Tensor:
+        """Of the training pictures of these numbers."""
+        batch = Batch(images, self.labels[index], self.boxes[index], index=index)
+        total: Tensor = super().forward(batch, self.epoch, self.draws, self.ranks)[0]
+        return total
+
+    def epoch_ended(self) -> None:
+        """After the last step of an epoch."""
+        self.end_epoch(self.epoch, self.ranks)
+        self.epoch += 1
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.deployed().forward_features(images)  # type: ignore[operator, no-any-return]
+
+    def forward_head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.deployed().forward_head(feature, pre_logits)  # type: ignore[operator, no-any-return]
+
+    def get_classifier(self) -> nn.Linear:
+        return self.deployed().get_classifier()  # type: ignore[operator, no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        logits: Tensor = self.deployed()(images)
+        return logits
+
+
 def label_loss(labels: Tensor) -> Loss:
     return lambda model, images, index: F.cross_entropy(model(images), labels[index])
-
-
-def distillation_loss(logits: Tensor, temperature: float) -> Loss:
-    """The student's softened predictions pulled to those of the teacher's logits [N,K]."""
-    return lambda model, images, index: kd_loss(model(images), logits[index], temperature=temperature)
-
-
-def match_loss(feature: Tensor, weight: Tensor | None = None) -> Loss:
-    """The distance to the teacher's feature maps [N,C,H,W], weighted by [N]."""
-
-    def loss(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
-        student: Tensor = model.forward_features(images)  # type: ignore[operator]
-        return feature_match_loss(student, feature[index], None if weight is None else weight[index])
-
-    return loss
-
-
-def guided_loss(guide: Guide, labels: Tensor, boxes: Boxes) -> Loss:
-    """The labels' cross-entropy, with the label's evidence pulled into the boxes that are known."""
-
-    def loss(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
-        logits, guidance, _ = guide(images, labels[index], boxes[index])
-        return F.cross_entropy(logits, labels[index]) + guidance
-
-    return loss
 
 
 @dataclass(frozen=True)
@@ -153,27 +212,56 @@ class Method:
     build: Callable[[Context], tuple[nn.Module, Loss]]
 
 
+def _taught(
+    context: Context, student: nn.Module, terms: Mapping[str, TermOptions], weight: Tensor | None = None
+) -> tuple[nn.Module, Loss]:
+    return Taught(context, student, terms, weight), lambda model, images, index: model.loss(images, index)
+
+
 def _erm(context: Context) -> tuple[nn.Module, Loss]:
-    return context.student(), label_loss(context.labels)
+    return _taught(context, context.student(), {"supervised": SupervisedOptions()})
 
 
 def _kd(context: Context) -> tuple[nn.Module, Loss]:
-    return context.student(), distillation_loss(context.teacher_outputs[1], context.settings.temperature)
+    return _taught(context, context.student(), {"kd": KdOptions(temperature=context.settings.temperature)})
 
 
 def _simkd(context: Context) -> tuple[nn.Module, Loss]:
-    return context.transplanted(), match_loss(context.teacher_outputs[0])
+    return _taught(context, context.transplanted(), {"match": MatchOptions()})
 
 
 def _dett(context: Context) -> tuple[nn.Module, Loss]:
     weight = error_weights(context.correct, context.settings.up)
-    return context.transplanted(), match_loss(context.teacher_outputs[0], weight)
+    return _taught(context, context.transplanted(), {"match": MatchOptions()}, weight)
 
 
 def _guided(context: Context) -> tuple[nn.Module, Loss]:
-    student = context.student()
-    guide = Guide(student, weight=context.settings.guidance_weight)
-    return student, guided_loss(guide, context.labels, context.few_boxes)
+    terms = {"supervised": SupervisedOptions(), "guide": GuideOptions(weight=context.settings.guidance_weight)}
+    return _taught(context, context.student(), terms)
+
+
+def _cid(context: Context) -> tuple[nn.Module, Loss]:
+    return _taught(context, context.student(), _cid_terms(context.settings))
+
+
+def _all(context: Context) -> tuple[nn.Module, Loss]:
+    settings = context.settings
+    terms = {
+        "match": MatchOptions(),
+        "guide": GuideOptions(weight=settings.combined_guidance_weight),
+        **_cid_terms(settings, settings.combined_cid_weight),
+    }
+    return _taught(context, context.transplanted(), terms, error_weights(context.correct, settings.up))
+
+
+def _cid_terms(settings: Settings, factor: float = 1.0) -> dict[str, TermOptions]:
+    temperature, start = settings.temperature, settings.intervention_epoch
+    return {
+        "kd": KdOptions(weight=factor, temperature=temperature),
+        "sample": SampleOptions(weight=factor * settings.sample_weight),
+        "relation": RelationOptions(weight=factor * settings.relation_weight),
+        "backdoor": BackdoorOptions(weight=factor, start=start, temperature=temperature),
+    }
 
 
 METHODS = (
@@ -195,5 +283,16 @@ METHODS = (
         "As erm, with the evidence for the label pulled into the digits' boxes, of which a tenth are known "
         "(Rao et al. 2023, energy loss at the last feature map). No teacher.",
         _guided,
+    ),
+    Method(
+        "cid",
+        "The student imitates the teacher's logits, its features, and how pictures of a class resemble each other; "
+        "logits adjusted for the classes' contexts (Deng & Zhang 2021).",
+        _cid,
+    ),
+    Method(
+        "dett+guided+cid",
+        "As dett, with the evidence guided into the known boxes and CID's terms beside, their weights made smaller.",
+        _all,
     ),
 )

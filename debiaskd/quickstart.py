@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import doctor, report
-from debiaskd.attribution import final_layer_map
 from debiaskd.data import digits
 from debiaskd.gallery import Gallery
+from debiaskd.guide import Guide
 from debiaskd.methods import METHODS, Context, Method, Settings, label_loss
 from debiaskd.metrics import energy_in_box, group_accuracy
 from debiaskd.reweight import group_weights
+from debiaskd.terms.backdoor import Intervention
 from debiaskd.train import Fitted, fit, in_batches
+from debiaskd.training.learner import Learner
 
 TEACHER = (
     "The wider network that is distilled, trained on the labels and debiased by drawing the four groups of training "
@@ -165,6 +167,7 @@ def _student(context: Context, method: Method, clock: _Clock, gallery: Gallery) 
         generator=context.generator("order"),
         score=lambda trained: _validation_score(context, trained),
         on_epoch=on_epoch,
+        epoch_ended=getattr(model, "epoch_ended", None),
     )
     return _row(context, method.name, model, fitted, time.perf_counter() - started, gallery)
 
@@ -180,12 +183,12 @@ def _row(
     context: Context, name: str, model: nn.Module, fitted: Fitted, seconds: float, gallery: Gallery
 ) -> dict[str, Any]:
     """Measured on the test pictures; accuracies and energy in percent."""
+    model = model.deployed() if isinstance(model, Learner) else model
     pictures, size = context.data.test, (context.settings.size, context.settings.size)
     feature = in_batches(model.forward_features, context.test_images)  # type: ignore[arg-type]
     with torch.no_grad():
         logits: Tensor = model.forward_head(feature)  # type: ignore[operator]
-    classifier: nn.Linear = model.get_classifier()  # type: ignore[operator]
-    maps = final_layer_map(feature, classifier.weight.detach(), pictures.labels)
+    maps = _maps(model, context.test_images, pictures.labels)
     energy = energy_in_box(maps, pictures.boxes, size)
     accuracy = group_accuracy(logits.argmax(1) == pictures.labels, pictures.groups, context.data.train.groups)
     gallery.add(name, maps, logits)
@@ -196,7 +199,7 @@ def _row(
         "worst_group_accuracy": accuracy.worst_group,
         "energy_in_box": 100 * float(energy.double().mean()),
         "seconds": round(seconds, 3),
-        "parameters": _parameters(model, classifier),
+        "parameters": _parameters(model),
         "unbiased_accuracy": accuracy.unbiased,
         "adjusted_accuracy": accuracy.adjusted,
         "group_accuracies": {
@@ -208,7 +211,15 @@ def _row(
     }
 
 
-def _parameters(model: nn.Module, classifier: nn.Linear) -> int:
-    """Learned numbers in what is deployed: a transplanted head counts though it is no parameter any more."""
-    head = [tensor for tensor in (classifier.weight, classifier.bias) if tensor is not None]
-    return sum({id(tensor): tensor.numel() for tensor in (*model.parameters(), *head)}.values())
+def _maps(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Input × gradient at the last feature map: in closed form, but for logits that are adjusted for contexts."""
+    guide = Guide(model)
+    return torch.cat([guide.attribute(*part) for part in zip(images.split(500), labels.split(500))])
+
+
+def _parameters(model: nn.Module) -> int:
+    """Learned numbers in what is deployed: a transplanted head counts though it is no parameter, contexts likewise."""
+    classifier: nn.Linear = model.get_classifier()  # type: ignore[operator]
+    learned = [*model.parameters(), classifier.weight, classifier.bias]
+    learned += [module.context for module in model.modules() if isinstance(module, Intervention)]
+    return sum({id(tensor): tensor.numel() for tensor in learned if tensor is not None}.values())

@@ -62,6 +62,7 @@ def fit(
     score: Callable[[nn.Module], float] | None = None,
     sampling: Tensor | None = None,
     on_epoch: Callable[[], None] | None = None,
+    epoch_ended: Callable[[], None] | None = None,
 ) -> Fitted:
     """Train `model` in place.
 
@@ -75,6 +76,7 @@ def fit(
             one of equals). None: the last epoch's.
         sampling: [N] probabilities up to a factor; an epoch then draws N samples with replacement. None: each once.
         on_epoch: called after each epoch, to show progress.
+        epoch_ended: called after an epoch's last step, before anything is scored.
 
     Raises:
         ValueError: no picture, or fewer than one epoch.
@@ -112,6 +114,8 @@ def fit(
             total += value.detach()
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss became {float(total)} in epoch {epoch}: training has diverged")
+        if epoch_ended is not None:
+            epoch_ended()
         model.eval()
         if score is not None:
             scores.append(score(model))

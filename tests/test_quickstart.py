@@ -30,8 +30,9 @@ TOY = Settings(
     teacher_schedule=Schedule(epochs=2, batch=20),
     student_schedule=Schedule(epochs=2, batch=20),
     identification_schedule=Schedule(epochs=1, batch=20),
+    intervention_epoch=1,
 )
-NAMES = ["teacher", "erm", "kd", "simkd", "dett", "guided"]
+NAMES = ["teacher", "erm", "kd", "simkd", "dett", "guided", "cid", "dett+guided+cid"]
 
 
 def numbers(rows):
@@ -163,27 +164,44 @@ def test_identification_is_judged_after_training(context):
 
 
 def test_losses_against_their_formulas(context):
-    feature, logits = context.teacher_outputs
+    feature, pooled, logits = context.teacher_outputs
+    torch.testing.assert_close(pooled, feature.mean((2, 3)))
     index, model = torch.tensor([3, 0, 7]), context.transplanted().eval()
     images, own = context.images[index], context.transplanted().eval().forward_features(context.images[index])
     distance = ((own - feature[index]) ** 2).mean((1, 2, 3))
     weight = torch.linspace(1, 5, len(context.images))
-    torch.testing.assert_close(methods.match_loss(feature)(model, images, index), distance.mean())
+    terms = {"match": methods.MatchOptions()}
+    torch.testing.assert_close(methods.Taught(context, model, terms).loss(images, index), distance.mean())
     expected = (weight[index] * distance).sum() / weight[index].sum()
-    torch.testing.assert_close(methods.match_loss(feature, weight)(model, images, index), expected)
+    torch.testing.assert_close(methods.Taught(context, model, terms, weight).loss(images, index), expected)
     student = context.student().eval()
     soft, log_own = (logits[index] / 4).softmax(1), (student(images) / 4).log_softmax(1)
     expected = 16 * (soft * (soft.log() - log_own)).sum(1).mean()
-    torch.testing.assert_close(methods.distillation_loss(logits, 4.0)(student, images, index), expected)
+    taught = methods.Taught(context, student, {"kd": methods.KdOptions(temperature=4.0)})
+    torch.testing.assert_close(taught.loss(images, index), expected)
 
 
 def test_parameters_count_the_transplanted_head(context):
     model = context.transplanted()
     head = sum(tensor.numel() for tensor in context.teacher.get_classifier().parameters())
     trained = sum(parameter.numel() for parameter in model.parameters())
-    assert quickstart._parameters(model, model.get_classifier()) == trained + head
+    assert quickstart._parameters(model) == trained + head
     student = context.student()
-    assert quickstart._parameters(student, student.fc) == sum(p.numel() for p in student.parameters())
+    assert quickstart._parameters(student) == sum(p.numel() for p in student.parameters())
+
+
+def test_contexts_are_part_of_what_is_deployed(context):
+    """One epoch without the intervention, which builds the contexts; then logits that are adjusted by them."""
+    (method,) = [m for m in METHODS if m.name == "cid"]
+    model, loss = method.build(context)
+    assert model.deployed() is model.watched.model
+    options = {"generator": torch.Generator().manual_seed(0), "epoch_ended": model.epoch_ended}
+    fit(model, context.images, loss, Schedule(epochs=1, batch=20), **options)
+    deployed = model.deployed().eval()
+    assert deployed.intervention.context.any() and not deployed.intervention.context.requires_grad
+    assert not torch.allclose(deployed(context.images[:8]), model.watched.model(context.images[:8]))
+    learned = quickstart._parameters(model.watched.model) + sum(t.numel() for t in deployed.intervention.parameters())
+    assert quickstart._parameters(deployed) == learned + deployed.intervention.context.numel()
 
 
 def test_fit_keeps_the_best_epoch():

@@ -21,6 +21,7 @@ from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.run import Say
+from debiaskd.training.teaching import Live
 from debiaskd.training.watched import Places, Watched
 from debiaskd.training.watched import places as find_places
 from debiaskd.transplant import FrozenTeacher
@@ -178,7 +179,8 @@ class Fitting:
                     made[name] = GuideTerm(options, guide)
                 else:
                     made[name] = kinds[name](options, setting)  # type: ignore[call-arg]
-        return Learner(Watched(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
+        taught = None if teacher is None else Live(teacher)
+        return Learner(Watched(model, at, wanted), made, teacher=taught, guide=guide, weight=weight)
 
     def _guide(self, options: GuideOptions, model: nn.Module, network: Network) -> Guide:
         try:

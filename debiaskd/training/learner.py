@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from debiaskd.data import Batch
 from debiaskd.guide import Guide
-from debiaskd.terms import Draws, Outputs, Ranks, State, Term
+from debiaskd.terms import Draws, Ranks, State, Term
+from debiaskd.training.teaching import Teaching
 from debiaskd.training.watched import Watched
-from debiaskd.transplant import FrozenTeacher
 
 
 class Learner(nn.Module):
@@ -30,7 +30,7 @@ class Learner(nn.Module):
         watched: Watched,
         terms: Mapping[str, Term],
         *,
-        teacher: FrozenTeacher | None = None,
+        teacher: Teaching | None = None,
         guide: Guide | None = None,
         weight: Tensor | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class Learner(nn.Module):
             groups=batch.groups,
             weight=None if weight is None or batch.index is None else weight[batch.index],
             student=student,
-            teacher=_ask(teacher, batch.images) if taught and teacher is not None else None,
+            teacher=teacher(batch) if taught and teacher is not None else None,
             seen=seen,
             epoch=epoch,
             draws=draws,
@@ -114,10 +114,3 @@ class Learner(nn.Module):
         for name in self.names:
             model = self.term(name).deployed(model)
         return model
-
-
-def _ask(teacher: FrozenTeacher, images: Tensor) -> Outputs:
-    with torch.no_grad():
-        feature = teacher.forward_features(images)
-        pooled = teacher.forward_head(feature, pre_logits=True)
-        return Outputs(feature, pooled, teacher.get_classifier()(pooled))

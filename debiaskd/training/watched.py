@@ -84,6 +84,7 @@ class Watched(nn.Module):
         super().__init__()
         self.model, self.at = model, at
         self.caught: dict[str, Tensor] = {}
+        self.looking = False  # nothing is held on to when others run the model
         if at is None:
             return
         if "feature" in wanted:
@@ -92,16 +93,21 @@ class Watched(nn.Module):
             model.get_submodule(at.classifier).register_forward_pre_hook(self._catch_pooled)
 
     def _catch_feature(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        self.caught["feature"] = output
+        if self.looking:
+            self.caught["feature"] = output
 
     def _catch_pooled(self, module: nn.Module, arguments: Any) -> None:
-        self.caught["pooled"] = arguments[0]
+        if self.looking:
+            self.caught["pooled"] = arguments[0]
 
     def forward(self, images: Tensor, guide: Guide | None = None) -> tuple[Outputs, Seen | None]:
         """What the model gives; with a guide, of the same model, what that watches in the same pass."""
-        self.caught.clear()
-        seen = guide.watch(images) if guide is not None else None
-        logits = seen.logits if seen is not None else self.model(images)
+        self.looking = True
+        try:
+            seen = guide.watch(images) if guide is not None else None
+            logits = seen.logits if seen is not None else self.model(images)
+        finally:
+            self.looking = False
         feature, pooled = self.caught.pop("feature", None), self.caught.pop("pooled", None)
         if feature is not None and self.at is not None:
             feature = self.at.layout.to_map(feature, images)
