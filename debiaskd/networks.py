@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from debiaskd import cifar_models
 from debiaskd.bias_free import bias_free
 from debiaskd.models import CifarResNet, SmallNet
 
@@ -35,7 +36,7 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
     family, slash, rest = name.partition("/")
     if not slash or family not in _FAMILIES:
         return _timm(name, num_classes, pretrained)
-    if pretrained and family != "torchvision":
+    if pretrained and family not in ("torchvision", "bcos"):
         raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
     return _FAMILIES[family](rest, num_classes, pretrained)
 
@@ -74,8 +75,22 @@ def _bcos(name: str, num_classes: int, pretrained: bool) -> nn.Module:
         make = getattr(getattr(models, module, None), name, None)
         if callable(make):
             found: nn.Module = make(num_classes=num_classes)
+            if pretrained:
+                _load_bcos(found, name)
             return found
     raise NetworkError(f"bcos/{name}: the bcos package has no such network")
+
+
+def _load_bcos(model: nn.Module, name: str) -> None:
+    """ImageNet's weights, which bcos downloads, but for the last layer."""
+    from bcos.models import pretrained
+
+    entry = getattr(pretrained, name, None)
+    if name not in pretrained.list_available() or entry is None:
+        raise NetworkError(f"bcos/{name}: has no pretrained weights; bcos has some for {pretrained.list_available()}")
+    known, own = entry(pretrained=True).state_dict(), model.state_dict()
+    fitting = {key: tensor for key, tensor in known.items() if key in own and own[key].shape == tensor.shape}
+    model.load_state_dict({**own, **fitting})
 
 
 def _small(widths: str, num_classes: int, pretrained: bool) -> nn.Module:
@@ -86,12 +101,26 @@ def _small(widths: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 
 def _cifar(name: str, num_classes: int, pretrained: bool) -> nn.Module:
-    depth = name.removeprefix("resnet")
-    if not depth.isdecimal() or (int(depth) - 2) % 6 or int(depth) < 8:
-        raise NetworkError(f"cifar/{name}: must be cifar/resnetD with D = 6n + 2, such as cifar/resnet20")
-    return CifarResNet(int(depth), num_classes)
+    if name in _CIFAR:
+        return _CIFAR[name](num_classes)
+    kind, *numbers = name.split("-") if name.startswith("wrn-") else [name[:6], name[6:]]
+    try:
+        if kind == "wrn" and len(numbers) == 2:
+            return cifar_models.wide_resnet(int(numbers[0]), int(numbers[1]), num_classes)
+        if kind == "resnet":
+            return CifarResNet(int(numbers[0]), num_classes)
+    except ValueError as error:
+        raise NetworkError(f"cifar/{name}: {error}") from None
+    raise NetworkError(
+        f"cifar/{name}: must be one of cifar/resnet20, cifar/wrn-16-2, {', '.join(f'cifar/{n}' for n in _CIFAR)}"
+    )
 
 
+_CIFAR = {
+    "resnet50": cifar_models.resnet50,
+    "vgg8": cifar_models.vgg8,
+    "mobilenetv2": cifar_models.mobilenetv2,
+}
 _FAMILIES = {"torchvision": _torchvision, "bcos": _bcos, "small": _small, "cifar": _cifar}
 
 

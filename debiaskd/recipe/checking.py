@@ -87,7 +87,7 @@ def _terms(recipe: Recipe) -> Iterator[str]:
             yield "data.annotated_fraction, data.dilate: only terms.guide uses boxes, and there is none"
         return
     if guide.steps is not None and guide.attribution != "integrated_gradients":
-        yield f"terms.guide.steps: only for integrated_gradients, got attribution {guide.attribution}"
+        yield f"terms.guide.steps: only for integrated_gradients, got attribution {guide.attribution or 'left out'}"
     if guide.steps is not None and guide.steps < 1:
         yield f"terms.guide.steps: must be >= 1, got {guide.steps}"
 

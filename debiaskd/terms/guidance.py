@@ -19,14 +19,14 @@ class GuideOptions(TermOptions):
 
     Args:
         layer: Input, Mid1, Mid2, Mid3, Final, or a module's name.
-        attribution: how the map is made.
+        attribution: how the map is made; left out, bcos for networks of B-cos layers, else input_x_gradient.
         loss: how it is compared with the boxes.
         reduction: "mean" over annotated images, or "sum", as the public code of the paper has it.
         steps: of integrated gradients; 32 if it is left out.
     """
 
     layer: str = "Final"
-    attribution: Literal["input_x_gradient", "grad_cam", "bcos", "integrated_gradients"] = "input_x_gradient"
+    attribution: Literal["input_x_gradient", "grad_cam", "bcos", "integrated_gradients"] | None = None
     loss: Literal["energy", "l1", "ppce", "rrr"] = "energy"
     reduction: Literal["mean", "sum"] = "mean"
     steps: int | None = None
@@ -56,4 +56,8 @@ class GuideTerm(Term):
 def make_guide(options: GuideOptions, model: torch.nn.Module) -> Guide:
     """The guide that watches the student; its loss is a sum over images, without the term's weight."""
     steps = 32 if options.steps is None else options.steps
-    return Guide(model, options.layer, options.attribution, options.loss, reduction="sum", steps=steps)
+    attribution = options.attribution
+    if attribution is None:
+        explained = any(callable(getattr(module, "set_explanation_mode", None)) for module in model.modules())
+        attribution = "bcos" if explained else "input_x_gradient"
+    return Guide(model, options.layer, attribution, options.loss, reduction="sum", steps=steps)
