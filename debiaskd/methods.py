@@ -157,7 +157,7 @@ class Taught(Learner):
         classes, example = len(digits.LABELS), context.images[:2]
         wanted = {need.partition(".")[2] for name in terms for need in TERMS[name].needs if need.startswith("student.")}
         at = places(student, example) if wanted else None
-        taught = any("teacher" in TERMS[name].needs for name in terms)
+        taught = any(need.startswith("teacher.") for name in terms for need in TERMS[name].needs)
         width = context.settings.teacher_widths[-1]
         setting = Setting(classes, False, len(digits.GROUPS), 0 if at is None else at.pooled_width, width)
         guide, self.boxes = None, Boxes.from_lists([None] * len(self.labels))

@@ -120,6 +120,8 @@ def _method(teacher: Teacher) -> Iterator[str]:
     for key, user in {"up": "jtt", "identification_epochs": "jtt", "step_size": "group_dro"}.items():
         if getattr(teacher, key) is not None and method != user:
             yield f"teacher.{key}: only for method {user}, got {method}"
+    if teacher.views is not None and (teacher.cache is None or teacher.views < 1):
+        yield f"teacher.views: must be >= 1, and is for teacher.cache alone; got {teacher.views}"
     if method == "jtt" and teacher.up is None:
         yield "teacher.up: is needed by method jtt"
 

@@ -116,6 +116,9 @@ class Teacher(Network):
         up: weight of a briefly trained model's mistakes, for jtt.
         identification_epochs: of that model, for jtt.
         step_size: for group_dro; 0.01 if it is left out.
+        cache: what it says of the training pictures is computed once and kept on disk, as "fp32" or "bf16"; computed
+            in every step if it is left out.
+        views: with a cache, each picture has so many fixed augmentations, taken in turns; 1 if it is left out.
     """
 
     method: Literal["checkpoint", "erm", "balanced", "group_dro", "jtt", "dfr"] = "checkpoint"
@@ -123,6 +126,8 @@ class Teacher(Network):
     up: float | None = None
     identification_epochs: int | None = None
     step_size: float | None = None
+    cache: Literal["fp32", "bf16"] | None = None
+    views: int | None = None
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Intervention(nn.Module):
 
 
 class Backdoor(Term):
-    needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher.logits"})
     own: ClassVar[frozenset[str]] = frozenset({"sums", "masses"})
     sums: Tensor
     masses: Tensor

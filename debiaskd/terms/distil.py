@@ -28,7 +28,7 @@ class KdOptions(TermOptions):
 
 
 class Kd(Term):
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.logits"})
 
     def __init__(self, options: KdOptions, setting: Setting) -> None:
         super().__init__(options)
@@ -45,7 +45,7 @@ class SampleOptions(TermOptions):
 
 
 class Sample(Term):
-    needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher.pooled"})
     undecayed: ClassVar[bool] = True
 
     def __init__(self, options: SampleOptions, setting: Setting) -> None:
@@ -65,7 +65,7 @@ class RelationOptions(TermOptions):
 
 
 class Relation(Term):
-    needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher.pooled"})
 
     def __init__(self, options: RelationOptions, setting: Setting) -> None:
         super().__init__(options)

@@ -27,7 +27,7 @@ class MatchOptions(TermOptions):
 
 
 class Match(Term):
-    needs: ClassVar[frozenset[str]] = frozenset({"student.feature", "teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"student.feature", "teacher.feature"})
 
     def __init__(self, options: MatchOptions, setting: Setting) -> None:
         super().__init__(options)

@@ -148,7 +148,8 @@ class Term(nn.Module):
     moved with the student.
 
     Attributes:
-        needs: any of "student.feature", "student.pooled", "teacher" (all of it), "groups", "boxes".
+        needs: any of "student.feature", "student.pooled", "teacher.feature", "teacher.pooled", "teacher.logits",
+            "groups", "boxes".
         undecayed: the optimiser's weight decay leaves its parameters alone.
         own: names of buffers in which every rank sums up by itself.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +121,10 @@ class _Meters:
         figures: dict[str, float] = {}
         if self.multi_label:
             figures["f1"] = float(self.found["f1"].compute())
-            figures["map"] = float(self.found["map"].compute())
+            with warnings.catch_warnings():
+                # Of classes without a picture; they have no average precision and are left out of the mean.
+                warnings.filterwarnings("ignore", "No positive samples found")
+                figures["map"] = float(self.found["map"].compute())
         else:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(self.right)

@@ -21,10 +21,9 @@ from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.run import Say
-from debiaskd.training.teaching import Live
+from debiaskd.training.teaching import Teaching
 from debiaskd.training.watched import Places, Watched
 from debiaskd.training.watched import places as find_places
-from debiaskd.transplant import FrozenTeacher
 
 SELECTION = {
     "worst_group": "worst-group accuracy on validation, whose groups are known; the later of equals",
@@ -91,7 +90,7 @@ class Fitting:
         terms: dict[str, TermOptions],
         schedule: Schedule,
         *,
-        teacher: FrozenTeacher | None = None,
+        teacher: Teaching | None = None,
         weight: Tensor | None = None,
         rule: str | None = None,
         sampling: Tensor | None = None,
@@ -100,7 +99,8 @@ class Fitting:
         recipe, network = self.recipe, network or self.recipe.student
         six = inverse_added(network.name)
         learner = self._learner(model, terms, teacher, weight, network)
-        self._compile(learner, teacher)
+        if recipe.compute.compile:
+            model.compile()
         share = schedule.batch // schedule.accumulate // self.ranks.world_size
         if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
             raise RecipeError(f"schedule.batch: {schedule.batch} is no multiple of {self.ranks.world_size} processes")
@@ -123,6 +123,7 @@ class Fitting:
             validate=evaluation,
             keeper=keeper,
             every=recipe.selection.every,
+            views=None if teacher is None else teacher.views,
         )
         training = Training(plan, self.fabric, lambda done: self.say(name, done))
         training.run()
@@ -152,7 +153,7 @@ class Fitting:
         self,
         model: nn.Module,
         terms: dict[str, TermOptions],
-        teacher: FrozenTeacher | None,
+        teacher: Teaching | None,
         weight: Tensor | None,
         network: Network,
     ) -> Learner:
@@ -167,7 +168,7 @@ class Fitting:
             multi_label=split.whole.multi_label,
             num_groups=len(split.whole.groups),
             student_width=0 if at is None else at.pooled_width,
-            teacher_width=None if teacher is None else teacher.get_classifier().in_features,
+            teacher_width=None if teacher is None else teacher.width,
         )
         made: dict[str, Term] = {}
         guide = None
@@ -179,8 +180,7 @@ class Fitting:
                     made[name] = GuideTerm(options, guide)
                 else:
                     made[name] = kinds[name](options, setting)  # type: ignore[call-arg]
-        taught = None if teacher is None else Live(teacher)
-        return Learner(Watched(model, at, wanted), made, teacher=taught, guide=guide, weight=weight)
+        return Learner(Watched(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
 
     def _guide(self, options: GuideOptions, model: nn.Module, network: Network) -> Guide:
         try:
@@ -188,12 +188,6 @@ class Fitting:
             return make_guide(options, model)
         except ValueError as error:
             raise RecipeError(f"terms.guide: {error}") from None
-
-    def _compile(self, learner: Learner, teacher: FrozenTeacher | None) -> None:
-        if self.recipe.compute.compile:
-            learner.watched.model.compile()
-            if teacher is not None:
-                teacher.body.compile()
 
     def pictures(
         self,

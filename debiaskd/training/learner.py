@@ -61,7 +61,7 @@ class Learner(nn.Module):
         """(what is to be minimised, each term's own loss without its factor) of a batch of augmented pictures."""
         teacher, guide, weight = self._outside
         active = {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
-        taught = any("teacher" in term.needs for term in active.values())
+        taught = any(need.startswith("teacher.") for term in active.values() for need in term.needs)
         student, seen = self.watched(batch.images, guide if "guide" in active else None)
         state = State(
             images=batch.images,
@@ -70,7 +70,7 @@ class Learner(nn.Module):
             groups=batch.groups,
             weight=None if weight is None or batch.index is None else weight[batch.index],
             student=student,
-            teacher=teacher(batch) if taught and teacher is not None else None,
+            teacher=teacher(batch, epoch) if taught and teacher is not None else None,
             seen=seen,
             epoch=epoch,
             draws=draws,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from debiaskd.data import Batch
 from debiaskd.recipe import Compute, Schedule
 from debiaskd.terms import Draws, Ranks
+from debiaskd.training.caching import Views
 from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.keeping import Keeper
 from debiaskd.training.learner import Learner
@@ -45,6 +46,7 @@ class Plan:
         validate: (model in evaluation mode) to its figures on the validation pictures; None: not validated.
         keeper: which epochs are kept.
         every: epochs between validations.
+        views: how many fixed augmentations each picture has; None: another one every time.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Plan:
     validate: Callable[[nn.Module], dict[str, float]] | None
     keeper: Keeper
     every: int = 1
+    views: int | None = None
 
 
 @dataclass
@@ -126,7 +129,7 @@ class Training:
         for number, batch in enumerate(passes):
             draws = Draws(self.plan.seed, self.step * schedule.accumulate + number, self.ranks, self.fabric.device)
             torch.manual_seed(draws.generator.initial_seed() + self.ranks.rank)  # for dropout
-            placed = self.plan.pictures.placed(batch, draws)
+            placed = self.plan.pictures.placed(batch, self._augmentation(batch, epoch, draws))
             last = number + 1 == len(passes)
             with self.fabric.no_backward_sync(self.module, enabled=not last):
                 total, losses = self.module(placed, epoch, draws, self.ranks)
@@ -153,6 +156,12 @@ class Training:
                 self._save()
         if self.progress is not None:
             self.progress(self.step / (schedule.epochs * self.steps))
+
+    def _augmentation(self, batch: Batch, epoch: int, draws: Draws) -> Draws | Views:
+        views = self.plan.views
+        if views is None or batch.index is None:
+            return draws
+        return Views(self.plan.seed, batch.index, epoch % views, self.fabric.device)
 
     def _look(self) -> None:
         """Reads the losses that have piled up, all at once."""

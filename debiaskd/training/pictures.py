@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 from debiaskd.data import Augment, Batch, DataError, EpochSampler, PackedDataset, loader, open_dataset
 from debiaskd.networks import with_inverse
 from debiaskd.recipe import Data, RecipeError
-from debiaskd.terms import Draws, Ranks
+from debiaskd.terms import Ranks
+
+
+class Random(Protocol):
+    """Draws uniform numbers, a row for each picture."""
+
+    def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor: ...
+
 
 _PART = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<from>[\d.]+%)?:(?P<to>[\d.]+%)?\])?")
 
@@ -101,7 +108,7 @@ class Intake:
         normal: dict[str, Any] = {"mean": None, "std": None} if six else {}
         self.augment = Augment(size, flip=flip, crop_scale=crop_scale, **normal)
 
-    def __call__(self, batch: Batch, draws: Draws | None = None) -> Batch:
+    def __call__(self, batch: Batch, draws: Random | None = None) -> Batch:
         """On the device, as the network reads it."""
         batch = self.augment(batch.to(self.device, non_blocking=True), None if draws is None else draws.rand)
         if self.six:

@@ -14,12 +14,12 @@ from debiaskd import files
 from debiaskd.networks import inverse_added, load_weights
 from debiaskd.recipe import Network, Recipe, Schedule, Teacher, to_dict
 from debiaskd.reweight import error_weights, group_weights
-from debiaskd.terms import (
-    SupervisedOptions,
-)
+from debiaskd.terms import TERMS, SupervisedOptions
+from debiaskd.training.caching import PARTS, Cached, fill
 from debiaskd.training.fitting import Fitting
 from debiaskd.training.loaded import frozen, transplanted
 from debiaskd.training.run import Run, Say, Stage, data_fingerprint, decisive
+from debiaskd.training.teaching import Live, Teaching
 from debiaskd.transplant import FrozenTeacher
 
 
@@ -72,15 +72,18 @@ class Chain:
             stage = self._pretraining()
             before["pretraining"] = stage.fingerprint
             load_weights(model, stage.model)
-        teacher = None
+        teacher: Teaching | None = None
+        terms = {name: options for name, options in vars(recipe.terms).items() if options is not None}
         if recipe.teacher is not None:
             source, fingerprint = self.teacher(recipe.teacher)
             before["teacher"] = fingerprint
-            teacher = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
+            still = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
             if recipe.transplant is not None:
-                model = self._transplanted(teacher, model)
+                model = self._transplanted(still, model)
+            needs = {need.partition(".")[2] for n in terms for need in TERMS[n].needs if need.startswith("teacher.")}
+            if needs:
+                teacher = self._teaching(still, recipe.teacher, fingerprint, tuple(p for p in PARTS if p in needs))
         inputs = {**before, "recipe": decisive(to_dict(recipe))}
-        terms = {name: options for name, options in vars(recipe.terms).items() if options is not None}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             return self.fitting.fit(
@@ -88,6 +91,35 @@ class Chain:
             )
 
         return self.run.stage("student", inputs, make)
+
+    def _teaching(self, teacher: FrozenTeacher, options: Teacher, fingerprint: str, parts: tuple[str, ...]) -> Teaching:
+        if self.recipe.compute.compile:
+            teacher.body.compile()
+        live = Live(teacher).to(self.fabric.device)
+        if options.cache is None:
+            return live
+        fitting, views = self.fitting, options.views or 1
+        seed = zlib.crc32(f"{self.recipe.seed}/student/steps".encode())
+        inputs = {**self.base, "pictures": self.common()["pictures"], "teacher": fingerprint, "seed": seed}
+        inputs |= {"parts": parts, "dtype": options.cache, "views": views}
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            pictures = fitting.pictures(
+                fitting.train, training=True, batch=64, six=inverse_added(options.name), alone=True
+            )
+            share = (fitting.ranks.rank, fitting.ranks.world_size)
+            with self.fabric.autocast():
+                for done in fill(
+                    folder, live, pictures, seed=seed, views=views, dtype=str(options.cache), parts=parts, share=share
+                ):
+                    fitting.say("teacher-cache", done)
+            self.fabric.barrier()
+            return {"pictures": len(fitting.train), "views": views, "parts": parts, "dtype": options.cache}
+
+        stage = self.run.stage("teacher-cache", inputs, make)
+        place = torch.full((len(fitting.train.whole),), -1)
+        place[fitting.train.numbers] = torch.arange(len(fitting.train))
+        return Cached(stage.folder, place, views, live.width)
 
     def _pretraining(self) -> Stage:
         recipe = self.recipe

@@ -13,9 +13,15 @@ from debiaskd.transplant import FrozenTeacher
 
 
 class Teaching(Protocol):
-    """Gives the teacher's outputs for a batch."""
+    """Gives the teacher's outputs for a batch of an epoch.
 
-    def __call__(self, batch: Batch) -> Outputs: ...
+    width: of its pooled features. views: how many fixed augmentations of a picture it knows; None: it knows any.
+    """
+
+    width: int
+    views: int | None
+
+    def __call__(self, batch: Batch, epoch: int) -> Outputs: ...
 
     def to(self, device: torch.device) -> Teaching: ...
 
@@ -25,9 +31,11 @@ class Live:
 
     def __init__(self, teacher: FrozenTeacher) -> None:
         self.teacher = teacher
+        self.width: int = teacher.get_classifier().in_features
+        self.views: int | None = None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Outputs:
+    def __call__(self, batch: Batch, epoch: int) -> Outputs:
         feature = self.teacher.forward_features(batch.images)
         pooled = self.teacher.forward_head(feature, pre_logits=True)
         return Outputs(feature, pooled, self.teacher.get_classifier()(pooled))
@@ -46,8 +54,10 @@ class Remembered:
 
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = outputs
+        self.width = 0 if outputs.pooled is None else outputs.pooled.shape[1]
+        self.views: int | None = None
 
-    def __call__(self, batch: Batch) -> Outputs:
+    def __call__(self, batch: Batch, epoch: int) -> Outputs:
         assert batch.index is not None
         feature, pooled, logits = self.outputs
         return Outputs(_rows(feature, batch.index), _rows(pooled, batch.index), logits[batch.index])
