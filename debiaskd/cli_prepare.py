@@ -104,7 +104,7 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
         help="share of the training pictures whose photograph agrees with the class; default: %(default)s",
     )
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: %(default)s")
-    for name, count in (("train", 6000), ("validation", 1000), ("test", 2000)):
+    for name, count in (("train", 6000), ("val", 1000), ("test", 2000)):
         parser.add_argument(
             f"--{name}", type=_positive, default=count, metavar="N", help="number of pictures; default: %(default)s"
         )

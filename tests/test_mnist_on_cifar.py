@@ -19,7 +19,7 @@ from debiaskd import cli
 from debiaskd.data import DataError, PackedDataset, mnist, mnist_on_cifar, pasting, pixels, prepare
 from debiaskd.data.records import Problems
 
-SMALL = {"train": 80, "validation": 16, "test": 16}
+SMALL = {"train": 80, "val": 16, "test": 16}
 
 
 def read(root: Path, **options: Any) -> Any:
@@ -42,7 +42,7 @@ def test_groups(tree: Path) -> None:
     made = parts(source)
     assert {name: np.bincount(part.groups).tolist() for name, part in made.items()} == {
         "train": [38, 2, 2, 38],
-        "validation": [4] * 4,
+        "val": [4] * 4,
         "test": [4] * 4,
     }
     for part in made.values():
@@ -64,7 +64,7 @@ def test_agreement(tree: Path, agreement: float, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("both", [False, True])
 def test_no_digit_and_no_photograph_is_in_two_splits(tmp_path: Path, both: bool) -> None:
-    made = parts(read(more.mnist_on_cifar(tmp_path, both=both), train=800, validation=400, test=400))
+    made = parts(read(more.mnist_on_cifar(tmp_path, both=both), train=800, val=400, test=400))
     used: dict[int, list[set[str]]] = {0: [], 1: []}
     for part in made.values():
         for which in (0, 1):
@@ -100,7 +100,7 @@ def test_boxes_are_exact(tmp_path: Path, size: int) -> None:
 
 
 def test_nothing_but_the_digit_is_drawn(tree: Path) -> None:
-    part = parts(read(tree))["validation"]
+    part = parts(read(tree))["val"]
     names = {f"train_1.npz:{i}": picture for i, picture in enumerate(more.cifar_pictures(60))}
     for i, path in enumerate(part.paths):
         changed = part.pictures[i] != pixels.resized(names[path.split(" on ")[1]], 64)
@@ -182,10 +182,10 @@ def test_from_the_command_line(tree: Path, tmp_path: Path, capsys: pytest.Captur
         "--seed",
         "3",
     ]
-    assert cli.main([*arguments, "--train", "40", "--validation", "8", "--test", "12"]) == 0
+    assert cli.main([*arguments, "--train", "40", "--val", "8", "--test", "12"]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == [
         "train: 40 pictures, 40 boxes",
-        "validation: 8 pictures, 8 boxes",
+        "val: 8 pictures, 8 boxes",
         "test: 12 pictures, 12 boxes",
     ]
     data = PackedDataset(out, "train")
@@ -209,7 +209,7 @@ def test_from_the_command_line(tree: Path, tmp_path: Path, capsys: pytest.Captur
         ({"test": 8.0}, TypeError, "test must be an integer, got 8.0"),
         ({"agreement": 1.5}, DataError, r"agreement must be a share in \[0, 1\], got 1\.5"),
         ({"agreement": "much"}, TypeError, "agreement must be a number, got str"),
-        ({"splits": ["val"]}, DataError, "no split 'val'; there are test, train, validation"),
+        ({"splits": ["valid"]}, DataError, "no split 'valid'; there are test, train, val"),
     ],
 )
 def test_bad_arguments(tree: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -223,7 +223,7 @@ def test_digits_without_ink_are_left_out(tmp_path: Path) -> None:
     images[[3, 77]] = 0
     (root / "mnist" / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(more.idx(images)))
     problems = Problems()
-    source = mnist_on_cifar.read(root, problems, train=2000, validation=4, test=4)
+    source = mnist_on_cifar.read(root, problems, train=2000, val=4, test=4)
     assert problems.found == {"digit without ink, left out": ["t10k:3", "t10k:77"]}
     used = {path.split(" on ")[0] for path in source.splits["train"].paths}
     assert len(used) > 50
@@ -243,7 +243,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cifar10: no such folder; SRC must hold mnist/ and cifar10/"):
         read(root)
     more.cifar10(root / "cifar10", "npz", [7, 8, 9], [7, 8, 9])
-    with pytest.raises(DataError, match="cifar10: too few photographs: none of some kind is left for validation"):
+    with pytest.raises(DataError, match="cifar10: too few photographs: none of some kind is left for val"):
         read(root)
     more.mnist(root / "mnist", [1] * 50)
     with pytest.raises(DataError, match="mnist: too few digits: none of some kind is left for train"):
@@ -257,10 +257,10 @@ REAL = all((SHARED / name).is_dir() for name in ("mnist", "cifar10"))
 
 @pytest.mark.skipif(not REAL, reason=f"no real digits and photographs at {SHARED}")
 def test_real_digits_and_photographs(tmp_path: Path) -> None:
-    prepared = prepare("mnist_on_cifar", SHARED, tmp_path / "out", train=400, validation=80, test=80, strict=True)
+    prepared = prepare("mnist_on_cifar", SHARED, tmp_path / "out", train=400, val=80, test=80, strict=True)
     assert {name: split["boxes"] for name, split in prepared.manifest["splits"].items()} == {
         "train": 400,
-        "validation": 80,
+        "val": 80,
         "test": 80,
     }
     labels = mnist.read(SHARED / "mnist")["t10k"][1]

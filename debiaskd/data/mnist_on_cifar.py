@@ -26,11 +26,11 @@ CLASSES, PLACES = ("0 to 4", "5 to 9"), ("land", "water")
 #: Group 2 * class + place. Groups 0 and 3 follow the shortcut, 1 and 2 contradict it.
 GROUPS = tuple(f"{digits} on {place}" for digits in CLASSES for place in PLACES)
 LAND, WATER = ("horse", "truck"), ("ship",)
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "val", "test")
 #: Which share of the digits each split gets where there is but one set of them, and the share of a training set, of
 #: digits or photographs, that becomes training and validation where the test set is another.
-SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
-SHARES_OF_TRAINING = {"train": 0.8, "validation": 0.2}
+SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
+SHARES_OF_TRAINING = {"train": 0.8, "val": 0.2}
 SMALLEST = 32  # side of the pictures; in smaller ones strokes get lost
 
 
@@ -43,7 +43,7 @@ def read(
     seed: int = 0,
     agreement: float = 0.95,
     train: int = 6000,
-    validation: int = 1000,
+    val: int = 1000,
     test: int = 2000,
 ) -> Source:
     """Draw the data set. The same files and arguments give the same bytes.
@@ -56,19 +56,19 @@ def read(
     Args:
         path: the folder that holds `mnist/` (IDX files) and `cifar10/` (whatever the source "cifar" reads).
         problems: collects what is passed over.
-        splits: among "train", "validation" and "test"; None: all. The others' pictures do not depend on it.
+        splits: among "train", "val" and "test"; None: all. The others' pictures do not depend on it.
         size: side of the pictures in pixels, >= 32, at which they are drawn.
         seed: in 0..2^32 - 1; decides which digits and photographs go into which split, and everything about each
             picture.
         agreement: share, in [0, 1], of the training pictures whose photograph agrees with the class, met up to
             rounding within either class. In validation and test it is one half: four groups of the same size.
-        train, validation, test: number of pictures, >= 4. Half of each split has either class.
+        train, val, test: number of pictures, >= 4. Half of each split has either class.
 
     Raises:
         DataError: MNIST or CIFAR-10 is not there or damaged, or too small; arguments out of range.
         TypeError: arguments of another type.
     """
-    counts = {"train": train, "validation": validation, "test": test}
+    counts = {"train": train, "val": val, "test": test}
     _check(path, seed, agreement, {"size": (size, SMALLEST), **{name: (n, 4) for name, n in counts.items()}})
     chosen = choose_splits(SPLITS, splits, path, lambda: list(SPLITS))
     generator = torch.Generator().manual_seed(4 * seed)
@@ -149,7 +149,7 @@ def _photographs(
         kinds[name] = _kinds(place[classes], wanted[classes], generator)
         assert isinstance(split.pictures, Images)
         photographs[name] = _Photographs(split.pictures, split.paths)
-    photographs["validation"] = photographs["train"]
+    photographs["val"] = photographs["train"]
     return photographs, _deal(kinds["train"], kinds["test"], "photographs", folder)
 
 
