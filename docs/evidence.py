@@ -1,6 +1,6 @@
 """The comparison in docs/results.md: MNIST digits on CIFAR-10 photographs, teachers × methods × seeds.
 
-    debiaskd prepare mnist_on_cifar SRC DATA
+    debiaskd prepare mnist_on_cifar SRC DATA --size 48 --train 5000
     python docs/evidence.py DATA OUT        trains everything below OUT, writes docs/results/evidence.json
 
 Each model is a run of `debiaskd.training`, as `debiaskd train` makes one; the epoch is chosen by the worst group of the
@@ -33,7 +33,7 @@ from debiaskd.training.stages import Chain  # noqa: E402
 
 RESULT = ROOT / "docs" / "results" / "evidence.json"
 SEEDS = (0, 1, 2)
-SCHEDULE = {"epochs": 10, "batch": 100, "optimizer": "adamw", "learning_rate": 2e-3, "shape": "cosine", "warmup": 1}
+SCHEDULE = {"epochs": 12, "batch": 50, "optimizer": "adamw", "learning_rate": 2e-3, "shape": "cosine", "warmup": 1}
 TEACHERS = ("erm", "group_dro", "dfr")
 BASE: dict[str, Any] = {
     "data": {"flip": False},
