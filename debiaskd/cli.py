@@ -199,6 +199,18 @@ def _usage_errors() -> Iterator[None]:
         raise UsageError(error) from None
     except DivergedError as error:
         raise Failure(error) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        message = str(error).partition("\n")[0]
+        raise Failure(f"out of memory; a smaller schedule.batch, or more schedule.accumulate ({message})") from None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """On a GPU torch has an exception for it, on the CPU only words."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager
