@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 OLD_VENV := .venv-torch210
-SANITIZED := $(patsubst %,tests/test_%.py,feature_match localization localization_cpu channel_dot class_relation backdoor \
-	autograd common cuda_on_cpu)
+SANITIZED := $(patsubst %,tests/test_%.py,feature_match localization localization_cpu box_overlap channel_dot class_relation \
+	backdoor autograd common cuda_on_cpu)
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)

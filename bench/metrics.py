@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd.metrics import energy_in_box, iou_with_boxes
+from debiaskd.metrics import energy_in_box
 
-from . import environment
+from . import box_overlap, environment
 from .harness import Settings, WrongProviderError, interleave, summary
 from .localization import corner_lists, random_boxes
 
 Corners = list[list[list[int]]]
 Metric = Callable[[], Tensor]
-GRID = tuple(step / 20 for step in range(1, 20))
 #: Times as fast as the loop, at least.
-GOALS = {"EPG 5000×224×224, 3 boxes": 50.0, "IoU 5000×224×224, 3 boxes": 10.0}
+GOALS = {"EPG 5000×224×224, 3 boxes": 50.0, **box_overlap.GOALS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,49 +70,54 @@ def measure(settings: Settings, quick: bool) -> list[dict[str, Any]]:
         corners = corner_lists(boxes)
         shape = f"{count}×{map_side}×{map_side}" + (f" to {side}×{side}" if size else "") + ", 3 boxes"
 
-        ours = partial(iou_with_boxes, maps, boxes, size=size)
         loop = partial(one_by_one, maps=maps, corners=corners, size=size)
-        cases: list[tuple[str, Metric, Metric]] = [
-            (f"EPG {shape}", partial(energy_in_box, maps, boxes, size), partial(loop, energy_of_one)),
-            (f"IoU {shape}", ours, partial(loop, iou_of_one, options=(0.5,))),
-        ]
-        found.extend(case(name, batched, one, settings) for name, batched, one in cases)
-        if size is None:  # timed alone: the loop takes as many times as long as there are thresholds
-            times = interleave({"batched": lambda ours=ours: _discard(ours(GRID))}, settings)  # type: ignore[misc]
-            seconds = {provider: summary(each) for provider, each in times.items()}
-            found.append({"case": f"IoU at {len(GRID)} thresholds {shape}", "seconds": seconds})
+        cases = [(f"EPG {shape}", partial(energy_in_box, maps, boxes, size), energy_of_one)]
+        cases.extend(box_overlap.cases(maps, boxes, size, shape))
+        for name, ours, each in cases:
+            read = maps.sum if size is None else None
+            found.append(case(name, ours, None if each is None else partial(loop, each), read, settings))
     return found
 
 
-def case(name: str, ours: Metric, theirs: Metric, settings: Settings) -> dict[str, Any]:
-    got, expected = ours().double(), theirs().double()
-    worst = float((got - expected).abs().max())
-    if not worst <= 1e-5:  # NaN fails too
-        raise WrongProviderError(f"{name}: off by {worst:.2g}; more than 1e-05 is wrong, and is not timed")
+def case(name: str, ours: Metric, theirs: Metric | None, read: Metric | None, settings: Settings) -> dict[str, Any]:
+    """`theirs` and `read` are timed beside `ours` where they are given."""
+    found: dict[str, Any] = {"case": name}
+    calls = {"batched": ours, "loop": theirs, "read": read}
+    if theirs is not None:
+        found["largest_difference"] = worst = float((ours().double() - theirs().double()).abs().max())
+        if not worst <= 1e-5:  # NaN fails too
+            raise WrongProviderError(f"{name}: off by {worst:.2g}; more than 1e-05 is wrong, and is not timed")
     use = environment.CpuUse()
-    times = interleave({"batched": lambda: _discard(ours()), "loop": lambda: _discard(theirs())}, settings)
-    return {
-        "case": name,
-        "largest_difference": worst,
-        "seconds": {provider: summary(seconds) for provider, seconds in times.items()},
-        "ratio": statistics.median(times["loop"]) / statistics.median(times["batched"]),
-        "goal": GOALS.get(name),
-        "cpu_share_of_others": use.share_of_others(),
-    }
+    times = interleave({who: partial(_discard, call) for who, call in calls.items() if call is not None}, settings)
+    medians = {who: statistics.median(seconds) for who, seconds in times.items()}
+    found["seconds"] = {who: summary(seconds) for who, seconds in times.items()}
+    if theirs is not None:
+        found |= {"ratio": medians["loop"] / medians["batched"], "goal": GOALS.get(name)}
+    if read is not None:
+        found["over_read"] = medians["batched"] / medians["read"]
+    found["cpu_share_of_others"] = use.share_of_others()
+    return found
 
 
 def table(metrics: Sequence[dict[str, Any]]) -> str:
     """As Markdown, for the terminal and the page."""
-    lines = ["| metric | × faster than one by one | at least |", "| --- | ---: | ---: |"]
+    lines = [
+        "| metric | × faster than one by one | at least | time / reading the maps |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for found in metrics:
-        if "ratio" in found:
-            goal = f"{found['goal']:.0f}" if found.get("goal") else ""
-            lines.append(f"| {found['case']} | {found['ratio']:.0f} | {goal} |")
+        ratio, goal, over_read = (found.get(name) for name in ("ratio", "goal", "over_read"))
+        numbers = (
+            f"{ratio:.0f}" if ratio else "",
+            f"{goal:.0f}" if goal else "",
+            f"{over_read:.2f}" if over_read else "",
+        )
+        lines.append(f"| {found['case']} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
-def _discard(_: object) -> None:
-    return None
+def _discard(call: Metric) -> None:
+    call()
 
 
 # ---- one map after the other ----------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def one_by_one(
         mask = torch.zeros_like(positive, dtype=torch.long)
         for x0, y0, x1, y1 in image_boxes:
             mask[y0:y1, x0:x1] = 1
-        found.append(each(positive, mask, _pixels(mask == 1), *options))
+        found.append(each(positive, mask, box_overlap.pixels(mask == 1), *options))
     return torch.stack(found)
 
 
@@ -143,19 +147,6 @@ def energy_of_one(positive: Tensor, mask: Tensor, box_pixels: int) -> Tensor:
         return torch.tensor(0.0)
     inside, total = positive[torch.where(mask == 1)].sum(), positive.sum()
     return torch.tensor(0.0) if total < 1e-7 else inside / total
-
-
-def iou_of_one(positive: Tensor, mask: Tensor, box_pixels: int, threshold: float) -> Tensor:
-    smallest, largest = positive.min(), positive.max()
-    if largest > 0:
-        positive = positive / largest if largest == smallest else (positive - smallest) / (largest - smallest)
-    both = _pixels((positive > threshold) & (mask == 1))
-    union = _pixels(positive > threshold) + box_pixels - both
-    return torch.tensor(both / union if union else 0.0)
-
-
-def _pixels(chosen: Tensor) -> int:
-    return len(torch.where(chosen)[0])
 
 
 if __name__ == "__main__":

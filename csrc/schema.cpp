@@ -25,6 +25,11 @@ DEBIASKD_SCHEMA(DEBIASKD_NAMESPACE, m) {
       "Tensor annotated, Tensor coefficients, Tensor positive, int kind, int height, int width, int map_height, "
       "int map_width, ScalarType dtype) -> Tensor");
 
+  m.def(
+      "box_overlap(Tensor attribution, Tensor coords, Tensor offsets, Tensor annotated, Tensor? ignore_coords, "
+      "Tensor? ignore_offsets, Tensor? ignore_annotated, float[] thresholds, int height, int width) -> "
+      "(Tensor intersection, Tensor union_, Tensor defined)");
+
   m.def("channel_dot(Tensor gradient, Tensor feature) -> Tensor");
   m.def("channel_scale(Tensor map, Tensor values, bool channels_last, ScalarType dtype) -> Tensor");
 

@@ -27,6 +27,12 @@ KINDS = ("energy", "l1", "ppce", "rrr")
 REDUCTIONS = ("none", "mean", "sum")
 GOLDEN = Path(__file__).parent / "golden"
 
+
+def reference(name: str) -> dict[str, torch.Tensor]:
+    """The arrays of one file of outputs of the papers' own code."""
+    return {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / name).items()}
+
+
 # ---- ways to run an op ----
 
 

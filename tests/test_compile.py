@@ -175,3 +175,14 @@ def test_localization_is_registered_as_it_behaves(name, kind, images, layout, si
         opcheck(
             name, "localization_backward", upstream, saved, *packed, coefficients, positive, *options[:3], 5, 40, dtype
         )
+
+
+@registered("box_overlap")
+@pytest.mark.parametrize(("images", "layout"), ((0, "contiguous"), (3, "contiguous"), (3, "reversed")))
+@pytest.mark.parametrize("size", [(5, 40), (9, 50)], ids=["own", "up"])
+def test_box_overlap_is_registered_as_it_behaves(name, images, layout, size):
+    maps = lay_out(normal(images, 5, 40, dtype=torch.bfloat16 if layout == "reversed" else torch.float32), layout)
+    boxes, areas = (dk.Boxes.from_lists([row, [], None][:images]) for row in ([[2, 1, 9, 4]], [[0, 0, 3, 3]]))
+    packed = (boxes.coords, boxes.offsets, boxes.annotated)
+    for ignore in ((None, None, None), (areas.coords, areas.offsets, areas.annotated)):
+        opcheck(name, "box_overlap", maps, *packed, *ignore, [0.25, 0.5], *size)

@@ -10,6 +10,7 @@
 
 #include "common/localization.h"
 #include "common/stable.h"
+#include "cpu/box_table.h"
 #include "cpu/coverage.h"
 #include "cpu/energy_rows.h"
 #include "cpu/localization_loops.h"
@@ -19,28 +20,6 @@ namespace debiaskd {
 namespace {
 
 // ---- one image ----
-
-struct BoxTable {
-  BoxTable(const Tensor& coords, const Tensor& offsets, const Tensor& annotated)
-      : coords_(torch::stable::contiguous(coords)),
-        offsets_(torch::stable::contiguous(offsets)),
-        annotated_(torch::stable::contiguous(annotated)) {}
-
-  bool annotated(int64_t image) const { return static_cast<const bool*>(annotated_.data_ptr())[image]; }
-  int64_t images() const { return annotated_.numel(); }
-  int64_t annotated_images() const {
-    int64_t count = 0;
-    for (int64_t i = 0; i < images(); ++i) count += annotated(i);
-    return count;
-  }
-  void start(Coverage& coverage, int64_t image) const {
-    const int64_t* offset = static_cast<const int64_t*>(offsets_.data_ptr()) + image;
-    coverage.start(static_cast<const int32_t*>(coords_.data_ptr()) + 4 * offset[0], offset[1] - offset[0]);
-  }
-
- private:
-  Tensor coords_, offsets_, annotated_;
-};
 
 // Each row's bits begin with a word of their own.
 int64_t words_per_row(int64_t width) { return (width + 31) / 32; }

@@ -107,21 +107,9 @@ DEBIASKD_INLINE void gradient_body(
 }
 
 template <typename A>
-DEBIASKD_INLINE void blend_body(const A* low, const A* high, A weight, A* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = (A(1) - weight) * low[i] + weight * high[i];
-}
-
-template <typename A>
 DEBIASKD_INLINE void add_scaled_body(const A* in, A weight, A* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] += weight * in[i];
-}
-
-template <typename T, typename A>
-DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = load(in[i]);
 }
 
 #define DEBIASKD_ROWS(A)                                                                                          \
@@ -130,9 +118,6 @@ DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
   DEBIASKD_CLONES double rrr_row(const A* a, const int32_t* c, int64_t n) { return rrr_body(a, c, n); }           \
   DEBIASKD_CLONES double ppce_row(const A* a, const int32_t* c, int64_t n) { return ppce_body(a, c, n); }         \
   DEBIASKD_CLONES void pack_row(const A* a, int32_t* words, int64_t n) { pack_body(a, words, n); }                \
-  DEBIASKD_CLONES void blend_row(const A* low, const A* high, A weight, A* out, int64_t n) {                      \
-    blend_body(low, high, weight, out, n);                                                                        \
-  }                                                                                                               \
   DEBIASKD_CLONES void select_row(const int32_t* c, A inside, A outside, A* out, int64_t n) {                     \
     select_body(c, inside, outside, out, n);                                                                      \
   }                                                                                                               \
@@ -140,14 +125,13 @@ DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
 DEBIASKD_ROWS(float)
 DEBIASKD_ROWS(double)
 
-#define DEBIASKD_TYPED_ROWS(T, A)                                                                \
-  DEBIASKD_CLONES void convert_row(const T* in, A* out, int64_t n) { convert_body(in, out, n); } \
-  DEBIASKD_CLONES void unpack_row(const int32_t* words, const A* value, T* out, int64_t n) {     \
-    unpack_body(words, value, out, n);                                                           \
-  }                                                                                              \
-  DEBIASKD_CLONES void gradient_row(                                                             \
-      int64_t kind, const A* a, const int32_t* c, A inside, A outside, T* out, int64_t n) {      \
-    gradient_body(kind, a, c, inside, outside, out, n);                                          \
+#define DEBIASKD_TYPED_ROWS(T, A)                                                            \
+  DEBIASKD_CLONES void unpack_row(const int32_t* words, const A* value, T* out, int64_t n) { \
+    unpack_body(words, value, out, n);                                                       \
+  }                                                                                          \
+  DEBIASKD_CLONES void gradient_row(                                                         \
+      int64_t kind, const A* a, const int32_t* c, A inside, A outside, T* out, int64_t n) {  \
+    gradient_body(kind, a, c, inside, outside, out, n);                                      \
   }
 DEBIASKD_TYPED_ROWS(float, float)
 DEBIASKD_TYPED_ROWS(double, double)

@@ -19,10 +19,10 @@ from debiaskd.metrics.groups import accuracies, check_correct, check_groups
 from debiaskd.metrics.localization import (
     box_size_bins,
     check_edges,
-    check_thresholds,
     energy_pointing_game,
     iou_with_boxes,
 )
+from debiaskd.ops.box_overlap import check_thresholds
 
 #: Where `BoxIoU` looks for a threshold: 0.05, 0.10, …, 0.95.
 GRID = tuple(step / 20 for step in range(1, 20))
@@ -35,7 +35,8 @@ class EnergyPointingGame(Metric):
         bins: K rising edges for `box_size_bins`; None: no bins.
         size: (height, width) that the boxes refer to; None: each map's own.
 
-    `update(attribution, boxes)` takes [N,H,W] and the boxes of N images. `compute()` gives a dict:
+    `update(attribution, boxes, ignore=None)` takes [N,H,W], the boxes of N images, and the areas to be left out of them
+    (`Batch.ignore`). `compute()` gives a dict:
 
         epg           fraction in [0,1], maps without a positive value counted as 0; NaN without any map
         epg_defined   the same, over the maps that have a positive value
@@ -73,8 +74,8 @@ class EnergyPointingGame(Metric):
         self.add_state("images", torch.zeros(places, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("defined", torch.zeros(places, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, attribution: Tensor, boxes: Boxes) -> None:
-        share, defined = energy_pointing_game(attribution, boxes, self.size)
+    def update(self, attribution: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> None:
+        share, defined = energy_pointing_game(attribution, boxes, self.size, ignore)
         if self.edges is None:
             places = torch.zeros(len(boxes), dtype=torch.int64, device=share.device)
         else:
@@ -110,8 +111,9 @@ class BoxIoU(Metric):
         grid: thresholds to choose from, in [0,1).
         size: (height, width) that the boxes refer to; None: each map's own.
 
-    `update(attribution, boxes)` takes [N,H,W] and the boxes of N images. `compute()` gives a dict: `iou` (fraction in
-    [0,1], NaN without any map), `threshold`, and, where it was chosen, `iou_grid` [T].
+    `update(attribution, boxes, ignore=None)` takes [N,H,W], the boxes of N images, and the areas to be left out of them
+    (`Batch.ignore`). `compute()` gives a dict: `iou` (fraction in [0,1], NaN without any map), `threshold`, and, where
+    it was chosen, `iou_grid` [T].
 
     Example:
         >>> import torch
@@ -143,8 +145,8 @@ class BoxIoU(Metric):
         self.add_state("ious", torch.zeros(len(self.grid), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, attribution: Tensor, boxes: Boxes) -> None:
-        found = iou_with_boxes(attribution, boxes, self.grid, self.size)
+    def update(self, attribution: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> None:
+        found = iou_with_boxes(attribution, boxes, self.grid, self.size, ignore)
         self.ious += torch.where(boxes.annotated[:, None], found.double(), 0).sum(0)
         self.images += boxes.annotated.sum()
 

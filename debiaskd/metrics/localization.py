@@ -6,8 +6,11 @@ With a map `a` [H,W], its positive part `a⁺`, and the union `M` of its image's
     IoU       |B ∩ M| / |B ∪ M|     B = { (a⁺ - min a⁺) / (max a⁺ - min a⁺) > threshold }
     coverage  |M| / HW
 
-Everything that needs M goes through one fused op, `1 - energy`, which reads a map once and never makes a mask: for EPG
-the map itself, for IoU the 0/1 map B (whose energy in M is |B ∩ M| / |B|), for the coverage a constant map.
+EPG and the coverage go through one fused op, `1 - energy`, which reads a map once and never makes a mask: for EPG the
+map itself, for the coverage a constant map. The IoU has an op of its own, `box_overlap`.
+
+Pixels of ignored areas I that do not lie in M count neither as inside nor as outside: their sum is taken from sum(a⁺),
+which is that over I and M together less that over M.
 
 Sources: Wang et al. 2020, "Score-CAM"; Rao et al. 2023, arXiv 2303.11932.
 """
@@ -15,23 +18,36 @@ Sources: Wang et al. 2020, "Score-CAM"; Rao et al. 2023, arXiv 2303.11932.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
+from debiaskd.ops.box_overlap import (
+    box_overlap,
+    check_boxes,
+    check_maps,
+    check_thresholds,
+    known_areas,
+    maps_at_once,
+    upsampled,
+)
 from debiaskd.ops.localization import energy_loss
 
 #: The op does not divide by a sum below this, so that a share this small does not tell what the map holds.
 DOUBTFUL = 1e-7
+#: Shares are of float32 accuracy relative to a map's whole energy. Where ignored areas leave less of it than this, they
+#: are looked at again without it.
+LITTLE = 0.1
 #: Counts of 0/1 pixels and their shares are exact in float32 up to here.
 EXACT_PIXELS = 1 << 22
 
 
-def energy_in_box(attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None = None) -> Tensor:
+def energy_in_box(
+    attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None = None, ignore: Boxes | None = None
+) -> Tensor:
     """The energy pointing game (Wang et al. 2020, Score-CAM; Rao et al. 2023): `Σ M a⁺ / Σ a⁺` for each map.
 
     `a⁺` is the positive part of the map after bilinear upsampling (align_corners=False), `M` the union of its boxes.
@@ -40,6 +56,8 @@ def energy_in_box(attribution: Tensor, boxes: Boxes, size: tuple[int, int] | Non
         attribution: [N,H,W], raw; any floating dtype, any strides.
         boxes: of N images, in pixels of `size`.
         size: (height, width) of the images; None: the map's own.
+        ignore: of N images, areas (crowds, for one) whose pixels count neither as inside nor as outside, unless they
+            lie in one of the boxes too; None: no such areas, as for an image that `ignore` says is not annotated.
 
     Returns:
         float32 [N] in [0,1]; 0 where a map has no positive value, NaN where it holds NaN or where the image is not
@@ -56,11 +74,11 @@ def energy_in_box(attribution: Tensor, boxes: Boxes, size: tuple[int, int] | Non
         >>> energy_in_box(attribution, Boxes.from_lists([[[0, 0, 1, 2]]]))
         tensor([0.7500])
     """
-    return energy_pointing_game(attribution, boxes, size)[0]
+    return energy_pointing_game(attribution, boxes, size, ignore)[0]
 
 
 def energy_pointing_game(
-    attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None = None
+    attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None = None, ignore: Boxes | None = None
 ) -> tuple[Tensor, Tensor]:
     """`energy_in_box`, and for which maps it is defined.
 
@@ -68,7 +86,7 @@ def energy_pointing_game(
     the boxes has the share 0.
 
     Args:
-        attribution, boxes, size: as for `energy_in_box`.
+        attribution, boxes, size, ignore: as for `energy_in_box`.
 
     Returns:
         float32 [N] as `energy_in_box`, and bool [N].
@@ -84,12 +102,20 @@ def energy_pointing_game(
         >>> energy_pointing_game(attribution, Boxes.from_lists([[[0, 0, 1, 1]], [[0, 0, 1, 1]]]))
         (tensor([0., 0.]), tensor([ True, False]))
     """
-    size = _check(attribution, boxes, size)
+    size = check_maps(attribution, boxes, size, ignore)
     attribution = attribution.detach()
     share = _share(attribution, boxes, size).float()
+    doubtful = share < DOUBTFUL
+    if ignore is not None:
+        ignore = known_areas(ignore)
+        judged = 1 - _share(attribution, _together(boxes, ignore), size).float() + share
+        share = (share / judged).clamp(max=1)
+        doubtful = ~(share >= DOUBTFUL) | ~(judged >= LITTLE)  # NaN may lie in an ignored area alone
     defined = boxes.annotated.clone()
-    for rows in (share < DOUBTFUL).nonzero()[:, 0].split(_maps_at_once(attribution, size)):
-        maps = _resized(attribution[rows], size)
+    for rows in (doubtful & defined).nonzero()[:, 0].split(maps_at_once(attribution, size)):
+        maps = _wide(upsampled(attribution[rows], size), size)
+        if ignore is not None:
+            maps = maps.masked_fill(ignore[rows].mask(size) & ~boxes[rows].mask(size), 0)
         largest = maps.amax((1, 2))
         positive = ~(largest <= 0)  # NaN is shown, not taken for nothing
         # The share does not change with a map's scale; only the sum that the op would not divide by does.
@@ -104,6 +130,7 @@ def iou_with_boxes(
     boxes: Boxes,
     threshold: float | Sequence[float] = 0.5,
     size: tuple[int, int] | None = None,
+    ignore: Boxes | None = None,
 ) -> Tensor:
     """Intersection over union of the boxes with where the map, brought to [0,1], is above a threshold.
 
@@ -115,6 +142,7 @@ def iou_with_boxes(
         boxes: of N images, in pixels of `size`.
         threshold: in [0,1), or several, which cost less together.
         size: (height, width) of the images; None: the map's own.
+        ignore: as for `energy_in_box`; its pixels are in neither set, nor do they set the smallest and largest value.
 
     Returns:
         float32 [N], or [N,T] for T thresholds, in [0,1]; 0 where both sets are empty, NaN where a map holds NaN or
@@ -133,23 +161,10 @@ def iou_with_boxes(
         >>> iou_with_boxes(attribution, Boxes.from_lists([[[0, 0, 1, 2]]]), [0.5, 0.9])
         tensor([[0.3333, 0.5000]])
     """
-    size = _check(attribution, boxes, size)
+    size = check_maps(attribution, boxes, size, ignore)
     thresholds = check_thresholds("threshold", [threshold] if isinstance(threshold, (int, float)) else threshold)
-    attribution = attribution.detach()
-    found = attribution.new_empty(len(boxes), len(thresholds), dtype=torch.float32)
-    area, at_once = _area(boxes, size), _maps_at_once(attribution, size)
-    buffer = _resized(attribution[:0], size).new_empty(min(at_once, len(boxes)), *size)
-    for part in _parts(len(boxes), at_once):
-        maps, own = _resized(attribution[part], size), boxes[part]
-        limits, finite = _limits(maps, thresholds)
-        above = buffer[: len(maps)]
-        for column, limit in enumerate(limits.unbind(1)):
-            torch.gt(maps, limit[:, None, None], out=above)
-            count = above.sum((1, 2)).double()
-            both = (_share(above, own, size).double() * count).round()
-            union = count + area[part] - both
-            iou = both / torch.where(union > 0, union, 1)
-            found[part, column] = torch.where(finite, iou, math.nan).float()  # not annotated: the share is NaN
+    both, either, defined = box_overlap(attribution, boxes, thresholds, size=size, ignore=ignore)
+    found = torch.where(defined[:, None], both.double() / either.clamp(min=1), math.nan).float()
     return found[:, 0] if isinstance(threshold, (int, float)) else found
 
 
@@ -172,7 +187,7 @@ def box_coverage(boxes: Boxes, size: tuple[int, int]) -> Tensor:
         >>> box_coverage(Boxes.from_lists([[[0, 0, 2, 4], [1, 0, 3, 4]], []]), (4, 4)).tolist()
         [0.75, 0.0]
     """
-    _check_boxes(boxes)
+    check_boxes("boxes", boxes)
     height, width = checks.size("size", size)
     return _area(boxes, (height, width)) / (height * width)
 
@@ -211,13 +226,6 @@ def check_edges(name: str, edges: Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def check_thresholds(name: str, thresholds: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(checks.number(f"{name}[{i}]", t) for i, t in enumerate(checks.sequence(name, thresholds)))
-    if not values or not all(0 <= value < 1 for value in values):
-        raise ValueError(f"{name} must lie in [0,1), got {list(values)}")
-    return values
-
-
 def _share(maps: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
     """Of each map's positive part, in the boxes; NaN where nobody knows where the boxes are."""
     if not len(boxes):
@@ -233,59 +241,16 @@ def _area(boxes: Boxes, size: tuple[int, int]) -> Tensor:
     return (_share(constant, boxes, size).double() * pixels).round()
 
 
-def _limits(maps: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """[N,T]: what a pixel must exceed to exceed each threshold once normalised; and which maps are finite.
-
-    Normalising each pixel takes three passes over the map. Rounding included, it never turns the order of two pixels
-    around, so that there is a largest number that stays at or below the threshold: among the few around
-    `smallest + threshold * spread`, which rounding misses by less than these.
-    """
-    smallest, largest = maps.amin((1, 2)).clamp(min=0)[:, None], maps.amax((1, 2)).clamp(min=0)[:, None]
-    spread = largest - smallest
-    wanted = torch.tensor(thresholds, dtype=maps.dtype, device=maps.device)
-    as_integers = torch.int64 if maps.dtype == torch.float64 else torch.int32  # of positive floats, in the same order
-    nearby = torch.arange(-4, 5, dtype=as_integers, device=maps.device)
-    about = (smallest + wanted * spread).contiguous().view(as_integers)
-    candidates = (about[..., None] + nearby).clamp(min=0).view(maps.dtype)
-    stays = (candidates - smallest[..., None]) / spread[..., None] <= wanted[:, None]
-    last = (stays.sum(-1, keepdim=True) - 1).clamp(min=0)
-    limits = candidates.gather(-1, last)[..., 0]
-    return torch.where(spread > 0, limits, 0), largest[:, 0].isfinite()  # 0: all of a positive map, nothing of another
+def _together(boxes: Boxes, areas: Boxes) -> Boxes:
+    """The boxes of both, image by image; annotated as the first."""
+    order = torch.cat([boxes.image_ids(), areas.image_ids()]).argsort(stable=True)
+    coords = torch.cat([boxes.coords, areas.coords])[order]
+    return Boxes(coords, boxes.offsets + areas.offsets, annotated=boxes.annotated)
 
 
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    pixels = size[0] * size[1]
-    maps = maps.to(torch.promote_types(maps.dtype, _exact(pixels)))
-    if tuple(maps.shape[1:]) != size and len(maps):
-        maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-    return maps
+def _wide(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return maps.to(torch.promote_types(maps.dtype, _exact(size[0] * size[1])))
 
 
 def _exact(pixels: int) -> torch.dtype:
     return torch.float32 if pixels <= EXACT_PIXELS else torch.float64
-
-
-def _maps_at_once(attribution: Tensor, size: tuple[int, int]) -> int:
-    """As many as a CPU's cache holds between two passes, or as keep a GPU busy."""
-    pixels = 1 << 20 if attribution.device.type == "cpu" else 1 << 25
-    return max(1, pixels // (size[0] * size[1]))
-
-
-def _parts(count: int, at_once: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + at_once, count)) for begin in range(0, count, at_once))
-
-
-def _check(attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None) -> tuple[int, int]:
-    checks.rank("attribution", checks.floating("attribution", attribution), "[N,H,W]")
-    _check_boxes(boxes)
-    if len(boxes) != len(attribution):
-        raise ValueError(f"boxes must be of N={len(attribution)} images, got {len(boxes)}")
-    checks.same_device("boxes", boxes.coords, "attribution", attribution)
-    if not attribution.shape[1] * attribution.shape[2]:
-        raise ValueError(f"attribution must have at least one pixel a map, got {list(attribution.shape)}")
-    return (attribution.shape[1], attribution.shape[2]) if size is None else checks.size("size", size)
-
-
-def _check_boxes(boxes: Boxes) -> None:
-    if not isinstance(boxes, Boxes):
-        raise TypeError(f"boxes must be debiaskd.Boxes, got {type(boxes).__name__}")

@@ -28,6 +28,7 @@ REDUCTION_NAMES = tuple(REDUCTIONS)
 IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "cuda", "triton", "eager"),
+    "box_overlap": ("cpp", "eager"),
     "channel_dot": ("cpp", "cuda", "triton", "eager"),
     "class_relation": ("cpp", "cuda", "triton", "eager"),
     "backdoor": ("cpp", "cuda", "triton", "eager"),
@@ -103,6 +104,8 @@ def choose(op: str, tensor: Tensor) -> str:
     device = tensor.device.type
     name = requested()
     if name is not None:
+        if name not in IMPLEMENTATIONS[op]:
+            return "eager"  # without kernels of its own there, the op is a composition of PyTorch's
         reason = why_not(op, name, device)
         if reason is not None:
             raise BackendError(f"backend {name!r} was asked for but cannot run {op} on {device}: {reason}")

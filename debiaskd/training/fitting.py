@@ -110,8 +110,7 @@ class Fitting:
         evaluation = Evaluation(validation, self.train.groups, guide if isinstance(guide, GuideOptions) else None)
         rule = rule or self._rule(evaluation, guided="guide" in terms)
         names = self._names(rule, evaluation)
-        about = {"stage": name, "classes": list(self.train.whole.classes), "size": self.size[0]}
-        keeper = Keeper(folder, rule, names, about)
+        keeper = Keeper(folder, rule, names, self.about(name))
         plan = Plan(
             folder=folder,
             identity=fingerprint,
@@ -128,6 +127,10 @@ class Fitting:
         training = Training(plan, self.fabric, lambda done: self.say(name, done))
         training.run()
         return self._finish(folder, keeper, training, rule, names)
+
+    def about(self, stage: str) -> dict[str, Any]:
+        """What is written into a file of weights, for who loads it."""
+        return {"stage": stage, "classes": list(self.train.whole.classes), "size": self.size[0]}
 
     def _finish(
         self, folder: Path, keeper: Keeper, training: Training, rule: str, names: tuple[str, ...]

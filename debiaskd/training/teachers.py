@@ -87,7 +87,7 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
         classifier: Any = model.get_submodule(chain.fitting.places(model, options).classifier)
         facts = _refit(chain, options, model, classifier)
         if chain.fabric.is_global_zero:
-            files.write(folder / "model.safetensors", lambda path: save_weights(model, path, {"stage": "teacher"}))
+            files.write(folder / "model.safetensors", lambda path: save_weights(model, path, chain.fitting.about("teacher")))
         chain.fabric.barrier()
         return facts
 
