@@ -43,7 +43,7 @@ from debiaskd.terms import (
     make_guide,
 )
 from debiaskd.training.caching import Cached, fill
-from debiaskd.training.learner import Learner
+from debiaskd.training.learner import Learner, Step
 from debiaskd.training.schedule import optimizer
 from debiaskd.training.teaching import Live, Teaching
 from debiaskd.training.watched import Watched, places
@@ -147,7 +147,7 @@ def _terms(teacher: FrozenTeacher, teaching: Teaching, batch: Batch) -> Callable
 
     def step() -> None:
         draws = Draws(0, 0, ranks, batch.images.device)
-        total, _ = learner(batch, EPOCH, draws, ranks)
+        total, _ = learner(Step(batch, EPOCH, draws, ranks))
         total.backward()
         trained.step()
         trained.zero_grad()

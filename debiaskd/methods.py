@@ -38,7 +38,7 @@ from debiaskd.terms import (
     make_guide,
 )
 from debiaskd.train import Loss, Schedule, fit, in_batches, to_float
-from debiaskd.training.learner import Learner
+from debiaskd.training.learner import Learner, Step
 from debiaskd.training.teaching import Remembered
 from debiaskd.training.watched import Watched, places
 from debiaskd.transplant import FrozenTeacher, transplant
@@ -177,7 +177,7 @@ class Taught(Learner):
     def loss(self, images: Tensor, index: Tensor) -> Tensor:
         """Of the training pictures of these numbers."""
         batch = Batch(images, self.labels[index], self.boxes[index], index=index)
-        total: Tensor = super().forward(batch, self.epoch, self.draws, self.ranks)[0]
+        total: Tensor = super().forward(Step(batch, self.epoch, self.draws, self.ranks))[0]
         return total
 
     def epoch_ended(self) -> None:

@@ -50,7 +50,10 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
             f"{name}: timm has no such network{f'; it has {near}' if near else ''} "
             f"(others are named {', '.join(f'{family}/…' for family in _FAMILIES)})"
         )
-    found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    try:
+        found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except RuntimeError as error:  # such as a tag of pretrained weights that is none
+        raise NetworkError(f"{name}: {' '.join(str(error).split())}") from None
     return found
 
 
@@ -148,7 +151,7 @@ def prepare(model: nn.Module, size: tuple[int, int], *, x_dnn: bool = False, six
         with torch.no_grad():
             logits = model.eval()(example)
         model.train(mode)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         message = " ".join(str(error).split())
         raise NetworkError(
             f"{type(model).__name__}: does not run on {size[0]}×{size[1]} pictures ({message})"
@@ -165,11 +168,12 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     Raises:
         NetworkError: missing, damaged, or of another network; names the first tensors that do not fit.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "student" / "model.safetensors" if (file / "student").is_dir() else file / "model.safetensors"
+    file = weights_file(path)
     state = _read(file)
     own = model.state_dict()
+    for name, tensor in own.items():
+        if name.endswith(".num_batches_tracked"):  # which files of before 2018 do not have
+            state.setdefault(name, tensor)
     wrong = [name for name in {**own, **state} if _shape(own, name) != _shape(state, name)]
     if wrong:
         name = wrong[0]
@@ -178,6 +182,14 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
             + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
         )
     model.load_state_dict(state)
+
+
+def weights_file(path: Path | str) -> Path:
+    """The file itself; that of the student in a run's folder, or of the stage whose folder it is."""
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    return file / "student" / "model.safetensors" if (file / "student").is_dir() else file / "model.safetensors"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -85,6 +85,44 @@ def guidance_block() -> str:
     return "\n".join(lines)
 
 
+def voc_block() -> str:
+    document = json.loads((RESULTS / "voc2012_sample.json").read_text())
+    lines = ["```"]
+    for said in document["said"]:
+        lines += [f"$ {said['command']}", *said["output"].rstrip().split("\n")]
+    lines += [
+        "```",
+        "",
+        f"AMD EPYC, {document['environment']['threads']} threads, torch {document['environment']['torch']}.",
+    ]
+    for name in document["pictures"]:
+        lines += [
+            "",
+            f"![{Path(name).stem}: where the student looks, before and after](results/voc2012_{name})",
+        ]
+    lines += ["", "![F1, EPG and IoU of every guided epoch on validation](results/voc2012_pareto.png)"]
+    return "\n".join(lines)
+
+
+def training_block() -> str:
+    document = newest("training")
+    words = {
+        "bare": "teacher forward; student forward, backward; optimiser",
+        "terms": "the same with matched maps, guidance at the final layer, and CID's four terms",
+        "cached": "the same, the teacher's answers read from the disk",
+    }
+    lines = ["| step | × bare | fastest and slowest |", "| --- | ---: | ---: |"]
+    for name, ratio in document["ratios"].items():
+        low, high = document["spread"][name]
+        lines.append(f"| {words[name]} | {ratio:.2f} | {low:.2f} – {high:.2f} |")
+    size = f"{document['batch']}×3×{document['size']}×{document['size']}"
+    lines += [
+        "",
+        f"ResNet-50 to ResNet-18, {size}, medians of {document['turns']} turns. {_place(document['environment'], None)}",
+    ]
+    return "\n".join(lines)
+
+
 def performance_block() -> str:
     goals = {op: module.GOALS for op, module in OPS.items()}
     return "\n\n".join(bench_report.markdown(result, goals) for result in bench_results())
@@ -191,6 +229,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "guidance": guidance_block,
     "data": data_block,
     "metrics": metrics_block,
+    "voc": voc_block,
+    "training": training_block,
     **{op: (lambda op=op: op_block(op)) for op in OPS},
 }
 

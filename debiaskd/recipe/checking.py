@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from debiaskd.networks import inverse_added
 from debiaskd.recipe.options import Network, Recipe, Schedule, Teacher
+from debiaskd.terms import TermOptions
 
 OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor")
 
@@ -26,15 +29,15 @@ def check(recipe: Recipe) -> Recipe:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _ranges(recipe)
-    yield from _terms(recipe)
-    yield from _teacher(recipe)
-    yield from _weights(recipe)
     schedules = {"schedule": recipe.schedule, "pretraining": recipe.pretraining}
     if recipe.teacher is not None:
         schedules["teacher.schedule"] = recipe.teacher.schedule
     for name, schedule in schedules.items():
         if schedule is not None:
             yield from _schedule(name, schedule)
+    yield from _terms(recipe)
+    yield from _teacher(recipe)
+    yield from _weights(recipe)
     yield from _network("student", recipe.student)
     if recipe.compute.compile and recipe.terms.guide is not None:
         yield "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to"
@@ -47,21 +50,26 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     if not 0 < data.annotated_fraction <= 1:
         yield f"data.annotated_fraction: must be a share in (0, 1], got {data.annotated_fraction}"
     least = {
-        "data.size": data.size or 1,
+        "data.size": data.size,
         "compute.devices": compute.devices,
         "compute.nodes": compute.nodes,
         "compute.log_every": compute.log_every,
-        "compute.checkpoint_every": compute.checkpoint_every or 1,
+        "compute.checkpoint_every": compute.checkpoint_every,
         "selection.every": recipe.selection.every,
     }
     for name, value in least.items():
-        if value < 1:
+        if value is not None and value < 1:
             yield f"{name}: must be >= 1, got {value}"
     for name, number in {"data.dilate": data.dilate, "compute.workers": compute.workers}.items():
-        if number < 0:
-            yield f"{name}: must be >= 0, got {number}"
+        yield from _number(name, number, zero=True)
     if data.crop_scale is not None and not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         yield f"data.crop_scale: must be (smallest, largest) in (0, 1], got {data.crop_scale}"
+
+
+def _number(name: str, value: float | None, *, zero: bool = False) -> Iterator[str]:
+    """Finite, and > 0 or, with `zero`, >= 0. None is for options that were left out."""
+    if value is not None and not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        yield f"{name}: must be a number {'>=' if zero else '>'} 0, got {value}"
 
 
 def _terms(recipe: Recipe) -> Iterator[str]:
@@ -69,8 +77,7 @@ def _terms(recipe: Recipe) -> Iterator[str]:
     if not terms:
         yield f"terms: at least one is needed, of {', '.join(vars(recipe.terms))}"
     for name, options in terms.items():
-        if options.weight <= 0 or options.start < 0 or options.ramp < 0:
-            yield f"terms.{name}: weight must be > 0, start and ramp >= 0, got {options}"
+        yield from _term(f"terms.{name}", options)
         if options.start >= recipe.schedule.epochs:
             yield f"terms.{name}.start: never comes, there are {recipe.schedule.epochs} epochs; got {options.start}"
     # Contexts are built in an epoch of which other terms are the loss.
@@ -92,6 +99,16 @@ def _terms(recipe: Recipe) -> Iterator[str]:
         yield f"terms.guide.steps: must be >= 1, got {guide.steps}"
 
 
+def _term(name: str, options: TermOptions) -> Iterator[str]:
+    yield from _number(f"{name}.weight", options.weight)
+    yield from _number(f"{name}.start", options.start, zero=True)
+    yield from _number(f"{name}.ramp", options.ramp, zero=True)
+    yield from _number(f"{name}.temperature", getattr(options, "temperature", None))
+    smoothing = getattr(options, "label_smoothing", 0)
+    if not 0 <= smoothing < 1:
+        yield f"{name}.label_smoothing: must lie in [0, 1), got {smoothing}"
+
+
 def _teacher(recipe: Recipe) -> Iterator[str]:
     asking = [name for name in OF_TEACHER if getattr(recipe.terms, name) is not None]
     teacher = recipe.teacher
@@ -104,6 +121,8 @@ def _teacher(recipe: Recipe) -> Iterator[str]:
         yield f"teacher: nothing uses it; none of the terms {', '.join(OF_TEACHER)}, and no transplant"
     if recipe.terms.match is not None and recipe.transplant is None:
         yield "terms.match: needs transplant, whose projector gives the maps to match"
+    if inverse_added(teacher.name) != inverse_added(recipe.student.name):
+        yield f"teacher.name: B-cos networks read other pictures, got {teacher.name} for student {recipe.student.name}"
     yield from _network("teacher", teacher)
     yield from _method(teacher)
 
@@ -124,6 +143,10 @@ def _method(teacher: Teacher) -> Iterator[str]:
         yield f"teacher.views: must be >= 1, and is for teacher.cache alone; got {teacher.views}"
     if method == "jtt" and teacher.up is None:
         yield "teacher.up: is needed by method jtt"
+    yield from _number("teacher.up", teacher.up)
+    yield from _number("teacher.step_size", teacher.step_size)
+    if teacher.identification_epochs is not None and teacher.identification_epochs < 1:
+        yield f"teacher.identification_epochs: must be >= 1, got {teacher.identification_epochs}"
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:
@@ -141,8 +164,9 @@ def _weights(recipe: Recipe) -> Iterator[str]:
         for key in ("up", "convention", "epochs"):
             if getattr(weights, key) is not None:
                 yield f"weights.{key}: only for method errors, got groups"
-    if weights.up is not None and weights.up <= 0:
-        yield f"weights.up: must be > 0, got {weights.up}"
+    yield from _number("weights.up", weights.up)
+    if weights.convention == "copies" and weights.up is not None and weights.up % 1:
+        yield f"weights.up: must be a whole number of copies, got {weights.up}"
     if weights.epochs is not None and weights.epochs < 1:
         yield f"weights.epochs: must be >= 1, got {weights.epochs}"
 
@@ -156,13 +180,13 @@ def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
     for key in ("epochs", "batch", "accumulate"):
         if getattr(schedule, key) < 1:
             yield f"{name}.{key}: must be >= 1, got {getattr(schedule, key)}"
-    if schedule.learning_rate <= 0 or schedule.weight_decay < 0 or schedule.warmup < 0:
-        yield f"{name}: learning_rate must be > 0, weight_decay and warmup >= 0, got {schedule}"
+    yield from _number(f"{name}.learning_rate", schedule.learning_rate)
+    yield from _number(f"{name}.weight_decay", schedule.weight_decay, zero=True)
+    yield from _number(f"{name}.warmup", schedule.warmup, zero=True)
+    yield from _number(f"{name}.clip", schedule.clip)
     if (schedule.milestones is not None) != (schedule.shape == "steps"):
         yield f"{name}.milestones: for shape steps and only for it, got {schedule.milestones} with {schedule.shape}"
     if schedule.batch % schedule.accumulate:
         yield f"{name}.batch: must be a multiple of accumulate={schedule.accumulate}, got {schedule.batch}"
-    if schedule.clip is not None and schedule.clip <= 0:
-        yield f"{name}.clip: must be > 0, got {schedule.clip}"
     if schedule.ema is not None and not 0 < schedule.ema < 1:
         yield f"{name}.ema: must lie in (0, 1), got {schedule.ema}"

@@ -59,7 +59,7 @@ class Network:
     Args:
         name: of timm, "resnet18"; or "torchvision/resnet18", "bcos/resnet18", "small/8,16,32" (convolutions of these
             widths), "cifar/resnet20".
-        pretrained: begin from the weights that timm, torchvision or bcos know for the name, which they download.
+        pretrained: begin from the weights that timm or torchvision know for the name, which they download.
         weights: begin from these: a .safetensors file, or the folder of a run.
         bias_free: make it an X-DNN.
         layer, head: names of its last feature map's module and of its last linear layer, where they are not found.

@@ -29,17 +29,24 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     import yaml
 
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(document).__name__}")
     unknown(Recipe, document, f"{path}: ")
+    _precision(document)
     for key in _keys(overrides):
         unknown(Recipe, _nested(key), "--", key)
     return check(_typed(document, overrides, path))
+
+
+def _precision(document: dict[str, Any]) -> None:
+    """YAML takes `precision: 16` for a number."""
+    compute = document.get("compute")
+    if isinstance(compute, dict) and type(compute.get("precision")) is int:
+        compute["precision"] = str(compute["precision"])
 
 
 def _typed(document: dict[str, Any], overrides: Sequence[str], path: Path | str) -> Recipe:
@@ -49,7 +56,11 @@ def _typed(document: dict[str, Any], overrides: Sequence[str], path: Path | str)
     parser.add_class_arguments(Recipe, None)
     try:
         instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called
-        made = instantiate(_parse(parser, document, overrides))
+        parsed = _parse(parser, document, overrides)
+        for name, kind in get_type_hints(Recipe).items():
+            if dataclasses.is_dataclass(kind) and parsed.get(name) is None:
+                raise RecipeError(f"{path}: {name}: must be a mapping of keys, got null")
+        made = instantiate(parsed)
     except ArgumentError as error:
         raise RecipeError(f"{path}: {_one_line(str(error))}") from None
     return Recipe(**{field.name: made[field.name] for field in dataclasses.fields(Recipe)})
@@ -85,6 +96,10 @@ def unknown(cls: type, document: Mapping[str, Any], where: str, shown: str | Non
         inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
         if isinstance(inner, type) and isinstance(value, Mapping):
             unknown(inner, value, where, shown, f"{name}.")
+        elif shown and value:
+            raise RecipeError(f"{where}{shown}: no such key; did you mean {name}?")
+        elif inner is not None and value is not None:
+            raise RecipeError(f"{where}{name}: must be a mapping of keys, got {value!r}")
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:
@@ -97,7 +112,7 @@ def _keys(overrides: Sequence[str]) -> list[str]:
 
 def _nested(key: str) -> dict[str, Any]:
     head, _, rest = key.partition(".")
-    return {head: _nested(rest) if rest else None}
+    return {head: _nested(rest) if rest else {}}
 
 
 def _one_line(text: str) -> str:
@@ -107,4 +122,8 @@ def _one_line(text: str) -> str:
     text = re.sub(r"\s+Given value type:.*", "", text, flags=re.S)
     text = re.sub(r"\s+- Expected a <class 'NoneType'>", "", text)
     text = re.sub(r"Problem with given class_path '[^']*':", "", text)
-    return " ".join(text.split()).replace(": - ", ": ")
+    text = " ".join(text.split()).replace(": - ", ": ")
+    text = re.sub(r": Parser key \"([^\"]*)\":", r".\1:", text)
+    text = re.sub(r"Expected a <class '(\w+)'>", r"must be of type \1", text)
+    text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"must be one of \1", text)
+    return text.replace(". Got value:", ", got")

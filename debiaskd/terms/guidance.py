@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from debiaskd.attribution import draw_target
+from debiaskd.depths import DEPTHS
 from debiaskd.guide import Guide
+from debiaskd.terms.backdoor import Intervened
 from debiaskd.terms.state import State, Term, TermOptions
 
 
@@ -56,8 +58,10 @@ class GuideTerm(Term):
 def make_guide(options: GuideOptions, model: torch.nn.Module) -> Guide:
     """The guide that watches the student; its loss is a sum over images, without the term's weight."""
     steps = 32 if options.steps is None else options.steps
-    attribution = options.attribution
+    layer, attribution = options.layer, options.attribution
     if attribution is None:
         explained = any(callable(getattr(module, "set_explanation_mode", None)) for module in model.modules())
         attribution = "bcos" if explained else "input_x_gradient"
-    return Guide(model, options.layer, attribution, options.loss, reduction="sum", steps=steps)
+    if isinstance(model, Intervened) and layer not in DEPTHS:  # which is named as the student has it
+        layer = f"student.{layer}"
+    return Guide(model, layer, attribution, options.loss, reduction="sum", steps=steps)

@@ -13,11 +13,35 @@ from debiaskd.boxes import Boxes
 from debiaskd.data import Batch
 from debiaskd.guide import Guide
 from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, MultilabelF1, MultilabelMeanAveragePrecision
+from debiaskd.recipe import Network, Recipe
 from debiaskd.terms import GuideOptions, make_guide
-from debiaskd.training.pictures import Pictures
+from debiaskd.training.pictures import Pictures, Split
 
 #: Where boxes count as small, middling or large: shares of the picture that they cover.
 SIZES = (0.1, 0.3)
+
+
+def boxed(split: Split) -> bool:
+    """Whether attributions can be compared with boxes."""
+    return bool(split.boxes.annotated.any()) and bool(len(split.boxes.coords))
+
+
+def selectable(split: Split, training_groups: Tensor | None) -> tuple[str, ...]:
+    """Names of the figures on a split that selection may look at."""
+    found: tuple[str, ...] = ("f1",) if split.whole.multi_label else ("accuracy",)
+    if split.groups is not None and training_groups is not None:
+        found = (*found, "worst_group_accuracy")
+    return (*found, "epg", "iou") if boxed(split) else found
+
+
+def looked_at(recipe: Recipe, stage: str) -> GuideOptions:
+    """Where and how the attributions of a stage's model are looked at: as the student is guided, and of others at
+    their last feature map."""
+    if stage in ("student", "pretraining") and recipe.terms.guide is not None:
+        return recipe.terms.guide
+    network: Network = recipe.teacher if stage.startswith("teacher") and recipe.teacher else recipe.student
+    named = None if stage == "student" and recipe.transplant is not None else network.layer
+    return GuideOptions(layer=named or "Final")
 
 
 class Evaluation:
@@ -26,7 +50,7 @@ class Evaluation:
     Args:
         pictures: in order, not augmented.
         training_groups: int64 [M] of the training split, or None without groups.
-        guide: where and how attributions are looked at; None: input × gradient at the last feature map.
+        guide: where and how attributions are looked at.
         threshold: of the IoU; None: the best of a grid, as is right on validation.
     """
 
@@ -34,22 +58,13 @@ class Evaluation:
         self,
         pictures: Pictures,
         training_groups: Tensor | None,
-        guide: GuideOptions | None,
+        guide: GuideOptions,
         threshold: float | None = None,
     ) -> None:
         self.pictures, self.training_groups = pictures, training_groups
-        self.guide, self.threshold = guide or GuideOptions(), threshold
+        self.guide, self.threshold = guide, threshold
         split = pictures.split
-        self.boxed = bool(split.boxes.annotated.any()) and bool(len(split.boxes.coords))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the figures that selection may look at."""
-        split = self.pictures.split
-        found: tuple[str, ...] = ("f1",) if split.whole.multi_label else ("accuracy",)
-        if split.groups is not None and self.training_groups is not None:
-            found = (*found, "worst_group_accuracy")
-        return (*found, "epg", "iou") if self.boxed else found
+        self.boxed = boxed(split)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The model's figures; it is in evaluation mode, and on the pictures' device."""
@@ -61,28 +76,28 @@ class Evaluation:
             with torch.no_grad():
                 meters.classes(model(placed.images), placed)
             if guide is not None:
-                for maps, boxes in attributions(guide, placed):
+                with torch.compiler.set_stance("force_eager"):  # compiled, inner layers' outputs are not to be had
+                    found = attributions(guide, placed)
+                for maps, boxes in found:
                     meters.maps(maps, boxes)
         return meters.compute()
-
-    def thresholded(self, threshold: float) -> Evaluation:
-        return Evaluation(self.pictures, self.training_groups, self.guide, threshold)
 
 
 def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes]]:
     """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes."""
     if batch.target.dim() == 1:
-        return [(guide.attribute(batch.images, batch.target), _of_class(batch.boxes, batch.target))]
+        return [(guide.attribute(batch.images, batch.target), of_class(batch.boxes, batch.target))]
     most = int(batch.target.sum(1).max()) if len(batch) else 0
     if not most:
         return []
     found = batch.target.float().topk(most, 1)
     target = torch.where(found.values > 0, found.indices, -1)
     maps = guide.attribute(batch.images, target.clamp(min=0))
-    return [(maps[:, t], _of_class(batch.boxes, target[:, t]).annotated_where(target[:, t] >= 0)) for t in range(most)]
+    return [(maps[:, t], of_class(batch.boxes, target[:, t]).annotated_where(target[:, t] >= 0)) for t in range(most)]
 
 
-def _of_class(boxes: Boxes, target: Tensor) -> Boxes:
+def of_class(boxes: Boxes, target: Tensor) -> Boxes:
+    """Those of each picture's class; boxes without labels are of whatever it shows."""
     return boxes if boxes.labels is None else boxes.for_class(target)
 
 

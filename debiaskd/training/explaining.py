@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch.nn import functional as F
 
 from debiaskd import files
 from debiaskd.boxes import Boxes
-from debiaskd.data import Batch
+from debiaskd.data import Batch, DataError, manifest
 from debiaskd.data.pixels import UnreadableError, decode, fit
 from debiaskd.metrics import energy_in_box
 from debiaskd.recipe import Recipe, RecipeError
 from debiaskd.terms import make_guide
 from debiaskd.terms.guidance import GuideOptions
+from debiaskd.training.evaluation import looked_at, of_class
 from debiaskd.training.loaded import Loaded
 from debiaskd.training.pictures import Intake, Split, open_split
 from debiaskd.training.run import RunError, finished
@@ -81,27 +83,35 @@ def explain_run(
         models.insert(0, ("before guidance", Loaded(folder, "pretraining", data)))
     if len({tuple(model.classes) for _, model in models}) > 1:
         raise RunError(f"{before}: knows other classes than {folder}")
-    known = _Known(after.recipe)
+    known, options = _Known(after.recipe), looked_at(after.recipe, "student")  # all models in the same way
     target_number = None if target is None else _class(target, after.classes)
-    written = []
+    written: list[Path] = []
     for text in images:
         shown = known.picture(text, after.size[0])
         for k in [target_number] if target_number is not None else _targets(shown, after):
-            seen = [_look(heading, model, shown, k) for heading, model in models]
+            seen = [_look(heading, model, shown, k, options) for heading, model in models]
             where = out or folder / "explanations"
             where.mkdir(parents=True, exist_ok=True)
-            path = where / f"{_slug(shown.name)}-{_slug(after.classes[k])}.png"
-            figure = _figure(shown, shown.boxes.for_class(torch.tensor([k])), after.classes[k], seen)
+            path = _free(where / f"{_slug(shown.name)}-{_slug(after.classes[k])}", written)
+            figure = _figure(shown, of_class(shown.boxes, torch.tensor([k])), after.classes[k], seen)
             files.write(path, lambda unfinished, figure=figure: figure.savefig(unfinished, format="png", dpi=100))  # type: ignore[misc]
             written.append(path)
     return written
+
+
+def _free(path: Path, written: Sequence[Path]) -> Path:
+    """Pictures in different folders may have the same name."""
+    names = (f"{path.name}{more}.png" for more in ("", *(f"-{n}" for n in range(2, len(written) + 2))))
+    return next(path.with_name(name) for name in names if path.with_name(name) not in written)
 
 
 class _Known:
     """The run's data, as far as it is there: it knows boxes and labels."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.data, self.splits = recipe.data, {}
+        self.data, self.splits, self.fit = recipe.data, {}, "squash"
+        with suppress(DataError):
+            self.fit = manifest.read(Path(recipe.data.path))["options"]["fit"]
         for key in ("train", "validation", "test"):
             try:
                 split = open_split(recipe.data, key)
@@ -115,7 +125,7 @@ class _Known:
         if numbered is not None and not path.exists():
             return self._numbered(numbered["split"], int(numbered["number"]))
         try:
-            pixels, _, _ = fit(decode(path), side, "squash")
+            pixels, _, _ = fit(decode(path), side, self.fit)
         except (UnreadableError, OSError) as error:
             raise RecipeError(f"{text}: {error}") from None
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -162,17 +172,21 @@ def _placed(loaded: Loaded, shown: Shown) -> Batch:
     return Intake(loaded.size, loaded.device, six=loaded.six)(batch)
 
 
-def _look(heading: str, loaded: Loaded, shown: Shown, k: int) -> Seen:
+def _look(heading: str, loaded: Loaded, shown: Shown, k: int, options: GuideOptions) -> Seen:
     batch = _placed(loaded, shown)
     target = torch.tensor([k], device=loaded.device)
-    guide = make_guide(loaded.recipe.terms.guide or GuideOptions(), loaded.model)
+    try:
+        guide = make_guide(options, loaded.model)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{loaded.stage.folder}: cannot be looked at as the other run is ({error})") from None
     maps = guide.attribute(batch.images, target)
     with torch.no_grad():
         logits = loaded.model(batch.images)[0]
     several = logits.sigmoid() if shown.target is not None and shown.target.dim() else logits.softmax(0)
-    boxes = batch.boxes.for_class(target)
+    boxes = of_class(batch.boxes, target)
     share = energy_in_box(maps, boxes, loaded.size)
-    upsampled = F.interpolate(maps[:, None].float(), loaded.size, mode="bilinear")[0, 0].clamp(min=0).cpu()
+    height, width = shown.image.shape[1:]
+    upsampled = F.interpolate(maps[:, None].float(), (height, width), mode="bilinear")[0, 0].clamp(min=0).cpu()
     known = bool(boxes.annotated[0]) and len(boxes.coords) > 0
     return Seen(heading, upsampled, float(several[k]), float(share[0]) if known else None)
 

@@ -28,6 +28,7 @@ def launch(compute: Compute) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*srun.*")
+            warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # refused below
             fabric = Fabric(
                 accelerator=compute.accelerator,
                 devices=devices,
@@ -37,5 +38,7 @@ def launch(compute: Compute) -> Any:
             )
     except (RuntimeError, ValueError) as error:
         raise RecipeError(f"compute: {' '.join(str(error).split())}") from None
+    if compute.precision == "16" and fabric.device.type == "cpu":
+        raise RecipeError("compute.precision: 16 needs a GPU, which there is none of here; bf16 runs on CPUs as well")
     fabric.launch()
     return fabric

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from debiaskd import files
 from debiaskd.depths import find
+from debiaskd.features import has_protocol
 from debiaskd.guide import Guide
 from debiaskd.networks import build, inverse_added, load_weights, prepare
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
-from debiaskd.training.evaluation import Evaluation
+from debiaskd.training.evaluation import Evaluation, looked_at, selectable
 from debiaskd.training.keeping import RULES, Keeper
 from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
@@ -52,6 +53,7 @@ class Fitting:
         self.train = open_split(recipe.data, "train", training=True)
         self.validation = open_split(recipe.data, "validation")
         self._check_data()
+        self._names(self._rule(guided=recipe.terms.guide is not None))
         side = recipe.data.size or self.train.whole.size[0]
         self.size = (side, side)
 
@@ -63,6 +65,10 @@ class Fitting:
                     raise RecipeError(f"terms.{name}: needs one class a picture, here it may be several")
             if recipe.weights is not None and recipe.weights.method == "errors":
                 raise RecipeError("weights.method: errors needs one class a picture, here it may be several")
+            if recipe.teacher is not None and recipe.teacher.method == "jtt":
+                raise RecipeError("teacher.method: jtt needs one class a picture, here it may be several")
+            if recipe.terms.supervised is not None and recipe.terms.supervised.label_smoothing:
+                raise RecipeError("terms.supervised.label_smoothing: needs one class a picture, here there may be more")
         grouped = recipe.weights is not None and recipe.weights.method == "groups"
         if recipe.teacher is not None and recipe.teacher.method in ("balanced", "group_dro", "dfr"):
             grouped = True
@@ -80,6 +86,14 @@ class Fitting:
         if options.weights is not None:
             load_weights(model, options.weights)
         return model
+
+    def about(self, stage: str) -> dict[str, Any]:
+        """What a file of weights says of itself."""
+        return {"stage": stage, "classes": list(self.train.whole.classes), "size": self.size[0]}
+
+    def rehearse(self, model: nn.Module, terms: dict[str, TermOptions], teacher: Teaching | None) -> None:
+        """Raises RecipeError if the student cannot be trained so; `model` is of no use afterwards."""
+        self._learner(model, terms, teacher, None, self.recipe.student)
 
     def fit(
         self,
@@ -105,11 +119,10 @@ class Fitting:
         if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
             raise RecipeError(f"schedule.batch: {schedule.batch} is no multiple of {self.ranks.world_size} processes")
         pictures = self.pictures(self.train, training=True, batch=share, six=six, sampling=sampling)
-        guide = terms.get("guide")
-        validation = self.pictures(self.validation, training=False, batch=max(share, 1), six=six)
-        evaluation = Evaluation(validation, self.train.groups, guide if isinstance(guide, GuideOptions) else None)
-        rule = rule or self._rule(evaluation, guided="guide" in terms)
-        names = self._names(rule, evaluation)
+        validation = self.pictures(self.validation, training=False, batch=share, six=six)
+        evaluation = Evaluation(validation, self.train.groups, looked_at(recipe, name))
+        rule = rule or self._rule(guided="guide" in terms)
+        names = self._names(rule)
         keeper = Keeper(folder, rule, names, self.about(name))
         plan = Plan(
             folder=folder,
@@ -127,10 +140,6 @@ class Fitting:
         training = Training(plan, self.fabric, lambda done: self.say(name, done))
         training.run()
         return self._finish(folder, keeper, training, rule, names)
-
-    def about(self, stage: str) -> dict[str, Any]:
-        """What is written into a file of weights, for who loads it."""
-        return {"stage": stage, "classes": list(self.train.whole.classes), "size": self.size[0]}
 
     def _finish(
         self, folder: Path, keeper: Keeper, training: Training, rule: str, names: tuple[str, ...]
@@ -173,6 +182,8 @@ class Fitting:
             student_width=0 if at is None else at.pooled_width,
             teacher_width=None if teacher is None else teacher.width,
         )
+        if "backdoor" in terms and not has_protocol(model):
+            raise RecipeError("terms.backdoor: needs a student with timm's forward_features, or a transplanted one")
         made: dict[str, Term] = {}
         guide = None
         with torch.random.fork_rng(devices=[]):
@@ -189,7 +200,7 @@ class Fitting:
         try:
             find(model, options.layer, self.example(network))
             return make_guide(options, model)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise RecipeError(f"terms.guide: {error}") from None
 
     def pictures(
@@ -209,7 +220,7 @@ class Fitting:
             split,
             self.recipe.data,
             training=training,
-            batch=min(batch, max(len(split) // ranks.world_size, 1)),
+            batch=batch,
             ranks=ranks,
             device=self.fabric.device,
             seed=self.recipe.seed,
@@ -218,21 +229,20 @@ class Fitting:
             sampling=sampling,
         )
 
-    def _rule(self, evaluation: Evaluation, *, guided: bool) -> str:
-        rule, names = self.recipe.selection.rule, evaluation.names
+    def _rule(self, *, guided: bool) -> str:
+        rule, names = self.recipe.selection.rule, selectable(self.validation, self.train.groups)
         if rule is None:
             if "worst_group_accuracy" in names:
                 return "worst_group"
             return "pareto" if guided and "epg" in names else "accuracy" if "accuracy" in names else "f1"
         return rule
 
-    def _names(self, rule: str, evaluation: Evaluation) -> tuple[str, ...]:
-        wanted = tuple(
-            "accuracy" if n == "f1" and rule == "pareto" and n not in evaluation.names else n for n in RULES[rule]
-        )
-        missing = [name for name in wanted if name not in evaluation.names]
+    def _names(self, rule: str) -> tuple[str, ...]:
+        found = selectable(self.validation, self.train.groups)
+        wanted = tuple("accuracy" if n == "f1" and rule == "pareto" and n not in found else n for n in RULES[rule])
+        missing = [name for name in wanted if name not in found]
         if missing:
-            there = ", ".join(evaluation.names)
+            there = ", ".join(found)
             raise RecipeError(f"selection.rule: {rule} needs {missing[0]}, and the validation pictures give {there}")
         return wanted
 
@@ -241,7 +251,10 @@ class Fitting:
         return torch.rand(1, channels, *self.size, generator=torch.Generator().manual_seed(0))
 
     def places(self, model: nn.Module, options: Network) -> Places:
-        return find_places(model, self.example(options), options.layer, options.head)
+        try:
+            return find_places(model, self.example(options), options.layer, options.head)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{options.name}: {error}") from None
 
 
 def none_for_nan(value: float) -> float | None:

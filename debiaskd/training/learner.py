@@ -14,6 +14,19 @@ from debiaskd.training.teaching import Teaching
 from debiaskd.training.watched import Watched
 
 
+class Step:
+    """What a step is of. Opaque, since Fabric looks for tensors to convert in whatever it can look into.
+
+    Attributes:
+        batch: augmented pictures of this process.
+        epoch: from 0.
+        draws, ranks: random numbers, and the other processes.
+    """
+
+    def __init__(self, batch: Batch, epoch: int, draws: Draws, ranks: Ranks) -> None:
+        self.batch, self.epoch, self.draws, self.ranks = batch, epoch, draws, ranks
+
+
 class Learner(nn.Module):
     """Its parameters are all that is trained, its state dict all that training changes in modules.
 
@@ -57,9 +70,10 @@ class Learner(nn.Module):
             None if weight is None else weight.to(device),
         )
 
-    def forward(self, batch: Batch, epoch: int, draws: Draws, ranks: Ranks) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what is to be minimised, each term's own loss without its factor) of a batch of augmented pictures."""
+    def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what is to be minimised, each term's own loss without its factor)."""
         teacher, guide, weight = self._outside
+        batch, epoch = step.batch, step.epoch
         active = {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
         taught = any(need.startswith("teacher.") for term in active.values() for need in term.needs)
         student, seen = self.watched(batch.images, guide if "guide" in active else None)
@@ -73,8 +87,8 @@ class Learner(nn.Module):
             teacher=teacher(batch, epoch) if taught and teacher is not None else None,
             seen=seen,
             epoch=epoch,
-            draws=draws,
-            ranks=ranks,
+            draws=step.draws,
+            ranks=step.ranks,
         )
         losses = {name: term(state) for name, term in active.items()}
         factors = {name: term.options.factor(epoch) for name, term in active.items()}

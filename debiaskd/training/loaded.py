@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from debiaskd import files
 from debiaskd.features import has_protocol
 from debiaskd.networks import build, inverse_added, load_weights, prepare
-from debiaskd.recipe import Network, Recipe
+from debiaskd.recipe import Network, Recipe, RecipeError
 from debiaskd.terms import BackdoorOptions, Ranks
 from debiaskd.terms.backdoor import Intervened, Intervention
-from debiaskd.training.evaluation import Evaluation
+from debiaskd.training.evaluation import Evaluation, looked_at
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.run import RunError, Stage, finished, open_run
 from debiaskd.training.watched import places
 from debiaskd.transplant import FrozenTeacher, transplant
+
+#: Of the IoU where validation gave none, as in the public code of Rao et al. 2023.
+THRESHOLD = 0.5
 
 
 class Loaded:
@@ -96,20 +99,26 @@ class Loaded:
 
 def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
     """A teacher whose layers need not be named."""
-    if has_protocol(model) and network.layer is None:
-        return FrozenTeacher(model, head=network.head, example=example)
-    at = places(model, example, network.layer, network.head)
-    return FrozenTeacher(model, layer=at.feature, head=at.classifier, example=example)
+    try:
+        if has_protocol(model) and network.layer is None:
+            return FrozenTeacher(model, head=network.head, example=example)
+        at = places(model, example, network.layer, network.head)
+        return FrozenTeacher(model, layer=at.feature, head=at.classifier, example=example)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"teacher: {error}") from None
 
 
 def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, example: Tensor) -> nn.Module:
     """The student with the teacher's head; the projector's initial weights come from the global generator."""
     assert recipe.transplant is not None
     layer = recipe.student.layer
-    if layer is None and not has_protocol(student):
-        layer = places(student, example, None, recipe.student.head).feature
-    names = None if layer is None else (None, layer)
-    return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
+    try:
+        if layer is None and not has_protocol(student):
+            layer = places(student, example, None, recipe.student.head).feature
+        names = None if layer is None else (None, layer)
+        return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"transplant: {error}") from None
 
 
 def _about(stage: Stage) -> dict[str, Any]:
@@ -134,9 +143,10 @@ def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) 
     asked = dataclasses.replace(recipe.data, test=name)
     pictures = loaded.pictures(open_split(asked, "test"))
     groups = open_split(recipe.data, "train").groups
-    guide = recipe.terms.guide if stage in ("student", "pretraining") else None
     threshold = loaded.stage.facts.get("figures", {}).get("iou_threshold")
-    figures = Evaluation(pictures, groups, guide, threshold)(loaded.model)
+    if threshold is None:  # not the best on this split: that would be to choose by what is measured
+        threshold = THRESHOLD
+    figures = Evaluation(pictures, groups, looked_at(recipe, stage), threshold)(loaded.model)
     document = {
         "run": str(folder),
         "stage": stage,

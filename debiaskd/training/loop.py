@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.data import Batch
-from debiaskd.recipe import Compute, Schedule
+from debiaskd.recipe import Compute, RecipeError, Schedule
 from debiaskd.terms import Draws, Ranks
 from debiaskd.training.caching import Views
 from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.keeping import Keeper
-from debiaskd.training.learner import Learner
+from debiaskd.training.learner import Learner, Step
 from debiaskd.training.logs import Logs
 from debiaskd.training.pictures import Pictures
 from debiaskd.training.schedule import Ema, optimizer, rate
@@ -90,7 +90,7 @@ class Training:
         self.logs = Logs(plan.folder, fabric.is_global_zero)
         self.steps = len(plan.pictures) // plan.schedule.accumulate
         if self.steps < 1:
-            raise ValueError(
+            raise RecipeError(
                 f"schedule.batch: {plan.schedule.batch} pictures a step, and the training split has "
                 f"{len(plan.pictures.split)}"
             )
@@ -132,7 +132,7 @@ class Training:
             placed = self.plan.pictures.placed(batch, self._augmentation(batch, epoch, draws))
             last = number + 1 == len(passes)
             with self.fabric.no_backward_sync(self.module, enabled=not last):
-                total, losses = self.module(placed, epoch, draws, self.ranks)
+                total, losses = self.module(Step(placed, epoch, draws, self.ranks))
                 self.fabric.backward(total / len(passes))
             self.moments.append(
                 Moment(

@@ -23,7 +23,7 @@ class Random(Protocol):
     def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor: ...
 
 
-_PART = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<from>[\d.]+%)?:(?P<to>[\d.]+%)?\])?")
+_PART = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<from>\d+(\.\d+)?%)?:(?P<to>\d+(\.\d+)?%)?\])?")
 
 
 class Slice(Dataset[Any]):

@@ -130,11 +130,11 @@ class Stage:
         """None if there is none, or an unfinished one."""
         try:
             document = files.read_json(folder / STAGE)
-        except ValueError:
+            if document is None:
+                return None
+            return cls(folder, *(document[key] for key in ("fingerprint", "inputs", "facts", "outputs")))
+        except (ValueError, KeyError, TypeError):
             raise RunError(f"{folder / STAGE}: damaged; remove {folder} and train again") from None
-        if document is None:
-            return None
-        return cls(folder, *(document[key] for key in ("fingerprint", "inputs", "facts", "outputs")))
 
     def verify(self) -> None:
         """Raises RunError if a file is not what was written."""

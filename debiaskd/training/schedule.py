@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from debiaskd.recipe import Schedule
 from debiaskd.training.learner import Learner
@@ -26,6 +27,12 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.learning_rate
 
 
+def brief(schedule: Schedule, epochs: int | None) -> Schedule:
+    """Of an identification model: too short for an average over many steps, or for a rate that first has to rise."""
+    shape = "constant" if schedule.shape == "steps" else schedule.shape
+    return dataclasses.replace(schedule, epochs=epochs or 1, ema=None, warmup=0, shape=shape, milestones=None)
+
+
 def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
     """Weight decay for matrices and kernels; not for biases, norms, and terms that want none."""
     spared = {id(p) for name in learner.names if learner.term(name).undecayed for p in learner.term(name).parameters()}
@@ -43,26 +50,31 @@ def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
 
 
 class Ema:
-    """A moving average of a module's floating-point tensors; the others are copied."""
+    """A moving average of a learner's parameters, and of its student's floating-point buffers.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    Buffers of terms are no part of it: contexts are set once an epoch, and averaged they would be mostly the zeros that
+    they were before.
+    """
+
+    def __init__(self, learner: Learner, decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        self.tensors = {name: tensor.clone() for name, tensor in _averaged(learner).items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        own: list[Tensor] = []
-        new: list[Tensor] = []
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                own.append(self.tensors[name])
-                new.append(tensor)
-            else:
-                self.tensors[name].copy_(tensor)
-        torch._foreach_lerp_(own, new, 1 - self.decay)
+    def update(self, learner: Learner) -> None:
+        torch._foreach_lerp_(list(self.tensors.values()), list(_averaged(learner).values()), 1 - self.decay)
 
-    def swap(self, module: nn.Module) -> None:
-        """The module has the averages and this its weights; and back again."""
-        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(self.tensors)
-        self.tensors = state
+    def swap(self, learner: Learner) -> None:
+        """The learner has the averages and this its weights; and back again."""
+        own = {name: tensor.clone() for name, tensor in _averaged(learner).items()}
+        learner.load_state_dict(self.tensors, strict=False)
+        self.tensors = own
+
+
+def _averaged(learner: Learner) -> dict[str, Tensor]:
+    buffers = {name for name, _ in learner.terms.named_buffers(prefix="terms")}
+    return {
+        name: tensor
+        for name, tensor in learner.state_dict().items()
+        if tensor.is_floating_point() and name not in buffers
+    }

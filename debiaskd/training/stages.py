@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import files
-from debiaskd.networks import inverse_added, load_weights
+from debiaskd.networks import inverse_added, load_weights, weights_file
 from debiaskd.recipe import Network, Recipe, Schedule, Teacher, to_dict
 from debiaskd.reweight import error_weights, group_weights
-from debiaskd.terms import TERMS, SupervisedOptions
+from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.caching import PARTS, Cached, fill
 from debiaskd.training.fitting import Fitting
 from debiaskd.training.loaded import frozen, transplanted
 from debiaskd.training.run import Run, Say, Stage, data_fingerprint, decisive
+from debiaskd.training.schedule import brief
 from debiaskd.training.teaching import Live, Teaching
 from debiaskd.transplant import FrozenTeacher
 
@@ -40,8 +42,26 @@ class Chain:
         self.recipe, self.fabric = recipe, fabric
         self.fitting = Fitting(recipe, fabric, say)
         self.student_network = self.fitting.network(recipe.student, "student")
+        self._rehearse()
         self.run = Run(folder, recipe, write=fabric.is_global_zero)
         self.base = {"data": data_fingerprint(recipe.data.path)}
+        begun = {"student": recipe.student, "teacher": recipe.teacher}
+        for name, network in begun.items():
+            if network is not None and network.weights is not None:
+                self.base[f"{name}.weights"] = files.sha256(weights_file(network.weights))
+
+    def _rehearse(self) -> None:
+        """Networks and terms are put together once, so that what does not fit is said before hours of training."""
+        recipe, model, teacher = self.recipe, copy.deepcopy(self.student_network), None
+        if recipe.teacher is not None:
+            source = self.fitting.network(recipe.teacher, "teacher")
+            teacher = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
+            if recipe.transplant is not None:
+                model = self._transplanted(teacher, model)
+        self.fitting.rehearse(model, self._terms(), None if teacher is None else Live(teacher))
+
+    def _terms(self) -> dict[str, TermOptions]:
+        return {name: options for name, options in vars(self.recipe.terms).items() if options is not None}
 
     # -- the chain ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +93,7 @@ class Chain:
             before["pretraining"] = stage.fingerprint
             load_weights(model, stage.model)
         teacher: Teaching | None = None
-        terms = {name: options for name, options in vars(recipe.terms).items() if options is not None}
+        terms = self._terms()
         if recipe.teacher is not None:
             source, fingerprint = self.teacher(recipe.teacher)
             before["teacher"] = fingerprint
@@ -141,7 +161,7 @@ class Chain:
 
         model = self.fitting.network(options, "teacher")
         if options.method == "checkpoint":
-            what = "pretrained" if options.weights is None else files.sha256(_file(options.weights))
+            what = "pretrained" if options.weights is None else files.sha256(weights_file(options.weights))
             return model, f"{options.name} {what}"
         stage = trained_teacher(self, options)
         load_weights(model, stage.model)
@@ -154,9 +174,7 @@ class Chain:
             groups = self.fitting.train.groups
             assert groups is not None
             return self._write_weights({**self.base, "method": "groups"}, lambda: group_weights(groups))
-        schedule = dataclasses.replace(self.recipe.schedule, epochs=options.epochs or 1, ema=None, warmup=0)
-        if schedule.shape == "steps":
-            schedule = dataclasses.replace(schedule, shape="constant", milestones=None)
+        schedule = brief(self.recipe.schedule, options.epochs)
         correct, fingerprint = self.identified("identification", self.recipe.student, schedule)
         up, convention = 50.0 if options.up is None else options.up, options.convention or "weight"
         inputs = {"identification": fingerprint, "up": up, "convention": convention}
@@ -177,7 +195,8 @@ class Chain:
 
     def identified(self, name: str, network: Network, schedule: Schedule) -> tuple[Any, str]:
         """Which training pictures a briefly and plainly trained network gets right, once it is trained."""
-        inputs = {**self.base, **self.common(), "network": vars(network), "schedule": vars(schedule)}
+        plain = {field.name: getattr(network, field.name) for field in dataclasses.fields(Network)}  # of a teacher, too
+        inputs = {**self.base, **self.common(), "network": plain, "schedule": vars(schedule)}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             model = self.fitting.network(network, name)
@@ -217,10 +236,3 @@ def _load(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
-
-
-def _file(path: str) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        return folder
-    return next((p for p in (folder / "student" / "model.safetensors",) if p.exists()), folder / "model.safetensors")

@@ -20,6 +20,7 @@ from debiaskd.networks import inverse_added, load_weights, save_weights
 from debiaskd.recipe import RecipeError, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
+from debiaskd.training.schedule import brief
 
 if TYPE_CHECKING:
     from debiaskd.training.run import Stage
@@ -34,7 +35,8 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     assert options.schedule is not None
     groups, schedule = chain.fitting.train.groups, options.schedule
     terms: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
-    weight = sampling = None
+    weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
+    sampling = None
     inputs = {**chain.base, **chain.common(), "teacher": dataclasses.asdict(options)}
     if options.method == "balanced":
         assert groups is not None
@@ -44,11 +46,15 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
         terms = {"group_dro": GroupDroOptions(step_size=step_size)}
     elif options.method == "jtt":
         assert options.up is not None
-        brief = dataclasses.replace(schedule, epochs=options.identification_epochs or 1)
-        correct, fingerprint = chain.identified("teacher-identification", options, brief)
+        identification = brief(schedule, options.identification_epochs)
+        correct, fingerprint = chain.identified("teacher-identification", options, identification)
         inputs["identification"] = fingerprint
         terms = {"supervised": SupervisedOptions(weighted=True)}
-        weight = _Later(lambda: chain.spread(error_weights(correct(), options.up)))  # type: ignore[arg-type]
+        up = options.up
+
+        def weight() -> Tensor:
+            return chain.spread(error_weights(correct(), up))
+
     name = "teacher-erm" if options.method == "dfr" else "teacher"
     if options.method == "dfr":
         inputs["teacher"]["method"] = "erm"  # which it is so far
@@ -70,16 +76,6 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     return stage if options.method != "dfr" else _refitted(chain, options, stage)
 
 
-class _Later:
-    """A value that takes time, computed when the stage that needs it is not there yet."""
-
-    def __init__(self, value: Callable[[], Tensor]) -> None:
-        self.value = value
-
-    def __call__(self) -> Tensor:
-        return self.value()
-
-
 def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         model = chain.fitting.network(options, "teacher").to(chain.fabric.device).eval()
@@ -87,7 +83,8 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
         classifier: Any = model.get_submodule(chain.fitting.places(model, options).classifier)
         facts = _refit(chain, options, model, classifier)
         if chain.fabric.is_global_zero:
-            files.write(folder / "model.safetensors", lambda path: save_weights(model, path, chain.fitting.about("teacher")))
+            about = chain.fitting.about("teacher")
+            files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
         chain.fabric.barrier()
         return facts
 
@@ -96,6 +93,8 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
 
 def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear) -> dict[str, Any]:
     feature, target, groups = _features(chain, options, model, classifier)
+    if len(target.unique()) < max(classifier.out_features, 2):
+        raise RecipeError("teacher.method: dfr needs validation pictures of every class, and two classes")
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(chain.recipe.seed))
     fitted, held = order[: len(order) // 2], order[len(order) // 2 :]
     mean, deviation = feature[fitted].mean(0), feature[fitted].std(0).clamp(min=1e-6)
@@ -134,9 +133,6 @@ def _fit(feature: Tensor, target: Tensor, groups: Tensor, strength: float, fits:
     from sklearn.linear_model import LogisticRegression
 
     least = int(groups.bincount()[groups.unique()].min())
-    classes = int(target.max()) + 1
-    if len(target.unique()) < classes or classes < 2:
-        raise RecipeError("teacher.method: dfr needs validation pictures of every class")
     weights, biases = [], []
     for number in range(fits):
         generator = torch.Generator().manual_seed(number)

@@ -1,0 +1,204 @@
+"""`debiaskd evaluate` and `explain`: what they print and write, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchdata")
+pytest.importorskip("safetensors")
+
+import numpy as np
+import training_runs as runs
+from cli_runs import GUIDED, command, failed
+from PIL import Image
+
+from debiaskd import cli
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli_finished")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.birds(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def recipe(data: Path) -> Path:
+    return runs.write(data.parent / "guided.yaml", data, GUIDED)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, data: Path) -> Path:
+    run = data.parent / "finished"
+    assert cli.main(["train", str(recipe), "--out", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy that may be written into."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_prints_and_writes(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    code, out, err = command(capsys, "evaluate", run)
+    document = json.loads((run / "evaluation-test.json").read_text())
+    facts = json.loads((run / "student" / "stage.json").read_text())["facts"]
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0] == f"student of {run}, epoch {facts['epoch'] + 1}, on test (16 pictures)"
+    assert lines[-1] == str(run / "evaluation-test.json")
+    assert f"accuracy {document['figures']['accuracy']:.4f}" in out and "worst group" in out and "EPG " in out
+    assert document["pictures"] == 16 and document["selection"] == facts["selection"]
+    # Chosen on validation, not anew where it is measured.
+    assert document["figures"]["iou_threshold"] == facts["figures"]["iou_threshold"]
+    code, _, _ = command(capsys, "evaluate", run, "--split", "val")
+    again = json.loads((run / "evaluation-val.json").read_text())["figures"]
+    assert code == 0
+    assert {name: value for name, value in again.items() if value is not None} == pytest.approx(
+        {name: value for name, value in facts["figures"].items() if value is not None}
+    )
+
+
+def test_the_threshold_is_the_one_that_was_written_down(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    for written, used in ((0.123, 0.123), (None, 0.5)):  # None: there were no boxes to choose it by
+        stage = json.loads((run / "student" / "stage.json").read_text())
+        stage["facts"]["figures"]["iou_threshold"] = written
+        (run / "student" / "stage.json").write_text(json.dumps(stage))
+        assert command(capsys, "evaluate", run)[0] == 0
+        assert json.loads((run / "evaluation-test.json").read_text())["figures"]["iou_threshold"] == used
+
+
+def test_other_stages_splits_and_places(capsys: pytest.CaptureFixture[str], run: Path, data: Path) -> None:
+    code, out, _ = command(capsys, "evaluate", run, "--stage", "pretraining", "--split", "train[:25%]")
+    assert code == 0 and "on train[:25%] (12 pictures)" in out
+    assert (run / "evaluation-train-25-pretraining.json").is_file()
+    moved = Path(shutil.copytree(data, run.parent / "moved"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["path"] = str(run / "gone")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "gone" in failed(*command(capsys, "evaluate", run))
+    assert command(capsys, "evaluate", run, "--data", moved)[0] == 0
+
+
+def test_runs_that_cannot_be_evaluated(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    found = failed(*command(capsys, "evaluate", tmp_path / "nothing"))
+    assert "nothing: is no run's folder, it has no recipe.yaml" in found
+    found = failed(*command(capsys, "evaluate", run, "--stage", "teacher"))
+    assert "stage 'teacher' is not finished; finished: pretraining, student" in found
+    assert "data.test: " in failed(*command(capsys, "evaluate", run, "--split", "tests"))
+    model = run / "student" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-8])
+    assert "model.safetensors: missing or damaged; remove" in failed(*command(capsys, "evaluate", run))
+    (run / "student" / "stage.json").write_text("{")
+    assert "stage.json: damaged; remove" in failed(*command(capsys, "evaluate", run))
+    (run / "student" / "stage.json").unlink()
+    assert "stage 'student' is not finished; finished: pretraining" in failed(*command(capsys, "evaluate", run))
+    assert list(run.glob("evaluation*")) == []
+
+
+# -- explain ----------------------------------------------------------------------------------------------------------
+
+
+def lime(path: Path) -> int:
+    """How much of a box's outline is seen."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return int(((pixels[..., 1] > 200) & (pixels[..., 0] < 60) & (pixels[..., 2] < 60)).sum())
+
+
+def test_pictures_are_explained(capsys: pytest.CaptureFixture[str], run: Path, data: Path) -> None:
+    known, unknown = data.parent / "birds" / "birds" / "4.jpg", run.parent / "holiday.jpg"
+    Image.fromarray(np.full((20, 30, 3), 128, np.uint8)).save(unknown)
+    code, out, err = command(capsys, "explain", run, known, unknown, "val:3")
+    assert (code, err) == (0, "")
+    written = [Path(line) for line in out.splitlines()]
+    assert [path.parent for path in written] == [run / "explanations"] * 3
+    # The label of a picture that the data knows, and otherwise what the student predicts.
+    assert [path.name for path in written[::2]] == ["4-landbird.png", "val-3-waterbird.png"]
+    assert written[1].name in ("holiday-landbird.png", "holiday-waterbird.png")
+    assert lime(written[0]) > 0 and lime(written[2]) > 0 and lime(written[1]) == 0
+    width, height = Image.open(written[0]).size
+    assert width > 2.5 * height  # the picture, before guidance, and after it
+
+
+def test_a_class_a_folder_and_another_run_may_be_named(
+    capsys: pytest.CaptureFixture[str], run: Path, finished: Path, tmp_path: Path
+) -> None:
+    options = ["--target", "waterbird", "--before", finished, "--out", tmp_path / "shown"]
+    code, out, _ = command(capsys, "explain", run, "val:0", *options)
+    assert code == 0 and out == f"{tmp_path / 'shown' / 'val-0-waterbird.png'}\n"
+    assert command(capsys, "explain", run, "val:0", "--target", "1")[1] == f"{run}/explanations/val-0-waterbird.png\n"
+
+
+def test_pictures_of_one_name_are_all_written(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / folder / "same.png")
+    code, out, _ = command(
+        capsys, "explain", run, tmp_path / "a" / "same.png", tmp_path / "b" / "same.png", "--target", "0"
+    )
+    assert code == 0 and [Path(line).name for line in out.splitlines()] == ["same-landbird.png", "same-landbird-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["val:0", "--target", "penguin"],
+            "--target: must be a class's name or number, one of landbird, waterbird; got",
+        ),
+        (["val:0", "--target", "2"], "--target: must be a class's name or number"),
+        (["val:16"], "val:16: there are 16 pictures"),
+        (["nonsense:1"], "nonsense"),
+        (["val:-1"], "val:-1: "),
+        (["none.jpg"], "none.jpg: "),
+        (["text.jpg"], "text.jpg: "),
+        (["."], ".: "),
+        (["val:0", "--before", "nothing"], "nothing: is no run's folder"),
+    ],
+)
+def test_what_cannot_be_explained(
+    capsys: pytest.CaptureFixture[str],
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(run.parent)
+    Path("text.jpg").write_text("no picture")
+    assert message in failed(*command(capsys, "explain", run, *arguments))
+    assert not (run / "explanations").exists()
+
+
+def test_a_figure_shows_maps_where_the_boxes_are(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where networks read pictures of another size than is stored."""
+    from debiaskd.training import explaining
+
+    document = {**GUIDED, "data": {"size": 24}, "pretraining": None}
+    runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run", "--schedule.epochs", "1")
+    figures: list[Any] = []
+    inner = explaining._figure
+    monkeypatch.setattr(explaining, "_figure", lambda *parts: figures.append(inner(*parts)) or figures[-1])
+    explaining.explain_run(tmp_path / "run", ["val:0", str(data.parent / "birds" / "birds" / "4.jpg")])
+    for figure in figures:
+        sides = {tuple(image.get_array().shape[:2]) for axes in figure.axes for image in axes.images}
+        assert len(sides) == 1
+        (side,) = sides
+        (box,) = figure.axes[0].patches
+        scale = side[0] / 30, side[1] / 40  # boxes are (8, 6, 24, 18) of 40×30
+        expected = np.array([8 * scale[1], 6 * scale[0], 24 * scale[1], 18 * scale[0]])
+        found = np.array([box.get_x() + 0.5, box.get_y() + 0.5, *(np.add(box.get_xy(), 0.5))])
+        found[2:] += box.get_width(), box.get_height()
+        assert np.abs(found - expected).max() <= 1
+    assert len(figures) == 2

@@ -1,0 +1,285 @@
+"""Recipes: what they may say, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("yaml")
+
+import yaml
+
+from debiaskd.recipe import RecipeError, check, read, to_dict
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+PLAIN: dict[str, Any] = {"data": {"path": "x"}, "student": {"name": "small/4"}, "terms": {"supervised": {}}}
+TEACHER = {"teacher": {"name": "small/8", "weights": "t.safetensors"}}
+KD = {**TEACHER, "terms": {"kd": {}}}
+TRAINED = {"name": "small/8", "schedule": {}}
+MATCH = {**TEACHER, "transplant": {}, "terms": {"match": {}}}
+
+
+def written(folder: Path, document: Any) -> Path:
+    file = folder / "r.yaml"
+    file.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return file
+
+
+def taught(**teacher: Any) -> dict[str, Any]:
+    return {"terms": {"kd": {}}, "teacher": {**TRAINED, **teacher}}
+
+
+def terms(**options: Any) -> dict[str, Any]:
+    return {"terms": {"supervised": {}, **options}}
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+ALL = "data, student, terms, schedule, teacher, transplant, weights, pretraining, selection, compute, seed"
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("a: [", "r.yaml: not YAML (while parsing a flow node"),
+        ("\x00", "r.yaml: not YAML (unacceptable character"),
+        ("- 1", "r.yaml: a recipe is a mapping of keys, got list"),
+        ("", "r.yaml: a recipe is a mapping of keys, got NoneType"),
+        ({"sede": 1}, "r.yaml: sede: no such key; did you mean seed, schedule?"),
+        ({"nothing-like-it": 1}, f"r.yaml: nothing-like-it: no such key; did you mean {ALL}?"),
+        ({7: 1}, f"r.yaml: 7: no such key; did you mean {ALL}?"),
+        ({"schedule": {"epoch": 1}}, "r.yaml: schedule.epoch: no such key; did you mean schedule.epochs?"),
+        (terms(guide={"lost": "l1"}), "r.yaml: terms.guide.lost: no such key; did you mean terms.guide.loss"),
+        (terms(guidance={}), "r.yaml: terms.guidance: no such key; did you mean terms.guide?"),
+        ({"student": {"nam": "a"}}, "r.yaml: student.nam: no such key; did you mean student.name?"),
+        ({"teacher": {"name": "a", "shedule": {}}}, "teacher.shedule: no such key; did you mean teacher.schedule?"),
+        ({"data": {}}, "r.yaml: the following arguments are required: data.path"),
+        ({"student": None}, "r.yaml: the following arguments are required: student.name"),
+        ({"terms": None}, "r.yaml: terms: must be a mapping of keys, got null"),
+        ({"schedule": None}, "r.yaml: schedule: must be a mapping of keys, got null"),
+        ({"schedule": []}, "r.yaml: schedule: must be a mapping of keys, got []"),
+        ({"teacher": "resnet50"}, "r.yaml: teacher: must be a mapping of keys, got 'resnet50'"),
+        ({"terms": {"supervised": True}}, "r.yaml: terms.supervised: must be a mapping of keys, got True"),
+        ({"schedule": {"epochs": 1.5}}, "r.yaml: schedule.epochs: must be of type int, got 1.5"),
+        ({"schedule": {"epochs": "many"}}, "r.yaml: schedule.epochs: must be of type int, got many"),
+        ({"schedule": {"optimizer": "lion"}}, "schedule.optimizer: must be one of 'adam', 'adamw', 'sgd', got lion"),
+        ({"schedule": {"milestones": ["a"]}}, "r.yaml: schedule.milestones: must be of type int, got a"),
+        ({"data": {"path": 3}}, "r.yaml: data.path: must be of type str, got 3"),
+        ({"data": {"path": "x", "flip": "maybe"}}, "r.yaml: data.flip: must be of type bool, got maybe"),
+        ({"data": {"path": "x", "crop_scale": [1]}}, "r.yaml: data.crop_scale: Expected a tuple with 2 elements"),
+        (terms(guide={"loss": "l3"}), "terms.guide.loss: must be one of 'energy', 'l1', 'ppce', 'rrr', got l3"),
+        ({"terms": {"supervised": {"weight": "x"}}}, "r.yaml: terms.supervised.weight: must be of type float, got x"),
+        ({"compute": {"precision": 8}}, "r.yaml: compute.precision: must be one of '32', 'bf16', '16', got 8"),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path: Path, document: Any, message: str) -> None:
+    refused(written(tmp_path, document if isinstance(document, str) else {**PLAIN, **document}), (), message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--schedul.epochs", "3"], "--schedul.epochs: no such key; did you mean schedule?"),
+        (["--schedule.epoch=3"], "--schedule.epoch: no such key; did you mean schedule.epochs?"),
+        (["--recipe", "other.yaml"], f"--recipe: no such key; did you mean {ALL}?"),
+        (["--print_config"], f"--print_config: no such key; did you mean {ALL}?"),
+        (["--terms.guide.weight.x", "1"], "--terms.guide.weight.x: no such key; did you mean terms.guide.weight?"),
+        (["--seed"], "argument --seed: expected one argument"),
+        (["--seed", "x"], "seed: must be of type int, got x"),
+        (["--seed", "1", "2"], "unrecognized arguments: 2"),
+        (["-x"], "unrecognized arguments: -x"),
+        (["--schedule.learning_rate", "nan"], "schedule.learning_rate: must be of type float, got nan"),
+        (["--terms.supervised.weight", "[1]"], "terms.supervised.weight: must be of type float, got [1]"),
+        (["--selection.rule", "best"], "selection.rule: must be one of 'worst_group', 'accuracy', 'f1', 'pareto'"),
+    ],
+)
+def test_what_may_not_be_typed(tmp_path: Path, overrides: list[str], message: str) -> None:
+    refused(written(tmp_path, PLAIN), overrides, message)
+
+
+def refused(file: Path, overrides: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(file, overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "typing" not in str(caught.value) and "class '" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"r\.yaml: not YAML \('utf-8' codec"):
+        read(tmp_path / "r.yaml")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.yaml")
+
+
+def test_overrides_are_typed_like_the_file_and_come_after_it(tmp_path: Path) -> None:
+    file = written(tmp_path, {**PLAIN, "schedule": {"epochs": 7, "batch": 8}})
+    recipe = read(file, ["--schedule.epochs", "5", "--schedule.learning_rate=1e-2", "--data.crop_scale", "[0.5,1]"])
+    assert (recipe.schedule.epochs, recipe.schedule.batch, recipe.schedule.learning_rate) == (5, 8, 0.01)
+    assert recipe.data.crop_scale == (0.5, 1.0)
+    guided = read(file, ["--terms.guide.loss=l1", "--terms.guide.weight", "0.5", "--data.flip", "false"])
+    assert guided.terms.guide is not None and guided.data.flip is False
+    assert (guided.terms.guide.loss, guided.terms.guide.weight, guided.terms.guide.layer) == ("l1", 0.5, "Final")
+    begun = read(written(tmp_path, {**PLAIN, **KD}), ["--terms.kd", "{temperature: 2}"])
+    assert begun.terms.kd is not None and begun.terms.kd.temperature == 2
+
+
+def test_null_removes_a_term(tmp_path: Path) -> None:
+    file = written(tmp_path, {**PLAIN, **terms(guide={"loss": "l1"})})
+    recipe = read(file, ["--terms.guide", "null"])
+    assert recipe.terms.guide is None and recipe.terms.supervised is not None
+    assert read(written(tmp_path, {**PLAIN, **terms(guide=None)})).terms.guide is None
+    refused(file, ["--terms.guide", "null", "--terms.supervised", "null"], "terms: at least one is needed, of supervis")
+
+
+def test_precision_may_be_a_number_in_yaml(tmp_path: Path) -> None:
+    assert read(written(tmp_path, {**PLAIN, "compute": {"precision": 16}})).compute.precision == "16"
+
+
+def test_a_recipe_is_written_and_read_again_as_it_was(tmp_path: Path) -> None:
+    everything = {
+        **PLAIN,
+        **MATCH,
+        "data": {"path": "x", "crop_scale": [0.25, 0.5], "size": 8},
+        "weights": {"convention": "copies", "up": 3},
+        "schedule": {"shape": "steps", "milestones": [1, 2], "ema": 0.5, "clip": 1.0},
+        "compute": {"precision": "bf16"},
+    }
+    first = read(written(tmp_path, everything), ["--terms.backdoor.start", "3"])
+    again = read(written(tmp_path, to_dict(first)))
+    assert again == first and to_dict(again) == to_dict(first)
+    assert again.data.crop_scale == (0.25, 0.5) and again.weights is not None and again.weights.up == 3
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_the_recipes_can_be_followed(file: Path) -> None:
+    recipe = read(file)
+    assert check(recipe) is recipe
+
+
+def test_there_are_recipes() -> None:
+    assert "voc2007_energy" in [file.stem for file in RECIPES]
+
+
+# -- what does not fit together ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"path": "x", "annotated_fraction": 0}}, "data.annotated_fraction: must be a share in (0, 1], got 0"),
+        ({"data": {"path": "x", "annotated_fraction": 2}}, "data.annotated_fraction: must be a share in (0, 1], got 2"),
+        ({"data": {"path": "x", "annotated_fraction": 0.5}}, "only terms.guide uses boxes, and there is none"),
+        ({"data": {"path": "x", "dilate": 0.5}}, "only terms.guide uses boxes, and there is none"),
+        ({"data": {"path": "x", "dilate": -1}}, "data.dilate: must be a number >= 0, got -1"),
+        ({"data": {"path": "x", "size": 0}}, "data.size: must be >= 1, got 0"),
+        ({"data": {"path": "x", "crop_scale": [1, 0.5]}}, "must be (smallest, largest) in (0, 1], got (1.0, 0.5)"),
+        ({"compute": {"devices": 0}}, "compute.devices: must be >= 1, got 0"),
+        ({"compute": {"nodes": 0}}, "compute.nodes: must be >= 1, got 0"),
+        ({"compute": {"log_every": 0}}, "compute.log_every: must be >= 1, got 0"),
+        ({"compute": {"checkpoint_every": 0}}, "compute.checkpoint_every: must be >= 1, got 0"),
+        ({"compute": {"workers": -1}}, "compute.workers: must be a number >= 0, got -1"),
+        ({"selection": {"every": 0}}, "selection.every: must be >= 1, got 0"),
+        ({"terms": {}}, "terms: at least one is needed, of supervised, match, kd, sample, relation, backdoor, guide"),
+        ({"terms": {"supervised": {"weight": 0}}}, "terms.supervised.weight: must be a number > 0, got 0"),
+        ({"terms": {"supervised": {"weight": float("nan")}}}, "terms.supervised.weight: must be a number > 0, got nan"),
+        (terms(guide={"start": -1}), "terms.guide.start: must be a number >= 0, got -1"),
+        (terms(guide={"ramp": -1}), "terms.guide.ramp: must be a number >= 0, got -1"),
+        (terms(guide={"start": 50}), "terms.guide.start: never comes, there are 50 epochs; got 50"),
+        ({"terms": {"supervised": {"start": 1}}}, "terms: none counts in epoch 0; one other than backdoor must have"),
+        ({"terms": {"backdoor": {}}, **TEACHER}, "terms: none counts in epoch 0; one other than backdoor must have"),
+        ({**TEACHER, **terms(backdoor={"start": 0})}, "terms.backdoor.start: must be >= 1, the epoch before it builds"),
+        ({**TEACHER, **terms(backdoor={"mix": 1})}, "terms.backdoor.mix: must lie in [0, 1), got 1"),
+        ({**TEACHER, **terms(backdoor={"temperature": 0})}, "terms.backdoor.temperature: must be a number > 0, got 0"),
+        ({**TEACHER, **terms(kd={"temperature": -1})}, "terms.kd.temperature: must be a number > 0, got -1"),
+        ({"terms": {"supervised": {"label_smoothing": 1}}}, "supervised.label_smoothing: must lie in [0, 1), got 1"),
+        (terms(guide={"steps": 4}), "terms.guide.steps: only for integrated_gradients, got attribution left out"),
+        (
+            terms(guide={"attribution": "integrated_gradients", "steps": 0}),
+            "terms.guide.steps: must be >= 1, got 0",
+        ),
+        (terms(kd={}), "teacher: is needed by terms.kd"),
+        (terms(backdoor={"start": 1}), "teacher: is needed by terms.backdoor"),
+        ({"transplant": {}}, "teacher: is needed by transplant"),
+        (TEACHER, "teacher: nothing uses it; none of the terms match, kd, sample, relation, backdoor, and no"),
+        ({**TEACHER, "terms": {"match": {}}}, "terms.match: needs transplant, whose projector gives the maps"),
+        (
+            {"terms": {"kd": {}}, "teacher": {"name": "bcos/resnet18", "weights": "x"}},
+            "teacher.name: B-cos networks read other pictures, got bcos/resnet18 for student small/4",
+        ),
+        (
+            {"terms": {"kd": {}}, "teacher": {"name": "a", "weights": "x", "pretrained": True}},
+            "teacher.pretrained, teacher.weights: only one of them can be begun from",
+        ),
+        ({"terms": {"kd": {}}, "teacher": {"name": "a"}}, "teacher: method checkpoint needs weights or pretrained"),
+        (taught(weights="x"), "teacher.schedule: method checkpoint trains nothing"),
+        (taught(method="erm", schedule=None), "teacher.schedule: is needed by method erm"),
+        (taught(method="erm", up=2), "teacher.up: only for method jtt, got erm"),
+        (taught(method="dfr", step_size=2), "teacher.step_size: only for method group_dro, got dfr"),
+        (taught(method="erm", identification_epochs=2), "teacher.identification_epochs: only for method jtt, got erm"),
+        (taught(method="jtt"), "teacher.up: is needed by method jtt"),
+        (taught(method="jtt", up=0), "teacher.up: must be a number > 0, got 0"),
+        (taught(method="jtt", up=2, identification_epochs=0), "teacher.identification_epochs: must be >= 1, got 0"),
+        (taught(method="group_dro", step_size=0), "teacher.step_size: must be a number > 0, got 0"),
+        (taught(method="erm", schedule={"epochs": 0}), "teacher.schedule.epochs: must be >= 1, got 0"),
+        ({"terms": {"supervised": {"weighted": True}}}, "terms.supervised.weighted: there are no weights"),
+        ({"weights": {}}, "weights: no term uses them; terms.match and terms.supervised can, with weighted: true"),
+        ({**MATCH, "terms": {"match": {"weighted": False}}, "weights": {}}, "weights: no term uses them; terms.match"),
+        ({**MATCH, "weights": {"method": "groups", "up": 3}}, "weights.up: only for method errors, got groups"),
+        ({**MATCH, "weights": {"method": "groups", "epochs": 3}}, "weights.epochs: only for method errors, got groups"),
+        (
+            {**MATCH, "weights": {"method": "groups", "convention": "copies"}},
+            "weights.convention: only for method errors, got groups",
+        ),
+        ({**MATCH, "weights": {"up": 0}}, "weights.up: must be a number > 0, got 0"),
+        (
+            {**MATCH, "weights": {"up": 1.5, "convention": "copies"}},
+            "weights.up: must be a whole number of copies, got 1.5",
+        ),
+        ({**MATCH, "weights": {"epochs": 0}}, "weights.epochs: must be >= 1, got 0"),
+        ({"schedule": {"epochs": 0}}, "schedule.epochs: must be >= 1, got 0"),
+        ({"schedule": {"batch": 0}}, "schedule.batch: must be >= 1, got 0"),
+        ({"schedule": {"accumulate": 0}}, "schedule.accumulate: must be >= 1, got 0"),
+        ({"schedule": {"batch": 9, "accumulate": 2}}, "schedule.batch: must be a multiple of accumulate=2, got 9"),
+        ({"schedule": {"learning_rate": 0}}, "schedule.learning_rate: must be a number > 0, got 0"),
+        ({"schedule": {"learning_rate": float("inf")}}, "schedule.learning_rate: must be a number > 0, got inf"),
+        ({"schedule": {"weight_decay": -1}}, "schedule.weight_decay: must be a number >= 0, got -1"),
+        ({"schedule": {"warmup": -1}}, "schedule.warmup: must be a number >= 0, got -1"),
+        ({"schedule": {"clip": 0}}, "schedule.clip: must be a number > 0, got 0"),
+        ({"schedule": {"ema": 1}}, "schedule.ema: must lie in (0, 1), got 1"),
+        ({"schedule": {"shape": "steps"}}, "schedule.milestones: for shape steps and only for it, got None with steps"),
+        ({"schedule": {"milestones": [1]}}, "schedule.milestones: for shape steps and only for it, got [1] with const"),
+        ({"pretraining": {"batch": 0}}, "pretraining.batch: must be >= 1, got 0"),
+        ({"student": {"name": "a", "pretrained": True, "weights": "x"}}, "student.pretrained, student.weights: only"),
+        (
+            {**terms(guide={}), "compute": {"compile": True}},
+            "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to",
+        ),
+        ({**MATCH, "pretraining": {}}, "pretraining: a transplanted student has no classifier of its own"),
+    ],
+)
+def test_what_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    refused(written(tmp_path, {**PLAIN, **change}), (), message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        KD,
+        {**MATCH, "weights": {}},
+        {**MATCH, "weights": {"method": "groups"}},
+        {**TEACHER, "transplant": {}},
+        {"terms": {"supervised": {"weighted": True}}, "weights": {"convention": "copies", "up": 3.0}},
+        {**TEACHER, **terms(backdoor={"start": 1})},
+        {"data": {"path": "x", "annotated_fraction": 0.5, "dilate": 0.1}, **terms(guide={})},
+        {"schedule": {"shape": "steps", "milestones": [2]}, "pretraining": {}},
+        taught(method="jtt", up=3, identification_epochs=2),
+    ],
+)
+def test_what_does_fit_together(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert read(written(tmp_path, {**PLAIN, **change}))

@@ -1,0 +1,296 @@
+"""The stages of a recipe: teachers that are trained here or come from files, weights, pretraining, the student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchdata")
+pytest.importorskip("safetensors")
+
+import training_runs as runs
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from debiaskd import networks
+from debiaskd.data import Augment, PackedDataset
+from debiaskd.networks import NetworkError
+from debiaskd.recipe import RecipeError
+from debiaskd.reweight import ErrorSetWarning
+from debiaskd.training.loaded import Loaded
+from debiaskd.training.run import RunError
+from debiaskd.training.stages import Chain
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("stages"),
+    pytest.mark.filterwarnings("ignore::debiaskd.reweight.ErrorSetWarning"),
+]
+FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
+SUPERVISED: dict[str, Any] = {
+    "student": {"name": "plain/4"},
+    "schedule": FAST,
+    "terms": {"supervised": {}},
+    "compute": {"accelerator": "cpu"},
+}
+
+
+class Bare(nn.Module):
+    """Functional pooling and no method but forward: how torchvision's networks are written."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2, 1)
+        self.stage = nn.Sequential(nn.Conv2d(4, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.last = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.stage(self.stem(images).relu()).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(networks._FAMILIES, "bare", lambda width, classes, pretrained: Bare(classes, int(width)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.birds(tmp_path_factory.mktemp("stages"))
+
+
+def distilled(method: str | None, **teacher: Any) -> dict[str, Any]:
+    made = {"name": "plain/6", **teacher}
+    if method is not None:
+        made |= {"method": method, "schedule": FAST}
+    return {**SUPERVISED, "terms": {"kd": {}}, "teacher": made}
+
+
+def run(data: Path, folder: Path, document: dict[str, Any], *overrides: str) -> Any:
+    return runs.train(runs.write(folder / "recipe.yaml", data, document), folder / "run", *overrides)
+
+
+def stage_of(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "run" / name / "stage.json").read_text())
+
+
+# -- teachers that are trained here -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "stages"),
+    [
+        ("erm", {}, {"teacher", "student"}),
+        ("balanced", {}, {"teacher", "student"}),
+        ("group_dro", {"step_size": 0.1}, {"teacher", "student"}),
+        ("jtt", {"up": 5.0, "identification_epochs": 2}, {"teacher-identification", "teacher", "student"}),
+        ("dfr", {}, {"teacher-erm", "teacher", "student"}),
+    ],
+)
+def test_a_teacher_of_each_method(
+    data: Path, tmp_path: Path, method: str, teacher: dict[str, Any], stages: set[str]
+) -> None:
+    if method == "dfr":
+        pytest.importorskip("sklearn")
+    run(data, tmp_path, distilled(method, **teacher))
+    found = {path.parent.name for path in (tmp_path / "run").glob("*/stage.json")}
+    assert found == stages
+    loaded = Loaded(tmp_path / "run", "teacher")
+    assert loaded.classes == ["landbird", "waterbird"] and loaded.network.name == "plain/6"
+    if method == "jtt":
+        assert stage_of(tmp_path, "teacher-identification")["facts"]["epochs"] == 2
+
+
+def test_methods_make_different_teachers_of_the_same_beginnings(data: Path, tmp_path: Path) -> None:
+    states = {}
+    for method, options in {"erm": {}, "balanced": {}, "group_dro": {}, "jtt": {"up": 20.0}}.items():
+        folder = tmp_path / method
+        folder.mkdir()
+        run(data, folder, distilled(method, **options), "--teacher.schedule.learning_rate", "1e-3")
+        states[method] = load_file(folder / "run" / "teacher" / "model.safetensors")["fc.weight"]
+    found = list(states.values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    torch.testing.assert_close(states["erm"], states["group_dro"], rtol=0, atol=0.02)  # of one seed, a few steps on
+
+
+def test_dfr_changes_the_last_layer_alone(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    run(data, tmp_path, distilled("dfr"))
+    erm, dfr = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("teacher-erm", "teacher"))
+    assert {name for name in erm if not torch.equal(erm[name], dfr[name])} == {"fc.weight", "fc.bias"}
+    facts = stage_of(tmp_path, "teacher")["facts"]
+    assert facts["fitted_on"] == 8  # half of the validation pictures
+    assert 0 <= facts["worst_group_accuracy_of_the_other_half"] <= 1
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def mistakes(data: Path, run: Path, stage: str) -> torch.Tensor:
+    """What the identification model gets wrong once it is trained, computed from its file."""
+    loaded = Loaded(run, stage)
+    split = PackedDataset(data, "train")
+    images = Augment(16, flip=False)(split.__getitems__(range(len(split)))).images
+    with torch.no_grad():
+        return loaded.model(images).argmax(1) != split.target
+
+
+@pytest.mark.parametrize(("convention", "heaviest"), [("weight", 7.0), ("copies", 8.0)])
+def test_weights_are_the_trained_models_mistakes(data: Path, tmp_path: Path, convention: str, heaviest: float) -> None:
+    document = {
+        **SUPERVISED,
+        "terms": {"supervised": {"weighted": True}},
+        "weights": {"up": 7.0, "convention": convention, "epochs": 3},
+        "schedule": {**FAST, "ema": 0.99, "warmup": 1, "epochs": 2},
+    }
+    run(data, tmp_path, document)
+    weights = load_file(tmp_path / "run" / "weights" / "weights.safetensors")["weights"]
+    wrong = mistakes(data, tmp_path / "run", "identification")
+    assert 0 < int(wrong.sum()) < 48
+    assert torch.equal(weights, torch.where(wrong, heaviest, 1.0))
+    facts = stage_of(tmp_path, "weights")["facts"]
+    assert facts == {"pictures": 48, "heaviest": heaviest, "heaviest_pictures": int(wrong.sum())}
+    brief = stage_of(tmp_path, "identification")["inputs"]["schedule"]
+    assert (brief["epochs"], brief["ema"], brief["warmup"]) == (3, None, 0)
+
+
+def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_path: Path) -> None:
+    document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": {"method": "groups"}}
+    recipe = runs.write(tmp_path / "r.yaml", data, {**document, "data": {"train": "train[:50%]"}})
+    read_recipe = runs.read(recipe)
+    chain = Chain(read_recipe, tmp_path / "run", runs.launch(read_recipe.compute), lambda task, done: None)
+    split = chain.fitting.train
+    spread = chain.spread(torch.arange(24.0) + 1)
+    assert torch.equal(spread[split.numbers], torch.arange(24.0) + 1)
+    assert int((spread > 0).sum()) == 24 and len(spread) == 48
+
+
+def test_an_empty_error_set_is_warned_of(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from debiaskd.training import stages
+
+    inner = stages.error_weights
+    monkeypatch.setattr(
+        stages, "error_weights", lambda correct, *rest, **more: inner(torch.ones_like(correct), *rest, **more)
+    )
+    document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": {}}
+    with pytest.warns(ErrorSetWarning, match="the error set is empty"):
+        run(data, tmp_path, document)
+
+
+# -- beginnings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_from_files(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, {**SUPERVISED, "student": {"name": "plain/6"}})
+    model = tmp_path / "run" / "student" / "model.safetensors"
+    state = load_file(model)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "t.pth")
+    states = []
+    for number, weights in enumerate((model, tmp_path / "run", tmp_path / "t.pth")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        stage = run(data, folder, distilled(None, weights=str(weights)))
+        states.append(load_file(stage.model))
+        assert not (folder / "run" / "teacher").exists()
+    assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in states[0])
+    (tmp_path / "other").mkdir()
+    changed = {**state, "fc.bias": state["fc.bias"] + torch.tensor([3.0, 0])}
+    save_file(changed, tmp_path / "other.safetensors")
+    other = load_file(run(data, tmp_path / "other", distilled(None, weights=str(tmp_path / "other.safetensors"))).model)
+    assert not torch.equal(other["fc.bias"], states[0]["fc.bias"])
+
+
+def test_other_weights_under_the_same_name_are_noticed(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+        weights = tmp_path / f"{name}.safetensors"
+        networks.save_weights(runs.Plain(2, 4), weights, {})
+        document = distilled(None, weights=str(weights))
+        document["teacher"]["name"] = "plain/4"
+        if name == "student":
+            document = {**SUPERVISED, "student": {"name": "plain/4", "weights": str(weights)}}
+        run(data, tmp_path / name, document)
+        networks.save_weights(runs.Plain(2, 4), weights, {})
+        with pytest.raises(RunError, match=f"student: was made with .*{name}"):
+            run(data, tmp_path / name, document)
+
+
+def test_a_student_begins_from_weights_and_from_its_pretraining(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    begun = runs.Plain(2, 4)
+    networks.save_weights(begun, tmp_path / "w.safetensors", {})
+    slow = {**SUPERVISED, "schedule": {**FAST, "learning_rate": 1e-9}}
+    stage = run(data, tmp_path, {**slow, "student": {"name": "plain/4", "weights": str(tmp_path / "w.safetensors")}})
+    torch.testing.assert_close(load_file(stage.model), begun.state_dict(), rtol=0, atol=1e-6)
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    stage = run(data, folder, {**slow, "pretraining": {**FAST, "epochs": 2}})
+    before = load_file(folder / "run" / "pretraining" / "model.safetensors")
+    torch.testing.assert_close(load_file(stage.model), before, rtol=0, atol=1e-6)
+    assert stage_of(folder, "pretraining")["facts"]["epochs"] == 2
+
+
+def test_networks_without_timms_protocol(data: Path, tmp_path: Path) -> None:
+    dett = {
+        **SUPERVISED,
+        "student": {"name": "bare/4"},
+        "teacher": {"name": "bare/6", "method": "erm", "schedule": FAST},
+        "transplant": {"projector": "linear"},
+        "terms": {"match": {}, "sample": {}, "backdoor": {"start": 1}},
+        "schedule": {**FAST, "epochs": 2},
+    }
+    stage = run(data, tmp_path, dett)
+    state, teacher = load_file(stage.model), load_file(tmp_path / "run" / "teacher" / "model.safetensors")
+    assert any(torch.equal(tensor, teacher["last.weight"]) for tensor in state.values())
+    assert Loaded(tmp_path / "run").model(torch.randn(2, 3, 16, 16)).shape == (2, 2)
+    named = {**distilled("erm"), "student": {"name": "bare/4", "layer": "stage.1", "head": "last"}}
+    (tmp_path / "named").mkdir()
+    run(data, tmp_path / "named", {**named, "terms": {"sample": {}, "supervised": {}}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": {"name": "bare/4", "head": "stem"}}, "bare/4: head must name an nn.Linear of the model, got 'ste"),
+        ({"student": {"name": "bare/4", "layer": "stag"}}, "bare/4: layer"),
+        ({"teacher": {"name": "bare/4", "method": "erm", "schedule": FAST, "layer": "x"}}, "teacher: layer"),
+        ({"transplant": {"projector": "identity"}}, "transplant: "),
+        ({"terms": {"sample": {}, "guide": {"layer": "stagee"}}}, "terms.guide: layer"),
+        ({"terms": {"sample": {}, "guide": {"attribution": "bcos"}}}, "terms.guide: "),
+        (
+            {"terms": {"sample": {}, "backdoor": {"start": 1}}, "schedule": {**FAST, "epochs": 2}},
+            "terms.backdoor: needs a student with timm's forward_features, or a transplanted one",
+        ),
+        ({"selection": {"rule": "f1"}}, "selection.rule: f1 needs f1, and the validation pictures give accuracy, wors"),
+        ({"data": {"train": "train[30%"}}, "data.train: must be a split such as"),
+        ({"data": {"train": "train[1.2.3%:]"}}, "data.train: must be a split such as"),
+        ({"data": {"train": "train[50%:50%]"}}, r"data.train: [50%:50%] of 48 pictures holds none"),
+        ({"data": {"validation": "vall"}}, "data.validation: "),
+        ({"compute": {"precision": "16", "accelerator": "cpu"}}, "compute.precision: 16 needs a GPU"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(
+    data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    document = {**distilled("erm"), "student": {"name": "bare/4"}, "terms": {"sample": {}}, **change}
+    with pytest.raises(RecipeError) as caught:
+        run(data, tmp_path, document)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_pictures_a_step_than_there_are(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"schedule.batch: 64 pictures a step, and the training split has 48"):
+        run(data, tmp_path, SUPERVISED, "--schedule.batch", "64")
+
+
+def test_networks_of_other_pictures_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(networks._FAMILIES, "vast", lambda *ignored: nn.Sequential(nn.Conv2d(3, 4, 33)))
+    with pytest.raises(NetworkError, match="Sequential: does not run on 16×16 pictures"):
+        run(data, tmp_path, {**SUPERVISED, "student": {"name": "vast/plain"}})
