@@ -116,10 +116,8 @@ def training_block() -> str:
         low, high = document["spread"][name]
         lines.append(f"| {words[name]} | {ratio:.2f} | {low:.2f} – {high:.2f} |")
     size = f"{document['batch']}×3×{document['size']}×{document['size']}"
-    lines += [
-        "",
-        f"ResNet-50 to ResNet-18, {size}, medians of {document['turns']} turns. {_place(document['environment'], None)}",
-    ]
+    place = _place(document["environment"], None)
+    lines += ["", f"ResNet-50 to ResNet-18, {size}, medians of {document['turns']} turns. {place}"]
     return "\n".join(lines)
 
 

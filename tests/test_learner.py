@@ -37,6 +37,7 @@ from debiaskd.terms import (
 from debiaskd.terms.backdoor import Intervened
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.schedule import Ema, optimizer, rate
+from debiaskd.training.teaching import Live
 from debiaskd.training.watched import Watched, places
 from debiaskd.transplant import FrozenTeacher, transplant
 
@@ -109,7 +110,7 @@ def dett() -> tuple[Learner, FrozenTeacher, Any]:
         "backdoor": Backdoor(BackdoorOptions(start=1), setting),
     }
     watched = Watched(student, at, {"feature", "pooled"})
-    return Learner(watched, terms, teacher=teacher, weight=torch.rand(N) + 0.1), teacher, source
+    return Learner(watched, terms, teacher=Live(teacher), weight=torch.rand(N) + 0.1), teacher, source
 
 
 def trained(learner: Learner, schedule: Schedule, epochs: int = 3) -> None:

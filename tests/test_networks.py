@@ -69,9 +69,9 @@ def test_random_weights_come_from_the_global_generator() -> None:
         ("small/", None, "^small/: must be widths of convolutions, such as small/8,16,32$"),
         ("small/8,0", None, "^small/8,0: must be widths"),
         ("small/8,x", None, "^small/8,x: must be widths"),
-        ("cifar/resnet21", None, "^cifar/resnet21: must be cifar/resnetD with D = 6n"),
-        ("cifar/resnet2", None, "^cifar/resnet2: must be cifar/resnetD"),
-        ("cifar/vgg", None, "^cifar/vgg: must be cifar/resnetD"),
+        ("cifar/resnet21", None, r"^cifar/resnet21: depth must be 6n \+ 2"),
+        ("cifar/resnet2", None, r"^cifar/resnet2: depth must be 6n \+ 2"),
+        ("cifar/vgg", None, "^cifar/vgg: must be one of cifar/resnet20, cifar/wrn-16-2, "),
     ],
 )
 def test_names_that_are_none(name: str, package: str | None, message: str) -> None:
@@ -81,10 +81,29 @@ def test_names_that_are_none(name: str, package: str | None, message: str) -> No
         build(name, 2)
 
 
-@pytest.mark.parametrize("name", ["small/4", "cifar/resnet8", "bcos/resnet18"])
+@pytest.mark.parametrize("name", ["small/4", "cifar/resnet8"])
 def test_pretrained_weights_that_there_are_none_of(name: str) -> None:
     with pytest.raises(NetworkError, match=f"^{name}: has no pretrained weights that could be loaded"):
         build(name, 2, pretrained=True)
+
+
+def test_pretrained_bcos_networks_keep_all_but_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("bcos.models.pretrained")
+    from bcos.models import resnet
+
+    torch.manual_seed(0)
+    known = resnet.resnet18(num_classes=10)
+    monkeypatch.setattr(models, "resnet18", lambda pretrained: known, raising=False)
+    monkeypatch.setattr(models, "list_available", lambda: ["resnet18"])
+    state, expected = build("bcos/resnet18", 3, pretrained=True).state_dict(), known.state_dict()
+    other = [
+        name
+        for name in expected
+        if not (state[name].shape == expected[name].shape and torch.equal(state[name], expected[name]))
+    ]
+    assert other == ["fc.linear.weight"]
+    with pytest.raises(NetworkError, match=r"^bcos/resnet34: has no pretrained weights"):
+        build("bcos/resnet34", 3, pretrained=True)
 
 
 def test_a_tag_of_weights_that_is_none() -> None:

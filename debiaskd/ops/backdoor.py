@@ -115,7 +115,8 @@ def _nwgm(feature: Tensor, probability: Tensor, context: Tensor, weight: Tensor,
     trained = int(weight.requires_grad and torch.is_grad_enabled())
     mean_first = samples * length * (strata + classes + trained * classes)
     head_first = strata * classes * ((1 + trained) * (length + samples))
-    if mean_first <= head_first:
+    # An exported program serves every batch size, so that none may decide there.
+    if torch.compiler.is_exporting() or mean_first <= head_first:
         output: Tensor = split_linear(feature, weight, bias, probability @ context, True)
         return output
     of_feature, of_context = split_linear(feature, weight, bias, context, False)
@@ -171,6 +172,8 @@ def _sums(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _tiles(x: Tensor, y: Tensor) -> tuple[list[slice], list[slice]]:
+    if torch.compiler.is_exporting():  # samples are not counted, and go together, as if they were 16
+        return [slice(None)], list(_slices(y.shape[0], max(1, TILE // 16 // x.shape[1])))
     columns = max(1, TILE // x.shape[1])
     rows = max(1, TILE // (x.shape[1] * min(columns, y.shape[0])))
     return list(_slices(x.shape[0], rows)), list(_slices(y.shape[0], columns))

@@ -2,7 +2,8 @@
 
 Four backends: `eager` (plain PyTorch, every device), `cpp` (C++, CPU), `cuda` (CUDA C++) and `triton` (any Triton
 device). Left alone, each op takes the fastest that runs where its tensors lie. `with backend("eager"):` or the
-environment variable `DEBIASKD_BACKEND` choose instead; what was asked for and cannot run raises and says why.
+environment variable `DEBIASKD_BACKEND` choose instead; what was asked for and cannot run raises and says why. Programs
+that `torch.export` and `torch.onnx.export` make hold `eager`, unless another is chosen: they run without this package.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ def choose(op: str, tensor: Tensor) -> str:
         if reason is not None:
             raise BackendError(f"backend {name!r} was asked for but cannot run {op} on {device}: {reason}")
         return name
+    if torch.compiler.is_exporting():
+        return "eager"
     for candidate in IMPLEMENTATIONS[op]:
         # Interpreted, a kernel is there to be tested and has to be asked for.
         if why_not(op, candidate, device) is None and not (candidate == "triton" and INTERPRETED):
