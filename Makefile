@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)
 
-.PHONY: quickstart test bench lint format sanitize abi clean
+.PHONY: quickstart test bench lint format sanitize abi old-torch clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/debiaskd quickstart --out quickstart-out
@@ -45,6 +45,8 @@ sanitize: $(VENV)/.dev
 # The libraries as built against the newest torch, run under the oldest one supported.
 abi: $(VENV)/.dev $(OLD_VENV)/.done
 	DEBIASKD_OLD_PYTHON=$(abspath $(OLD_VENV))/bin/python $(PYTEST) tests/test_build.py
+
+old-torch: $(OLD_VENV)/.done
 
 # torchvision names the torch that it fits: asked for together, torch is downloaded once, and never again for the build.
 $(BIN)/python:

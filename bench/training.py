@@ -93,7 +93,22 @@ def measure(device: str, batch_size: int, size: int, turns: int) -> dict[str, An
             "terms": _terms(still, live, batch),
             "cached": _terms(still, cached, batch),
         }
-        return _timed(steps, device, turns)
+        return {**_timed(steps, device, turns), "profile": _profile(steps["terms"], device)}
+
+
+def _profile(step: Callable[[], None], device: str) -> list[dict[str, Any]]:
+    """Where a step's time goes: each operator's own share of it, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=kinds) as found:
+        step()
+        _wait(device)
+    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    spent = {event.key: float(getattr(event, attribute)) for event in found.key_averages()}
+    total = sum(spent.values())
+    largest = sorted(spent, key=lambda name: -spent[name])[:12]
+    return [{"operator": name, "share": spent[name] / total} for name in largest]
 
 
 def _batch(count: int, size: int) -> Batch:
@@ -188,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
+    kept = environment.keep_freed_memory() if options.device == "cpu" else False
     found = measure(options.device, options.batch, options.size, options.turns)
     for name, ratio in found["ratios"].items():
         least, most = found["spread"][name]
@@ -198,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
             "size": options.size,
             "device": options.device,
             **found,
-            "environment": environment.describe(options.device, memory_kept=False),
+            "environment": environment.describe(options.device, memory_kept=kept),
         }
         date = document["environment"]["date"]
         path = options.out / f"training-{options.device}-{date}.json"

@@ -118,6 +118,8 @@ def training_block() -> str:
     size = f"{document['batch']}×3×{document['size']}×{document['size']}"
     place = _place(document["environment"], None)
     lines += ["", f"ResNet-50 to ResNet-18, {size}, medians of {document['turns']} turns. {place}"]
+    lines += ["", "| where the second one's time goes | share |", "| --- | ---: |"]
+    lines += [f"| `{row['operator']}` | {100 * row['share']:.1f} % |" for row in document["profile"]]
     return "\n".join(lines)
 
 

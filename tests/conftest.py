@@ -18,6 +18,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
         quick_interpreter.quicken()
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    # Threads of several workers on the same cores wait for each other most of the time.
+    SHARE = max(1, (os.cpu_count() or 1) // WORKERS)
+    torch.set_num_threads(SHARE)
+    os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))
+
 # The same examples in every run, so that a red gate is a fact about the change and not about the day. "few" is for slow
 # sanitized libraries; "thorough" searches on: HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_localization.py
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
