@@ -64,10 +64,10 @@ class Settings:
     up: float = 50.0
     annotated_fraction: float = 0.1
     guidance_weight: float = 0.1
-    sample_weight: float = 1.0
+    sample_weight: float = 10.0
     relation_weight: float = 1.0
     intervention_epoch: int = 2
-    combined_guidance_weight: float = 0.1
+    combined_guidance_weight: float = 0.3
     combined_cid_weight: float = 0.1
 
 

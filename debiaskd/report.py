@@ -42,6 +42,9 @@ FINDINGS = (
     ("worst_group_accuracy", "dett", "kd", 15.0),
     ("worst_group_accuracy", "dett", "teacher", -2.0),
     ("worst_group_accuracy", "dett", "simkd", 0.0),
+    ("worst_group_accuracy", "cid", "kd", 0.0),
+    ("worst_group_accuracy", "dett+guided+cid", "dett", -2.0),
+    ("energy_in_box", "dett+guided+cid", "dett", 0.0),
     ("energy_in_box", "guided", "erm", 15.0),
     ("average_accuracy", "guided", "erm", -1.0),
 )
