@@ -214,15 +214,15 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal; elsewhere, in a log file say, a line for each thing that begins."""
+def _progress(console: Console) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal; elsewhere, in a log file say, a line for each thing that begins, and for each news."""
     if not console.is_terminal:
         begun: set[str] = set()
 
-        def line(task: str, done: float) -> None:
-            if task not in begun:
+        def line(task: str, done: float, news: str = "") -> None:
+            if task not in begun or news:
                 begun.add(task)
-                print(f"{100 * done:3.0f} % {task}", file=sys.stderr, flush=True)
+                print(f"{100 * done:3.0f} % {task}{news and f', {news}'}", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -230,9 +230,18 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     from rich import progress
 
     columns = (progress.TextColumn("{task.description:24}"), *progress.Progress.get_default_columns()[1:])
+    columns = (*columns, progress.TextColumn("{task.fields[news]}"))
     with progress.Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task("data", total=1.0)
-        yield lambda task, done: bars.update(bar, description=task, completed=done)
+        bar = bars.add_task("data", total=1.0, news="")
+
+        def show(task: str, done: float, news: str = "") -> None:
+            if news.startswith("epoch"):
+                bars.console.print(f"{task}, {news}", highlight=False, soft_wrap=True)
+            elif news:
+                bars.update(bar, news=news)
+            bars.update(bar, description=task, completed=done)
+
+        yield show
 
 
 def _print_table(summaries: Sequence[Summary]) -> None:

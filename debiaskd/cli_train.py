@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Progress = Callable[[str, float], None]
+Progress = Callable[[str, float, str], None]
 
 
 def add(commands: Any) -> None:
@@ -84,7 +84,7 @@ def train(options: argparse.Namespace, overrides: Sequence[str], progress: Calla
 
 @contextmanager
 def _silence() -> Iterator[Progress]:
-    yield lambda task, done: None
+    yield lambda task, done, news: None
 
 
 def evaluate(options: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -55,7 +56,11 @@ def test_training_prints_what_was_kept(capsys: pytest.CaptureFixture[str], recip
     )
     lines = out.splitlines()
     assert code == 0
-    assert [line.split()[-1] for line in err.splitlines()] == ["pretraining", "student"]
+    told = [line.partition("% ")[2] for line in err.splitlines()]
+    assert [line for line in told if "," not in line] == ["pretraining", "student"]
+    losses = r"student, step \d+: loss [\d.]+, supervised [\d.]+, guide [\d.]+; \d+ images/s"
+    assert any(re.fullmatch(losses, line) for line in told)
+    assert re.fullmatch(r"student, epoch 1 of 1: accuracy 0\.\d{4}.*, epg 0\.\d{4}, iou 0\.\d{4}", told[-1])
     assert lines[0] == "validation figures of epoch 1 of 1, by the last epoch"
     model = tmp_path / "run" / "student" / "model.safetensors"
     assert lines[-1] == str(model) and model.is_file()

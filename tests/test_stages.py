@@ -163,7 +163,7 @@ def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_pa
     document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": {"method": "groups"}}
     recipe = runs.write(tmp_path / "r.yaml", data, {**document, "data": {"train": "train[:50%]"}})
     read_recipe = runs.read(recipe)
-    chain = Chain(read_recipe, tmp_path / "run", runs.launch(read_recipe.compute), lambda task, done: None)
+    chain = Chain(read_recipe, tmp_path / "run", runs.launch(read_recipe.compute), lambda *news: None)
     split = chain.fitting.train
     spread = chain.spread(torch.arange(24.0) + 1)
     assert torch.equal(spread[split.numbers], torch.arange(24.0) + 1)

@@ -99,7 +99,7 @@ def write(path: Path, data: Path, document: dict[str, Any]) -> Path:
 
 def train(recipe: Path, out: Path, *overrides: str) -> Any:
     read_recipe = read(recipe, overrides)
-    return Chain(read_recipe, out, launch(read_recipe.compute), lambda task, done: None).student()
+    return Chain(read_recipe, out, launch(read_recipe.compute), lambda *news: None).student()
 
 
 def kill_at(step: int) -> None:

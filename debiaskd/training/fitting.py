@@ -137,7 +137,7 @@ class Fitting:
             every=recipe.selection.every,
             views=None if teacher is None else teacher.views,
         )
-        training = Training(plan, self.fabric, lambda done: self.say(name, done))
+        training = Training(plan, self.fabric, lambda done, news: self.say(name, done, news))
         training.run()
         return self._finish(folder, keeper, training, rule, names)
 

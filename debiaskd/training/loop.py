@@ -27,8 +27,11 @@ from debiaskd.training.logs import Logs
 from debiaskd.training.pictures import Pictures
 from debiaskd.training.schedule import Ema, optimizer, rate
 
-#: Called before and after every step with the share of the epochs that is over.
-Progress = Callable[[float], None]
+#: Called after every step with the share of the epochs that is over, and with a line of news or "".
+Progress = Callable[[float, str], None]
+
+#: The figures of an epoch that are told at once; all of them are in the log.
+_HEADLINE = ("f1", "map", "accuracy", "worst_group_accuracy", "epg", "iou")
 
 
 class DivergedError(ArithmeticError):
@@ -154,14 +157,17 @@ class Training:
             self._look()
             if self.step % self.steps:  # an epoch's end has its own
                 self._save()
-        if self.progress is not None:
-            self.progress(self.step / (schedule.epochs * self.steps))
+        self._tell()
 
     def _augmentation(self, batch: Batch, epoch: int, draws: Draws) -> Draws | Views:
         views = self.plan.views
         if views is None or batch.index is None:
             return draws
         return Views(self.plan.seed, batch.index, epoch % views, self.fabric.device)
+
+    def _tell(self, news: str = "") -> None:
+        if self.progress is not None:
+            self.progress(self.step / (self.plan.schedule.epochs * self.steps), news)
 
     def _look(self) -> None:
         """Reads the losses that have piled up, all at once."""
@@ -194,6 +200,8 @@ class Training:
         speed, self.clock, self.seen = self.seen / max(now - self.clock, 1e-9), now, 0
         learning_rate = rate(self.plan.schedule, self.step - 1, self.steps)
         self.logs.step(self.step, {"epoch": epoch, "learning_rate": learning_rate, **row}, speed)
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+        self._tell(f"step {self.step}: {losses}; {speed:.0f} images/s")
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -213,6 +221,8 @@ class Training:
                 self.ema.swap(self.learner)
             if figures:
                 self.logs.epoch(epoch, self.step, figures)
+                shown = ", ".join(f"{name} {figures[name]:.4f}" for name in _HEADLINE if name in figures)
+                self._tell(f"epoch {epoch + 1} of {plan.schedule.epochs}: {shown}")
         self._save()
         plan.keeper.tidy(write=self.fabric.is_global_zero)
         self.clock, self.seen = time.perf_counter(), 0

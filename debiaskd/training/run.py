@@ -27,8 +27,8 @@ from debiaskd.version import __version__
 STAGE = "stage.json"
 FORMAT = 1
 
-#: (what is being done, share of it that is over).
-Say = Callable[[str, float], None]
+#: (what is being done, share of it that is over, a line of news or "").
+Say = Callable[[str, float, str], None]
 
 
 class RunError(ValueError):

@@ -132,7 +132,7 @@ class Chain:
                 for done in fill(
                     folder, live, pictures, seed=seed, views=views, dtype=str(options.cache), parts=parts, share=share
                 ):
-                    fitting.say("teacher-cache", done)
+                    fitting.say("teacher-cache", done, "")
             self.fabric.barrier()
             return {"pictures": len(fitting.train), "views": views, "parts": parts, "dtype": options.cache}
 
