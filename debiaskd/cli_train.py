@@ -38,6 +38,18 @@ def add(commands: Any) -> None:
         "--stage", default="student", metavar="NAME", help="another of the run's models; default: %(default)s"
     )
     evaluate.add_argument("--data", metavar="DIR", help="where the prepared data lies now, if it was moved")
+    evaluate.add_argument(
+        "--probe",
+        metavar="DATA",
+        help="instead: fit a linear classifier for these prepared pictures on the frozen features",
+    )
+    evaluate.add_argument(
+        "--probe-splits",
+        nargs=2,
+        default=("train", "test"),
+        metavar=("FIT", "MEASURE"),
+        help="splits of DATA to fit on and to measure on; default: train test",
+    )
     explain = commands.add_parser(
         "explain",
         help="show where a run's student looks",
@@ -96,6 +108,8 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     from debiaskd.training.evaluation import HEADINGS
     from debiaskd.training.loaded import evaluate_run
 
+    if options.probe is not None:
+        return _probe(options)
     document, path = evaluate_run(options.run, options.stage, options.split, options.data)
     figures, headings = document["figures"], dict(HEADINGS)
     epoch = "" if document["epoch"] is None else f", epoch {document['epoch'] + 1}"
@@ -103,6 +117,23 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     for name, value in figures.items():
         if value is not None:
             lines.append(f"{headings.get(name, name):>24} {value:.4f}")
+    return [*lines, str(path)]
+
+
+def _probe(options: argparse.Namespace) -> list[str]:
+    from debiaskd.recipe import RecipeError
+    from debiaskd.training.probing import probe_run
+
+    for name in ("split", "data"):
+        if getattr(options, name) is not None:
+            raise RecipeError(f"--{name}: is not for --probe, which has --probe-splits")
+    document, path = probe_run(options.run, options.stage, options.probe, tuple(options.probe_splits))
+    fitted, measured = document["pictures"]
+    lines = [
+        f"linear probe on {document['features']} frozen features of {options.run}: fitted on {fitted}, measured on "
+        f"{measured} pictures of {options.probe}"
+    ]
+    lines += [f"{name:>24} {value:.4f}" for name, value in document["figures"].items()]
     return [*lines, str(path)]
 
 

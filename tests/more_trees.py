@@ -145,7 +145,7 @@ def mnist(root: Path, labels: Sequence[int], *, name: str = "t10k", packed: bool
     for kind, values in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", np.array(labels, np.uint8))):
         content = idx(values)
         file = root / f"{name}-{kind}{'.gz' if packed else ''}"
-        file.write_bytes(gzip.compress(content) if packed else content)
+        file.write_bytes(gzip.compress(content, mtime=0) if packed else content)
     return root
 
 

@@ -221,7 +221,7 @@ def test_digits_without_ink_are_left_out(tmp_path: Path) -> None:
     root = more.mnist_on_cifar(tmp_path)
     images = more.mnist_digits(100)
     images[[3, 77]] = 0
-    (root / "mnist" / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(more.idx(images)))
+    (root / "mnist" / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(more.idx(images), mtime=0))
     problems = Problems()
     source = mnist_on_cifar.read(root, problems, train=2000, val=4, test=4)
     assert problems.found == {"digit without ink, left out": ["t10k:3", "t10k:77"]}

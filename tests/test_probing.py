@@ -1,0 +1,108 @@
+"""Linear probes on frozen features: what they read, and of which pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchdata")
+pytest.importorskip("sklearn")
+
+import data_trees as trees
+import training_runs as runs
+
+from debiaskd import cli
+from debiaskd.data import PackedDataset, prepare
+from debiaskd.recipe import RecipeError
+from debiaskd.training import probing
+from debiaskd.training.loaded import Loaded
+from debiaskd.training.probing import probe_run
+
+pytestmark = pytest.mark.xdist_group("probing")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = runs.birds(tmp_path_factory.mktemp("birds"))
+    document = {
+        "student": {"name": "plain/8"},
+        "schedule": {"epochs": 1, "batch": 12, "learning_rate": 1e-3},
+        "terms": {"supervised": {}},
+        "compute": {"accelerator": "cpu"},
+    }
+    runs.train(runs.write(data.parent / "recipe.yaml", data, document), data.parent / "run")
+    return data.parent / "run"
+
+
+def test_a_probe_reads_the_frozen_features(run: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    data = run.parent / "birds16"
+    before = (run / "student" / "model.safetensors").read_bytes()
+    document, path = probe_run(run, "student", str(data), ("train", "test"))
+    assert json.loads(path.read_text()) == document
+    assert document["pictures"] == [48, 16] and document["features"] == 8
+    assert (run / "student" / "model.safetensors").read_bytes() == before
+    loaded = Loaded(run)
+    features, targets = [], []
+    for split in ("train", "test"):
+        batch = PackedDataset(data, split).__getitems__(range(48 if split == "train" else 16))
+        images = (batch.images.double() / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        )[:, None, None]
+        with torch.no_grad():
+            features.append(loaded.model.forward_features(images.float()).mean((2, 3)).double().numpy())
+        targets.append(batch.target.numpy())
+    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6
+    solver = LogisticRegression(C=document["strength"], max_iter=1000)
+    solver.fit((features[0] - mean) / deviation, targets[0])
+    right = (solver.predict((features[1] - mean) / deviation) == targets[1]).mean()
+    assert document["figures"]["accuracy"] == pytest.approx(right)
+
+
+def test_several_labels_a_picture(run: Path, tmp_path: Path) -> None:
+    objects = [
+        "".join(trees.voc_object(name, (1, 1, 9, 9)) for name in names)
+        for names in (["dog"], ["cat", "dog"], ["cat"]) * 8
+    ]
+    prepare("voc", trees.voc(tmp_path, objects), tmp_path / "voc16", size=16, workers=1)
+    document, _ = probe_run(run, "student", str(tmp_path / "voc16"), ("train[:70%]", "train[70%:]"))
+    assert set(document["figures"]) == {"f1", "map"}
+    assert all(0 <= value <= 1 for value in document["figures"].values())
+
+
+def test_scores_of_classes_that_nothing_or_everything_shows() -> None:
+    feature = np.array([[0.0], [1.0], [2.0], [3.0]])
+    target = np.array([[0, 0, 1], [0, 0, 1], [0, 1, 1], [0, 1, 1]])
+    scores = probing._scores(1.0, feature, target, np.array([[0.0], [3.0]]))
+    assert (scores[:, 0] == -np.inf).all() and (scores[:, 2] == np.inf).all()
+    assert scores[0, 1] < 0 < scores[1, 1]
+    expected = np.array([[0, 0, 1], [1, 1, 1]])
+    assert probing._f1(scores, expected) == pytest.approx(2 * 3 / (3 + 4))
+    assert probing._map(scores, expected) == pytest.approx((0.5 + 1 + 1) / 3)
+
+
+def test_pictures_to_fit_on_are_not_those_to_measure_on(run: Path) -> None:
+    data = str(run.parent / "birds16")
+    with pytest.raises(RecipeError, match=r"train\[:60%\] and train\[40%:\] must not share pictures"):
+        probe_run(run, "student", data, ("train[:60%]", "train[40%:]"))
+
+
+def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(run.parent / "birds16")
+    assert cli.main(["evaluate", str(run), "--probe", data, "--probe-splits", "train", "val"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert (
+        out[0].startswith("linear probe on 8 frozen features of ") and "fitted on 48, measured on 16 pictures" in out[0]
+    )
+    assert out[1].split()[0] == "accuracy" and out[-1] == str(run / "probe-birds16.json")
+    assert cli.main(["evaluate", str(run), "--probe", data, "--split", "val"]) == 2
+    assert "--split: is not for --probe" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), "--probe", str(run.parent / "nowhere")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
