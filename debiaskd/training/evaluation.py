@@ -78,22 +78,39 @@ class Evaluation:
             if guide is not None:
                 with torch.compiler.set_stance("force_eager"):  # compiled, inner layers' outputs are not to be had
                     found = attributions(guide, placed)
-                for maps, boxes in found:
-                    meters.maps(maps, boxes)
+                for one in found:
+                    meters.maps(*one)
         return meters.compute()
 
 
-def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes]]:
-    """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes."""
+def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes | None]]:
+    """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes and the areas
+    of that class to be ignored."""
     if batch.target.dim() == 1:
-        return [(guide.attribute(batch.images, batch.target), of_class(batch.boxes, batch.target))]
+        return [(guide.attribute(batch.images, batch.target), *_judged(batch, batch.target))]
     most = int(batch.target.sum(1).max()) if len(batch) else 0
     if not most:
         return []
     found = batch.target.float().topk(most, 1)
     target = torch.where(found.values > 0, found.indices, -1)
     maps = guide.attribute(batch.images, target.clamp(min=0))
-    return [(maps[:, t], of_class(batch.boxes, target[:, t]).annotated_where(target[:, t] >= 0)) for t in range(most)]
+    return [(maps[:, t], *_judged(batch, target[:, t])) for t in range(most)]
+
+
+def _judged(batch: Batch, target: Tensor) -> tuple[Boxes, Boxes | None]:
+    """A picture without the class, or with nothing but areas to be ignored of it, is not judged."""
+    boxes, known = of_class(batch.boxes, target), target >= 0
+    if batch.ignore is None:
+        return boxes.annotated_where(known), None
+    ignore = of_class(batch.ignore, target)
+    return boxes.annotated_where(known & (_any(boxes) | ~_any(ignore))), ignore
+
+
+def _any(boxes: Boxes) -> Tensor:
+    """bool [N]: whether a picture has a box that covers anything."""
+    x0, y0, x1, y1 = boxes.coords.unbind(1)
+    covers = ((x1 > x0) & (y1 > y0)).to(torch.int64)
+    return covers.new_zeros(len(boxes)).index_add_(0, boxes.image_ids(), covers) > 0
 
 
 def of_class(boxes: Boxes, target: Tensor) -> Boxes:
@@ -128,9 +145,9 @@ class _Meters:
         if "groups" in self.found:
             self.found["groups"].update(correct, batch.groups)
 
-    def maps(self, maps: Tensor, boxes: Boxes) -> None:
-        self.found["epg"].update(maps, boxes)
-        self.found["iou"].update(maps, boxes)
+    def maps(self, maps: Tensor, boxes: Boxes, ignore: Boxes | None) -> None:
+        self.found["epg"].update(maps, boxes, ignore)
+        self.found["iou"].update(maps, boxes, ignore)
 
     def compute(self) -> dict[str, float]:
         figures: dict[str, float] = {}
