@@ -48,7 +48,7 @@ from debiaskd.transplant import FrozenTeacher, transplant
 class Settings:
     """Everything that decides the numbers, but for the seeds. All students share `student_schedule`."""
 
-    train: int = 6000
+    train: int = 5000
     validation: int = 1000
     test: int = 2000
     size: int = 48

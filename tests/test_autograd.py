@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import REDUCTIONS, Way, feature_match_oracle, normal, poisoned_memory, uniform, ways
+from cases import REDUCTIONS, Way, every_way, feature_match_oracle, normal, poisoned_memory, uniform, ways
 from every_loss import every_loss_every_way, every_native_loss
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -149,7 +149,7 @@ def test_changing_an_input_between_forward_and_backward_gives_no_wrong_gradient(
     assert_gradient_or_complaint(result, values, expected)
 
 
-@pytest.mark.parametrize("way", ways("feature_match"), ids=lambda way: way.name)
+@every_way("feature_match")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("changed", (1, 2), ids=("teacher", "weight"))
 def test_changing_a_constant_between_forward_and_backward_gives_no_wrong_gradient(way: Way, dtype, changed):

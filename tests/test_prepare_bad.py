@@ -163,10 +163,10 @@ def test_full_disk_at_the_small_files(
     src, out = trees.coco(tmp_path / "src", 2), tmp_path / "out"
     write_text = Path.write_text
 
-    def cramped(self: Path, text: str, *rest: Any) -> int:
+    def cramped(self: Path, text: str, *rest: Any, **options: Any) -> int:
         if self.name.endswith(name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_text(self, text, *rest)
+        return write_text(self, text, *rest, **options)
 
     monkeypatch.setattr(Path, "write_text", cramped)
     code, _, err = run(capsys, "prepare", "coco", src, out, "--size", 16, "--workers", 1)

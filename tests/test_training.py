@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -198,6 +199,26 @@ def test_the_last_two_checkpoints_are_kept_and_verified(tmp_path: Path) -> None:
     (tmp_path / "c" / "0000000020.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"0000000030\.pt: damaged.*0000000020\.pt: damaged"):
         checkpoints.load()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("failed writing file")])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    checkpoints = Checkpoints(tmp_path, "me")
+    checkpoints.save(1, {"value": torch.tensor(1.0)})
+
+    def full(document: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError) as caught:
+            checkpoints.save(2, {"value": torch.tensor(2.0)})
+    assert caught.value.errno == errno.ENOSPC and Path(caught.value.filename).parent == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000001.json", "0000000001.pt"]
+    assert checkpoints.load() == (1, {"value": torch.tensor(1.0)})
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
