@@ -64,9 +64,10 @@ class Cached:
         self.device = torch.device("cpu")
         self.mapped: dict[tuple[int, int, str], NDArray[Any]] = {}
 
-    def __call__(self, batch: Batch, epoch: int) -> Outputs:
+    def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         assert batch.index is not None
-        places = self.place[batch.index.cpu()]
+        # Those on the device would have to be waited for.
+        places = self.place[batch.index.cpu() if numbers is None else numbers]
         found = {part: self._rows(epoch % self.count, part, places) for part in PARTS}
         logits = found["logits"]
         assert logits is not None

@@ -21,10 +21,11 @@ class Step:
         batch: augmented pictures of this process.
         epoch: from 0.
         draws, ranks: random numbers, and the other processes.
+        numbers: int64 [N], the pictures' on the host, or None.
     """
 
-    def __init__(self, batch: Batch, epoch: int, draws: Draws, ranks: Ranks) -> None:
-        self.batch, self.epoch, self.draws, self.ranks = batch, epoch, draws, ranks
+    def __init__(self, batch: Batch, epoch: int, draws: Draws, ranks: Ranks, numbers: Tensor | None = None) -> None:
+        self.batch, self.epoch, self.draws, self.ranks, self.numbers = batch, epoch, draws, ranks, numbers
 
 
 class Learner(nn.Module):
@@ -84,7 +85,7 @@ class Learner(nn.Module):
             groups=batch.groups,
             weight=None if weight is None or batch.index is None else weight[batch.index],
             student=student,
-            teacher=teacher(batch, epoch) if taught and teacher is not None else None,
+            teacher=teacher(batch, epoch, step.numbers) if taught and teacher is not None else None,
             seen=seen,
             epoch=epoch,
             draws=step.draws,

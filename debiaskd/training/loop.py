@@ -135,7 +135,7 @@ class Training:
             placed = self.plan.pictures.placed(batch, self._augmentation(batch, epoch, draws))
             last = number + 1 == len(passes)
             with self.fabric.no_backward_sync(self.module, enabled=not last):
-                total, losses = self.module(Step(placed, epoch, draws, self.ranks))
+                total, losses = self.module(Step(placed, epoch, draws, self.ranks, batch.index))
                 self.fabric.backward(total / len(passes))
             self.moments.append(
                 Moment(

@@ -13,7 +13,7 @@ from debiaskd.transplant import FrozenTeacher
 
 
 class Teaching(Protocol):
-    """Gives the teacher's outputs for a batch of an epoch.
+    """Gives the teacher's outputs for a batch of an epoch; `numbers` are its pictures', on the host.
 
     width: of its pooled features. views: how many fixed augmentations of a picture it knows; None: it knows any.
     """
@@ -21,7 +21,7 @@ class Teaching(Protocol):
     width: int
     views: int | None
 
-    def __call__(self, batch: Batch, epoch: int) -> Outputs: ...
+    def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs: ...
 
     def to(self, device: torch.device) -> Teaching: ...
 
@@ -35,7 +35,7 @@ class Live:
         self.views: int | None = None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, epoch: int) -> Outputs:
+    def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         feature = self.teacher.forward_features(batch.images)
         pooled = self.teacher.forward_head(feature, pre_logits=True)
         return Outputs(feature, pooled, self.teacher.get_classifier()(pooled))
@@ -57,7 +57,7 @@ class Remembered:
         self.width = 0 if outputs.pooled is None else outputs.pooled.shape[1]
         self.views: int | None = None
 
-    def __call__(self, batch: Batch, epoch: int) -> Outputs:
+    def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         assert batch.index is not None
         feature, pooled, logits = self.outputs
         return Outputs(_rows(feature, batch.index), _rows(pooled, batch.index), logits[batch.index])
