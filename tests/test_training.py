@@ -22,6 +22,7 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from safetensors.torch import load_file
 
+from debiaskd.recipe import RecipeError
 from debiaskd.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from debiaskd.training.loop import DivergedError, Training
 from debiaskd.training.run import RunError
@@ -145,6 +146,12 @@ def test_a_changed_recipe_is_refused(quick: Path, tmp_path: Path) -> None:
     runs.train(quick, tmp_path / "run")
     with pytest.raises(RunError, match=r"was begun with schedule.learning_rate: 0.001, not 0.01; choose another --out"):
         runs.train(quick, tmp_path / "run", "--schedule.learning_rate", "0.01")
+
+
+def test_batch_norm_that_cannot_be_synchronised_is_refused(quick: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^compute\.sync_batchnorm: .* on GPUs only"):
+        runs.train(quick, tmp_path / "run", "--compute.sync_batchnorm", "true")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_result_is_refused(quick: Path, tmp_path: Path) -> None:

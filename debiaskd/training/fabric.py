@@ -40,5 +40,7 @@ def launch(compute: Compute) -> Any:
         raise RecipeError(f"compute: {' '.join(str(error).split())}") from None
     if compute.precision == "16" and fabric.device.type == "cpu":
         raise RecipeError("compute.precision: 16 needs a GPU, which there is none of here; bf16 runs on CPUs as well")
+    if compute.sync_batchnorm and fabric.device.type == "cpu":
+        raise RecipeError("compute.sync_batchnorm: PyTorch synchronises batch norm on GPUs only, this is the CPU")
     fabric.launch()
     return fabric
