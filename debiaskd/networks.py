@@ -3,7 +3,7 @@
 resnet18              timm
 torchvision/resnet18  torchvision
 bcos/resnet18         the B-cos networks of their authors' package
-small/8,16,32         3×3 convolutions of these widths, each halving the map (`debiaskd.models.SmallNet`)
+small/8,16/1,32       3×3 convolutions of these widths, each halving the map but for those of stride 1 (`SmallNet`)
 cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), without parameters in their shortcuts
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,14 @@ def _load_bcos(model: nn.Module, name: str) -> None:
 
 
 def _small(widths: str, num_classes: int, pretrained: bool) -> nn.Module:
-    parts = widths.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise NetworkError(f"small/{widths}: must be widths of convolutions, such as small/8,16,32")
-    return SmallNet([int(part) for part in parts], [2] * len(parts), num_classes)
+    parts = [_CONVOLUTION.fullmatch(part) for part in widths.split(",")]
+    found = [(int(part["width"]), int(part["stride"] or 2)) for part in parts if part is not None]
+    if len(found) < len(parts):
+        raise NetworkError(f"small/{widths}: must be widths of convolutions, such as small/8,16,32 or small/8/1,16,32")
+    return SmallNet([width for width, _ in found], [stride for _, stride in found], num_classes)
+
+
+_CONVOLUTION = re.compile(r"(?P<width>[1-9]\d*)(/(?P<stride>[1-9]\d*))?")
 
 
 def _cifar(name: str, num_classes: int, pretrained: bool) -> nn.Module:

@@ -68,6 +68,14 @@ def test_the_same_student_without_asking_the_teacher_again(recipe: Path, tmp_pat
     assert shards == ["00000", "00001"]
 
 
+@pytest.mark.parametrize("term", ["match", "kd", "sample", "relation"])
+def test_each_term_alone(recipe: Path, tmp_path: Path, term: str) -> None:
+    alone = runs.write(tmp_path / "alone.yaml", recipe.parent / "birds16", {**TAUGHT, "terms": {term: {}}})
+    runs.train(alone, tmp_path / "live")
+    runs.train(alone, tmp_path / "cached", "--teacher.cache", "fp32")
+    torch.testing.assert_close(weights(tmp_path / "cached"), weights(tmp_path / "live"), rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_is_close(recipe: Path, tmp_path: Path, asked: list[int]) -> None:
     for cache in ("fp32", "bf16"):
         runs.train(recipe, tmp_path / cache, "--teacher.cache", cache)

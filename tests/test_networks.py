@@ -35,6 +35,7 @@ WEIGHTS, CIFAR = trees.SHARED / "weights", trees.SHARED / "cifar10"
     ("name", "package", "kind", "channels"),
     [
         ("small/4,8", None, "SmallNet", 3),
+        ("small/4/1,8", None, "SmallNet", 3),
         ("cifar/resnet8", None, "CifarResNet", 3),
         ("resnet10t.c3_in1k", "timm", "ResNet", 3),
         ("torchvision/squeezenet1_1", "torchvision", "SqueezeNet", 3),
@@ -48,6 +49,12 @@ def test_networks_of_every_family(name: str, package: str | None, kind: str, cha
     assert type(model).__name__ == kind
     assert inverse_added(name) == (channels == 6)
     assert model(torch.rand(2, channels, 32, 32)).shape == (2, 7)
+
+
+def test_strides_of_small_networks() -> None:
+    images = torch.rand(1, 3, 32, 32)
+    for name, side in (("small/4,4", 8), ("small/4/1,4", 16), ("small/4/1,4/4,4/1", 8)):
+        assert build(name, 2).forward_features(images).shape == (1, 4, side, side)
 
 
 def test_random_weights_come_from_the_global_generator() -> None:
@@ -66,9 +73,11 @@ def test_random_weights_come_from_the_global_generator() -> None:
         ("nothing/resnet18", "timm", "^nothing/resnet18: timm has no such network"),
         ("torchvision/resnet19", "torchvision", "^torchvision/resnet19: torchvision has no such classifier$"),
         ("bcos/resnet19", "bcos", "^bcos/resnet19: the bcos package has no such network$"),
-        ("small/", None, "^small/: must be widths of convolutions, such as small/8,16,32$"),
+        ("small/", None, "^small/: must be widths of convolutions, such as small/8,16,32 or small/8/1,16,32$"),
         ("small/8,0", None, "^small/8,0: must be widths"),
         ("small/8,x", None, "^small/8,x: must be widths"),
+        ("small/8/0,4", None, "^small/8/0,4: must be widths"),
+        ("small/8/,4", None, "^small/8/,4: must be widths"),
         ("cifar/resnet21", None, r"^cifar/resnet21: depth must be 6n \+ 2"),
         ("cifar/resnet2", None, r"^cifar/resnet2: depth must be 6n \+ 2"),
         ("cifar/vgg", None, "^cifar/vgg: must be one of cifar/resnet20, cifar/wrn-16-2, "),

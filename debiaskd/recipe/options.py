@@ -58,7 +58,7 @@ class Network:
 
     Args:
         name: of timm, "resnet18"; or "torchvision/resnet18", "bcos/resnet18", "small/8,16,32" (convolutions of these
-            widths), "cifar/resnet20".
+            widths, each halving the map; "8/1" keeps its size), "cifar/resnet20".
         pretrained: begin from the weights that timm or torchvision know for the name, which they download.
         weights: begin from these: a .safetensors file, or the folder of a run.
         bias_free: make it an X-DNN.

@@ -102,7 +102,8 @@ class Chain:
                 model = self._transplanted(still, model)
             needs = {need.partition(".")[2] for n in terms for need in TERMS[n].needs if need.startswith("teacher.")}
             if needs:
-                teacher = self._teaching(still, recipe.teacher, fingerprint, tuple(p for p in PARTS if p in needs))
+                parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
+                teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
         inputs = {**before, "recipe": decisive(to_dict(recipe))}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
