@@ -29,6 +29,7 @@ from debiaskd.attribution import (
 from debiaskd.boxes import Boxes
 from debiaskd.depths import Depth, check_layer, find, output_of, statistics_kept, unwrap
 from debiaskd.features import Layout, close
+from debiaskd.ignoring import judged
 from debiaskd.ops.channel_dot import channel_dot
 from debiaskd.ops.localization import KINDS, localization_loss
 
@@ -129,7 +130,7 @@ class Guide:
         """Never use the closed form."""
         self._classifiers = {False: None, True: None}
 
-    def __call__(self, images: Tensor, target: Tensor, boxes: Boxes) -> Guided:
+    def __call__(self, images: Tensor, target: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Guided:
         """One step: the model runs once, its logits come back together with the guidance loss.
 
         Args:
@@ -137,10 +138,13 @@ class Guide:
             target: int64 [N], the class to guide in each image; -1 for none (`attribution.draw_target`).
             boxes: of N images, in pixels of the images. With labels, those of the target's class count; an annotated
                 image whose target has no box has an empty mask. Images that are not annotated contribute nothing.
+            ignore: areas whose pixels count neither as inside nor as outside, as in `dk.localization_loss`; with
+                labels, those of the target's class count. Images that hold nothing of their target but such areas
+                contribute nothing.
         """
         wanted = torch.is_grad_enabled()
         with torch.set_grad_enabled(wanted or not self.closed_form):  # a gradient makes the map, wanted or not
-            step = self._guide(self.watch(images), target, boxes, create_graph=wanted)
+            step = self._guide(self.watch(images), target, boxes, ignore, create_graph=wanted)
         return step if wanted else Guided(*(part.detach() for part in step))
 
     def watch(self, images: Tensor) -> Seen:
@@ -159,22 +163,23 @@ class Guide:
             )
         return Seen(logits, images, caught[0])
 
-    def guide(self, seen: Seen, target: Tensor, boxes: Boxes) -> Guided:
+    def guide(self, seen: Seen, target: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Guided:
         """The guidance loss of what was seen; arguments as in a call."""
-        return self._guide(seen, target, boxes, create_graph=torch.is_grad_enabled())
+        return self._guide(seen, target, boxes, ignore, create_graph=torch.is_grad_enabled())
 
-    def _guide(self, seen: Seen, target: Tensor, boxes: Boxes, create_graph: bool) -> Guided:
-        if not isinstance(boxes, Boxes):
-            raise TypeError(f"boxes must be a dk.Boxes, got {type(boxes).__name__}")
-        if len(boxes) != len(seen.images):
-            raise ValueError(f"boxes must be of N={len(seen.images)} images, got {len(boxes)}")
+    def _guide(self, seen: Seen, target: Tensor, boxes: Boxes, ignore: Boxes | None, create_graph: bool) -> Guided:
+        for name, given in (("boxes", boxes), ("ignore", boxes if ignore is None else ignore)):
+            if not isinstance(given, Boxes):
+                raise TypeError(f"{name} must be a dk.Boxes, got {type(given).__name__}")
+            if len(given) != len(seen.images):
+                raise ValueError(f"{name} must be of N={len(seen.images)} images, got {len(given)}")
         checks.shape("target", checks.tensor("target", target), "[N]", [len(seen.images)])
         maps = self._maps(seen, target.clamp(min=0), create_graph)
-        if boxes.labels is not None:
-            boxes = boxes.for_class(target)
-        boxes = boxes.annotated_where(target >= 0)
+        boxes, ignore = judged(boxes, target, ignore)
         size = (seen.images.shape[2], seen.images.shape[3])
-        loss = localization_loss(maps, boxes, kind=self.kind, size=size, normalize=True, reduction=self.reduction)
+        loss = localization_loss(
+            maps, boxes, kind=self.kind, size=size, normalize=True, reduction=self.reduction, ignore=ignore
+        )
         return Guided(seen.logits, self.weight * loss, maps)
 
     def attribute(self, images: Tensor, target: Tensor) -> Tensor:

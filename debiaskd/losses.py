@@ -62,9 +62,15 @@ class LocalizationLoss(nn.Module):
         self.kind, self.normalize, self.reduction = kind, normalize, reduction
         self.size = None if size is None else checks.size("size", size)
 
-    def forward(self, attribution: Tensor, boxes: Boxes) -> Tensor:
+    def forward(self, attribution: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Tensor:
         return localization_loss(
-            attribution, boxes, kind=self.kind, size=self.size, normalize=self.normalize, reduction=self.reduction
+            attribution,
+            boxes,
+            kind=self.kind,
+            size=self.size,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            ignore=ignore,
         )
 
     def extra_repr(self) -> str:

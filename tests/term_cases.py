@@ -32,6 +32,7 @@ def state(**changes: Any) -> State:
         images=torch.randn(N, 3, 8, 8),
         target=TARGET,
         boxes=dk.Boxes.from_lists([None] * N),
+        ignore=None,
         groups=None,
         weight=None,
         student=outputs(D),

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
+from debiaskd.ignoring import known_areas, left_out
 from debiaskd.ops.box_overlap import (
     box_overlap,
     check_boxes,
     check_maps,
     check_thresholds,
-    known_areas,
     maps_at_once,
     upsampled,
 )
@@ -115,7 +115,7 @@ def energy_pointing_game(
     for rows in (doubtful & defined).nonzero()[:, 0].split(maps_at_once(attribution, size)):
         maps = _wide(upsampled(attribution[rows], size), size)
         if ignore is not None:
-            maps = maps.masked_fill(ignore[rows].mask(size) & ~boxes[rows].mask(size), 0)
+            maps = maps.masked_fill(left_out(boxes[rows], ignore[rows], size), 0)
         largest = maps.amax((1, 2))
         positive = ~(largest <= 0)  # NaN is shown, not taken for nothing
         # The share does not change with a map's scale; only the sum that the op would not divide by does.

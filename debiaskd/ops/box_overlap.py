@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
+from debiaskd.ignoring import left_out
 from debiaskd.ops.backend import choose, kernels, register_fake
 
 
@@ -82,7 +83,7 @@ def eager(
     defined = boxes.annotated.clone()
     for part in parts(len(boxes), maps_at_once(attribution, size)):
         maps, mask = upsampled(attribution[part], size), boxes[part].mask(size)
-        judged = torch.ones_like(mask) if ignore is None else mask | ~known_areas(ignore[part]).mask(size)
+        judged = torch.ones_like(mask) if ignore is None else ~left_out(boxes[part], ignore[part], size)
         low = torch.where(judged, maps, torch.inf).amin((1, 2), keepdim=True).clamp(min=0)
         high = torch.where(judged, maps, 0).amax((1, 2), keepdim=True).clamp(min=0)  # NaN stays NaN
         defined[part] &= high[:, 0, 0].isfinite()
@@ -126,12 +127,6 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     first = maps[:, :1, :1]
     constant = (maps == first).all(2, keepdim=True).all(1, keepdim=True)
     return torch.where(constant, first, large)  # of one value interpolation makes several that differ by rounding
-
-
-def known_areas(areas: Boxes) -> Boxes:
-    """Without those of images that are not annotated: of them nothing is known."""
-    known = areas.annotated[areas.image_ids()]
-    return Boxes(areas.coords * known[:, None], areas.offsets, annotated=areas.annotated)
 
 
 def maps_at_once(attribution: Tensor, size: tuple[int, int]) -> int:

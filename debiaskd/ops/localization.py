@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
+from debiaskd.ignoring import left_out, without
 from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once, unrecorded
 
@@ -50,6 +51,7 @@ def localization_loss(
     size: tuple[int, int] | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    ignore: Boxes | None = None,
 ) -> Tensor:
     """How far an attribution map is from lying inside the boxes.
 
@@ -62,6 +64,9 @@ def localization_loss(
         normalize: first do to the map what its kind expects, as published: keep positives (l1, ppce), then divide by
             the map's largest absolute value (l1, ppce, rrr). The gradient includes both. Nothing for energy.
         reduction: "mean" over annotated images, "sum" or "none".
+        ignore: of the N images, areas (crowds, for one) whose pixels count neither as inside nor as outside, unless
+            they lie in one of the boxes too; nor do they set the largest value. None: no such areas, as for an image
+            that `ignore` says is not annotated. Where there are any, upsampled maps and masks are kept in memory.
 
     Returns:
         Scalar, or [N] for "none" (0 where an image is not annotated). float32 for half precisions, else the dtype of
@@ -78,6 +83,10 @@ def localization_loss(
     Source: Rao et al. 2023, arXiv 2303.11932.
     """
     height, width = _check(attribution, boxes, kind, size, normalize, reduction)
+    if ignore is not None:
+        _check_ignore(ignore, boxes)
+        if ignore.coords.shape[0]:
+            return _judged_loss(attribution, boxes, ignore, kind, (height, width), normalize, reduction)
     if normalize:
         attribution = normalize_attribution(attribution, kind)
     backend = choose("localization", attribution)
@@ -93,11 +102,37 @@ def localization_loss(
     return loss
 
 
+def _judged_loss(
+    attribution: Tensor,
+    boxes: Boxes,
+    ignore: Boxes,
+    kind: str,
+    size: tuple[int, int],
+    normalize: bool,
+    reduction: str,
+) -> Tensor:
+    """A pixel of 0 that lies outside of the boxes adds nothing to any of the losses; l1's mean is over the others."""
+    dropped = left_out(boxes, ignore, size)
+    if normalize and kind in ("l1", "ppce"):
+        attribution = attribution.relu()
+    maps = without(attribution, dropped, largest_one=normalize and kind != "energy")
+    if kind != "l1":
+        return localization_loss(maps, boxes, kind=kind, reduction=reduction)
+    judged = (~dropped).sum((1, 2)).clamp(min=1)
+    each = localization_loss(maps, boxes, kind=kind, reduction="none") * (size[0] * size[1]) / judged
+    return reduce(each, boxes, reduction)
+
+
 def energy_loss(
-    attribution: Tensor, boxes: Boxes, *, size: tuple[int, int] | None = None, reduction: str = "mean"
+    attribution: Tensor,
+    boxes: Boxes,
+    *,
+    size: tuple[int, int] | None = None,
+    reduction: str = "mean",
+    ignore: Boxes | None = None,
 ) -> Tensor:
     """`localization_loss` of kind "energy": the share of positive attribution that lies outside of the boxes."""
-    return localization_loss(attribution, boxes, kind="energy", size=size, reduction=reduction)
+    return localization_loss(attribution, boxes, kind="energy", size=size, reduction=reduction, ignore=ignore)
 
 
 def normalize_attribution(attribution: Tensor, kind: str) -> Tensor:
@@ -124,7 +159,11 @@ def eager(attribution: Tensor, boxes: Boxes, kind: str, size: tuple[int, int], r
     elif tuple(maps.shape[1:]) != tuple(size):
         maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     mask = boxes.mask(size)
-    each = torch.where(boxes.annotated, _each(maps, mask, kind), 0)
+    return reduce(torch.where(boxes.annotated, _each(maps, mask, kind), 0), boxes, reduction)
+
+
+def reduce(each: Tensor, boxes: Boxes, reduction: str) -> Tensor:
+    """Losses [N], 0 where an image is not annotated, as asked."""
     if reduction == "none":
         return each
     if reduction == "sum":
@@ -241,3 +280,11 @@ def _check(
     if len(boxes) and (attribution.numel() == 0 or height < 1 or width < 1):
         raise ValueError(f"attribution must have at least one pixel a map, got {list(attribution.shape)}")
     return height, width
+
+
+def _check_ignore(ignore: object, boxes: Boxes) -> None:
+    if not isinstance(ignore, Boxes):
+        raise TypeError(f"ignore must be a dk.Boxes, got {type(ignore).__name__}")
+    if len(ignore) != len(boxes):
+        raise ValueError(f"ignore must be of N={len(boxes)} images, as boxes are, got {len(ignore)}")
+    checks.same_device("ignore", ignore.coords, "boxes", boxes.coords)

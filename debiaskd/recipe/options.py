@@ -110,8 +110,9 @@ class Teacher(Network):
 
     Args:
         method: "checkpoint": it is given by `weights` or `pretrained`. Trained here on the labels: "erm" plainly;
-            "balanced" with its groups drawn alike; "group_dro"; "jtt", which needs `up`; "dfr", erm with its last
-            layer fitted anew on half of the validation pictures, groups alike.
+            "balanced" with its groups drawn alike; "group_dro", which draws them alike, too; "jtt",
+            which needs `up`; "dfr", erm with its last layer fitted anew on half of the validation pictures, groups
+            alike.
         schedule: of its training.
         up: weight of a briefly trained model's mistakes, for jtt.
         identification_epochs: of that model, for jtt.

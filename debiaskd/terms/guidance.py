@@ -11,6 +11,7 @@ from torch import Tensor
 from debiaskd.attribution import draw_target
 from debiaskd.depths import DEPTHS
 from debiaskd.guide import Guide
+from debiaskd.ignoring import judged
 from debiaskd.terms.backdoor import Intervened
 from debiaskd.terms.state import State, Term, TermOptions
 
@@ -47,11 +48,11 @@ class GuideTerm(Term):
         target = state.target
         if target.is_floating_point():
             target = draw_target(target, noise=state.draws.rand(tuple(target.shape)))
-        loss = self.guide.guide(state.seen, target, state.boxes).loss
+        loss = self.guide.guide(state.seen, target, state.boxes, state.ignore).loss
         if self.reduction == "sum":
             return loss * state.ranks.world_size  # gradients are averaged over ranks
         # The guide sums: how many images are annotated is a matter of all ranks.
-        annotated = (state.boxes.annotated & (target >= 0)).sum()
+        annotated = judged(state.boxes, target, state.ignore)[0].annotated.sum()
         return loss / state.ranks.mean(annotated.to(torch.float32)).clamp(min=1 / state.ranks.world_size)
 
 

@@ -87,7 +87,7 @@ class State:
     Attributes:
         images: [N,3,H,W], augmented and normalised.
         target: int64 [N], or float [N,K] of 0 and 1 where a picture may show several classes.
-        boxes: of N pictures.
+        boxes, ignore: of N pictures; areas that count neither as inside nor as outside, or None.
         groups: int64 [N], or None where the data has none.
         weight: float32 [N], the samples' weights, or None without reweighting.
         student, teacher: what they gave; `teacher` is None where no term asked for it.
@@ -99,6 +99,7 @@ class State:
     images: Tensor
     target: Tensor
     boxes: Boxes
+    ignore: Boxes | None
     groups: Tensor | None
     weight: Tensor | None
     student: Outputs

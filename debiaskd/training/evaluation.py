@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch
 from debiaskd.guide import Guide
+from debiaskd.ignoring import judged
 from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, MultilabelF1, MultilabelMeanAveragePrecision
 from debiaskd.recipe import Network, Recipe
 from debiaskd.terms import GuideOptions, make_guide
@@ -87,35 +88,14 @@ def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes 
     """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes and the areas
     of that class to be ignored."""
     if batch.target.dim() == 1:
-        return [(guide.attribute(batch.images, batch.target), *_judged(batch, batch.target))]
+        return [(guide.attribute(batch.images, batch.target), *judged(batch.boxes, batch.target, batch.ignore))]
     most = int(batch.target.sum(1).max()) if len(batch) else 0
     if not most:
         return []
     found = batch.target.float().topk(most, 1)
     target = torch.where(found.values > 0, found.indices, -1)
     maps = guide.attribute(batch.images, target.clamp(min=0))
-    return [(maps[:, t], *_judged(batch, target[:, t])) for t in range(most)]
-
-
-def _judged(batch: Batch, target: Tensor) -> tuple[Boxes, Boxes | None]:
-    """A picture without the class, or with nothing but areas to be ignored of it, is not judged."""
-    boxes, known = of_class(batch.boxes, target), target >= 0
-    if batch.ignore is None:
-        return boxes.annotated_where(known), None
-    ignore = of_class(batch.ignore, target)
-    return boxes.annotated_where(known & (_any(boxes) | ~_any(ignore))), ignore
-
-
-def _any(boxes: Boxes) -> Tensor:
-    """bool [N]: whether a picture has a box that covers anything."""
-    x0, y0, x1, y1 = boxes.coords.unbind(1)
-    covers = ((x1 > x0) & (y1 > y0)).to(torch.int64)
-    return covers.new_zeros(len(boxes)).index_add_(0, boxes.image_ids(), covers) > 0
-
-
-def of_class(boxes: Boxes, target: Tensor) -> Boxes:
-    """Those of each picture's class; boxes without labels are of whatever it shows."""
-    return boxes if boxes.labels is None else boxes.for_class(target)
+    return [(maps[:, t], *judged(batch.boxes, target[:, t], batch.ignore)) for t in range(most)]
 
 
 class _Meters:

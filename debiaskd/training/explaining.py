@@ -18,11 +18,12 @@ from debiaskd import files
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch, DataError, manifest
 from debiaskd.data.pixels import UnreadableError, decode, fit
+from debiaskd.ignoring import of_class
 from debiaskd.metrics import energy_in_box
 from debiaskd.recipe import Recipe, RecipeError
 from debiaskd.terms import make_guide
 from debiaskd.terms.guidance import GuideOptions
-from debiaskd.training.evaluation import looked_at, of_class
+from debiaskd.training.evaluation import looked_at
 from debiaskd.training.loaded import Loaded
 from debiaskd.training.pictures import Intake, Split, open_split
 from debiaskd.training.run import RunError, finished

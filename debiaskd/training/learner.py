@@ -82,6 +82,7 @@ class Learner(nn.Module):
             images=batch.images,
             target=batch.target.float() if batch.target.dim() == 2 else batch.target,
             boxes=batch.boxes,
+            ignore=batch.ignore,
             groups=batch.groups,
             weight=None if weight is None or batch.index is None else weight[batch.index],
             student=student,

@@ -38,10 +38,10 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
     inputs = {**chain.base, **chain.common(), "teacher": dataclasses.asdict(options)}
-    if options.method == "balanced":
+    if options.method in ("balanced", "group_dro"):
         assert groups is not None
-        sampling = group_weights(groups)
-    elif options.method == "group_dro":
+        sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)
+    if options.method == "group_dro":
         step_size = 0.01 if options.step_size is None else options.step_size
         terms = {"group_dro": GroupDroOptions(step_size=step_size)}
     elif options.method == "jtt":
