@@ -25,7 +25,7 @@ from debiaskd.bench import environment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from debiaskd.data import Augment, PackedDataset, StreamedDataset, loader, prepare
+from debiaskd.data import Augment, ChunkedDataset, PackedDataset, StreamedDataset, loader, prepare
 
 SIZE, BATCH, WORKERS, DIFFERENT = 224, 64, 2, 100
 
@@ -97,7 +97,8 @@ def read_files(src: Path, epochs: int) -> dict[str, Any]:
 
 
 def read_streamed(src: Path, out: Path, epochs: int) -> dict[str, Any]:
-    """The same pictures through LitData, in the training process and with workers."""
+    """The same pictures through LitData: from beginning to end in the training process and with workers, and by number
+    as recipes read them, in the training process."""
     count = prepare("folder", src, out, size=SIZE, workers=WORKERS, format="litdata").manifest["splits"]["train"][
         "count"
     ]
@@ -105,6 +106,8 @@ def read_streamed(src: Path, out: Path, epochs: int) -> dict[str, Any]:
     for name, workers in (("images_per_second", 0), ("with_workers", WORKERS)):
         batches = loader(StreamedDataset(out), BATCH, shuffle=True, workers=workers)
         rates[name] = statistics.median(epoch(batches, count) for _ in range(epochs))
+    batches = loader(ChunkedDataset(out), BATCH, shuffle=True)
+    rates["by_number"] = statistics.median([epoch(batches, count) for _ in range(epochs + 1)][1:])
     return rates
 
 

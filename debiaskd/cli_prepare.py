@@ -64,7 +64,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         "--format",
         choices=("npy", "litdata"),
         default="npy",
-        help="npy: mapped into memory; litdata: streamed, from object stores too; default: %(default)s",
+        help="npy: mapped into memory; litdata: chunks that may lie in object stores; default: %(default)s",
     )
     parser.add_argument("--split", action="append", metavar="NAME", help="only this one; may be given several times")
     parser.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")

@@ -26,7 +26,7 @@ def test_reading_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert data.read_files(src, epochs=1)["images_per_second"] > 0
     monkeypatch.setattr(data, "WORKERS", 1)
     streamed = data.read_streamed(src, tmp_path / "streamed", epochs=1)
-    assert min(streamed["images_per_second"], streamed["with_workers"]) > 0
+    assert set(streamed) == {"images_per_second", "with_workers", "by_number"} and min(streamed.values()) > 0
     assert set(data.augment(tmp_path / "out", "cpu")) == {"channels_last", "contiguous"}
     with pytest.raises(RuntimeError, match="read 1 images of 2"):
         data.epoch([[0]], 2)

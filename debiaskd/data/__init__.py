@@ -1,11 +1,13 @@
 """Data sets: pictures with boxes, read fast.
 
-`prepare` decodes a data set once; `PackedDataset` (or, through LitData, `StreamedDataset`) reads what it wrote,
-`loader` makes batches of it, and `Augment` moves pixels and boxes on the device. `digits` draws its own pictures.
+`prepare` decodes a data set once; `PackedDataset` (or, through LitData, `ChunkedDataset` by number and
+`StreamedDataset` from beginning to end) reads what it wrote, `loader` makes batches of it, and `Augment` moves pixels
+and boxes on the device. `digits` draws its own pictures.
 """
 
 from debiaskd.data.augment import Augment
 from debiaskd.data.batch import Batch, collate
+from debiaskd.data.chunked import ChunkedDataset
 from debiaskd.data.loading import EpochSampler, loader, open_dataset, set_epoch
 from debiaskd.data.packed import PackedDataset
 from debiaskd.data.preparing import Prepared, prepare
@@ -15,6 +17,7 @@ from debiaskd.data.streamed import StreamedDataset
 __all__ = [
     "Augment",
     "Batch",
+    "ChunkedDataset",
     "DataError",
     "EpochSampler",
     "PackedDataset",

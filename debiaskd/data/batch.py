@@ -19,7 +19,7 @@ class Batch:
 
     Attributes:
         images: [N,3,H,W], uint8 as they are stored, or what augmentation made of them. In the memory order
-            channels-last where they come from `PackedDataset` or `StreamedDataset`.
+            channels-last where they come from prepared data.
         target: int64 [N], or uint8 [N,K] where a picture may show several classes.
         boxes: of N pictures, in pixels of `images`.
         groups: int64 [N], or None where there are none.

@@ -40,7 +40,8 @@ class Job:
 
 
 def finished(folder: Path, name: str, format: str) -> dict[str, Any] | None:
-    """The facts of a shard that is whole, or None.
+    """The facts of a shard that is whole, or None, also for one that LitData can stream and recipes cannot train on:
+    earlier versions wrote no columns beside the chunks.
 
     Raises:
         DataError: it was whole once: a file of it is missing or has another length.
@@ -52,6 +53,8 @@ def finished(folder: Path, name: str, format: str) -> dict[str, Any] | None:
         facts: dict[str, Any] | None = shards.read_json(marker)
     except ValueError:
         raise DataError(f"{marker}: damaged; {remedy}") from None
+    if facts is not None and format == "litdata" and f"{name}/target.npy" not in facts["files"]:
+        return None
     for file, known in ({} if facts is None else facts["files"]).items():
         if not (place / file).is_file() or (place / file).stat().st_size != known["bytes"]:
             raise DataError(f"{place / file}: missing or cut short; {remedy}")
@@ -86,7 +89,9 @@ def _fill(job: Job, unfinished: Path, stop: Callable[[], bool]) -> dict[str, Any
     count = boxes = 0
     skipped: list[int] = []
     writer: Writer = (
-        shards.NpyWriter(unfinished, job.size) if job.format == "npy" else shards.LitdataWriter(unfinished, job.index)
+        shards.NpyWriter(unfinished, job.size)
+        if job.format == "npy"
+        else shards.LitdataWriter(unfinished, unfinished / job.name, job.index)
     )
     try:
         for position, sample in _samples(job, problems):
@@ -119,6 +124,10 @@ def _place_chunk(job: Job, unfinished: Path, facts: dict[str, Any]) -> dict[str,
         files[name] = {"bytes": path.stat().st_size, "sha256": shards.sha256(path)}
         (job.folder / name).unlink(missing_ok=True)  # of a run that ended before the shard was declared whole
         shards.move(path, job.folder / name)
+    columns = job.folder / job.name
+    files |= {f"{job.name}/{name}": known for name, known in shards.known(unfinished / job.name).items()}
+    shutil.rmtree(columns, ignore_errors=True)  # of the same
+    shards.move(unfinished / job.name, columns)
     made = {**facts, **index, "files": files}
     shards.write_json(job.folder / f"{job.name}.json", made)
     return made

@@ -54,6 +54,8 @@ class PackedDataset(Dataset[Any]):
         (torch.Size([3, 3, 224, 224]), 3)
     """
 
+    format = "npy"
+
     def __init__(
         self,
         path: Path | str,
@@ -66,7 +68,7 @@ class PackedDataset(Dataset[Any]):
         pin_memory: bool = False,
     ) -> None:
         self.path = Path(path)
-        manifest = manifests.read(self.path, "npy")
+        manifest = manifests.read(self.path, self.format)
         self.split, facts = manifests.choose_split(self.path, manifest, split)
         self.classes, self.groups = tuple(manifest["classes"]), tuple(manifest["groups"])
         self.multi_label: bool = manifest["multi_label"]
@@ -76,9 +78,8 @@ class PackedDataset(Dataset[Any]):
         self.pin_memory = pin_memory
         self.count: int = facts["count"]
         self._folders = [self.path / self.split / shard["name"] for shard in facts["shards"]]
-        for folder, shard in zip(self._folders, facts["shards"]):
-            _inspect(folder, shard["files"], verify)
         self._starts = np.cumsum([0, *(shard["count"] for shard in facts["shards"])])
+        self._inspect(facts["shards"], verify)
         self._pixels: list[NDArray[np.uint8] | None] = [None] * len(self._folders)
         self.target = self._column("target")
         self.group_ids = self._column("group") if self.groups else None
@@ -108,10 +109,7 @@ class PackedDataset(Dataset[Any]):
         if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.count):
             raise IndexError(f"indices must lie in 0..{self.count - 1}, got {numbers.min()}..{numbers.max()}")
         images = torch.empty(len(index), *self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        rows = images.numpy()
-        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        for row, shard, place in zip(rows, shard_of.tolist(), (numbers - self._starts[shard_of]).tolist()):
-            row[...] = self._shard(shard)[place]
+        self._read(images.numpy(), numbers)
         ignore = None if self.ignore is None else gather(self.ignore, numbers)
         groups = None if self.group_ids is None else self.group_ids[index]
         boxes = gather(self.boxes, numbers)
@@ -124,6 +122,16 @@ class PackedDataset(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": [None] * len(self._folders)}  # another process maps the files itself
+
+    def _inspect(self, parts: Sequence[dict[str, Any]], verify: bool) -> None:
+        for folder, shard in zip(self._folders, parts):
+            inspect(folder, shard["files"], verify, folder)
+
+    def _read(self, rows: NDArray[np.uint8], numbers: NDArray[np.int64]) -> None:
+        """Into `rows` the pixels of these pictures."""
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        for row, shard, place in zip(rows, shard_of.tolist(), (numbers - self._starts[shard_of]).tolist()):
+            row[...] = self._shard(shard)[place]
 
     def _shard(self, shard: int) -> NDArray[np.uint8]:
         mapped = self._pixels[shard]
@@ -198,12 +206,14 @@ def load(file: Path, *, mapped: bool = False) -> NDArray[Any]:
         raise DataError(f"{file}: missing or damaged ({' '.join(str(error).split())})") from None
 
 
-def _inspect(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> None:
+def inspect(folder: Path, files: dict[str, dict[str, Any]], verify: bool, marker: Path) -> None:
+    """Raises DataError unless the files have their lengths and, with `verify`, checksums; without `marker` their shard
+    would be made anew."""
     for name, known in files.items():
         file = folder / name
         try:
             length = file.stat().st_size
         except FileNotFoundError:
-            raise DataError(f"{file}: missing; remove {folder} and run the same `debiaskd prepare` again") from None
+            raise DataError(f"{file}: missing; remove {marker} and run the same `debiaskd prepare` again") from None
         if length != known["bytes"] or (verify and shards.sha256(file) != known["sha256"]):
-            raise DataError(f"{file}: damaged; remove {folder} and run the same `debiaskd prepare` again")
+            raise DataError(f"{file}: damaged; remove {marker} and run the same `debiaskd prepare` again")

@@ -98,7 +98,7 @@ def prepare(
         out: folder, made if need be; empty, or what an earlier run with the same options began.
         size: side of the stored pictures in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
         fit: "squash" to the square, or "pad": keep the shape, centred on black.
-        format: "npy" for `PackedDataset`, "litdata" for `StreamedDataset`.
+        format: "npy" for `PackedDataset`, "litdata" for `ChunkedDataset` and `StreamedDataset`.
         workers: processes that decode; with more than one a script needs `if __name__ == "__main__":`.
         splits: which; None: see the reader.
         strict: raise at the first thing that is wrong instead of passing it over.

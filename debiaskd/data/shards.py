@@ -5,7 +5,8 @@
     OUT/manifest.json           written last: counts, names, splits, shards
 
 A shard is built in a folder of another name, brought to the disk, and renamed: a folder with a shard's name is whole.
-For LitData the shard is `OUT/train/chunk-0-0.bin` with `OUT/train/00000.json`, and `OUT/train/index.json` comes last.
+For LitData a shard is `OUT/train/chunk-0-0.bin`, `OUT/train/00000/*.npy` without the pictures and, written when both
+are whole, `OUT/train/00000.json`; `OUT/train/index.json` comes last.
 """
 
 from __future__ import annotations
@@ -64,8 +65,7 @@ class NpyWriter:
         self.count = 0
         self.pixels: BinaryIO = open(folder / "images.npy", "wb")  # noqa: SIM115  # for as long as the shard takes
         self.header_bytes = self._header(0)
-        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        self.offsets = [0]
+        self.columns = ColumnWriter(folder)
 
     def _header(self, count: int) -> int:
         """numpy pads headers so that a count that grows fits into the same bytes."""
@@ -76,15 +76,34 @@ class NpyWriter:
     def add(self, sample: Sample) -> None:
         self.pixels.write(np.ascontiguousarray(sample.image).data)
         self.count += 1
-        self.offsets.append(self.offsets[-1] + len(sample.coords))
-        for name, column in self.columns.items():
-            column.append(getattr(sample, name))
+        self.columns.add(sample)
 
     def close(self) -> None:
         self.pixels.seek(0)
         if self._header(self.count) != self.header_bytes:
             raise RuntimeError("the header of images.npy outgrew its place")
         self.pixels.close()
+        self.columns.close()
+
+    def abandon(self) -> None:
+        with suppress(OSError):
+            self.pixels.close()
+
+
+class ColumnWriter:
+    """All of a shard but its pictures: what is looked up by number, before anything is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self.offsets = [0]
+
+    def add(self, sample: Sample) -> None:
+        self.offsets.append(self.offsets[-1] + len(sample.coords))
+        for name, column in self.columns.items():
+            column.append(getattr(sample, name))
+
+    def close(self) -> None:
         _save(self.folder / "offsets.npy", np.array(self.offsets, np.int64))
         for name, (dtype, shape, joined) in COLUMNS.items():
             rows = self.columns[name]
@@ -98,30 +117,29 @@ class NpyWriter:
                 array = np.zeros((0, *shape), dtype)
             _save(self.folder / f"{name}.npy", array)
 
-    def abandon(self) -> None:
-        with suppress(OSError):
-            self.pixels.close()
-
 
 class LitdataWriter:
-    """One chunk for LitData's `StreamingDataset`, in `folder`. LitData itself keeps a chunk in memory until it is
-    written, so that this takes as much as a shard."""
+    """One chunk for LitData's `StreamingDataset`, in `folder`, and the columns beside it, in `columns`. LitData itself
+    keeps a chunk in memory until it is written, so that this takes as much as a shard."""
 
-    def __init__(self, folder: Path, index: int) -> None:
+    def __init__(self, folder: Path, columns: Path, index: int) -> None:
         from litdata.streaming.writer import BinaryWriter
 
-        self.count = 0
+        columns.mkdir()
+        self.count, self.columns = 0, ColumnWriter(columns)
         self.writer = BinaryWriter(str(folder), chunk_size=1 << 31, chunk_index=index)
 
     def add(self, sample: Sample) -> None:
         fields = {name: getattr(sample, name) for name in ("image", *COLUMNS)}
         fields |= {"annotated": int(sample.annotated), "size": np.array(sample.size, np.int64)}
         self.writer.add_item(self.count, fields)
+        self.columns.add(sample)
         self.count += 1
 
     def close(self) -> None:
         if self.count:
             self.writer.done()
+        self.columns.close()
 
     def abandon(self) -> None:
         pass
@@ -146,13 +164,18 @@ def _save(path: Path, array: NDArray[Any]) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """`shard.json` with `facts` and the length and SHA-256 of every other file, all of it brought to the disk."""
+def known(folder: Path) -> dict[str, dict[str, Any]]:
+    """Length and SHA-256 of every file in `folder`, all of them brought to the disk."""
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         sync(path)
-    write_json(folder / SHARD, {**facts, "files": files})
+    return files
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """`shard.json` with `facts` and what is `known` of every other file."""
+    write_json(folder / SHARD, {**facts, "files": known(folder)})
 
 
 def move(unfinished: Path, final: Path) -> None:

@@ -49,6 +49,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     data, compute = recipe.data, recipe.compute
     if not 0 < data.annotated_fraction <= 1:
         yield f"data.annotated_fraction: must be a share in (0, 1], got {data.annotated_fraction}"
+    if data.url == "":
+        yield "data.url: must say where the chunks lie, or be left out, got ''"
     least = {
         "data.size": data.size,
         "compute.devices": compute.devices,

@@ -28,7 +28,9 @@ class Data:
     in a random order that depends on the seed alone.
 
     Args:
-        path: the folder that was prepared.
+        path: the folder that was prepared, in either format.
+        url: where the chunks of data prepared for LitData lie that are not below `path`, "s3://bucket/birds-224": they
+            are fetched as they are needed, and kept below `path`.
         train, validation: splits.
         test: what `debiaskd evaluate` measures on, unless it is told otherwise; nothing else looks at it.
         annotated_fraction: share of the training pictures whose boxes are known.
@@ -41,6 +43,7 @@ class Data:
     """
 
     path: str
+    url: str | None = None
     train: str = "train"
     validation: str = "val"
     test: str = "test"

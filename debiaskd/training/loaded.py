@@ -40,7 +40,8 @@ class Loaded:
     def __init__(self, folder: Path, stage: str = "student", data: str | None = None) -> None:
         self.recipe = open_run(folder)
         if data is not None:
-            self.recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, path=data))
+            here = dataclasses.replace(self.recipe.data, path=data, url=None)
+            self.recipe = dataclasses.replace(self.recipe, data=here)
         self.stage = finished(folder, stage)
         if not self.stage.model.exists():
             raise RunError(f"{self.stage.folder}: has no model; try one of student, pretraining, teacher")

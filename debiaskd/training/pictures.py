@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from debiaskd.data import Augment, Batch, DataError, EpochSampler, PackedDataset, loader, open_dataset
+from debiaskd.data import Augment, Batch, ChunkedDataset, DataError, EpochSampler, PackedDataset, loader, manifest
 from debiaskd.networks import with_inverse
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.terms import Ranks
@@ -58,9 +59,7 @@ class Split:
         if found is None:
             raise RecipeError(f'data.{key}: must be a split such as "train" or "train[:80%]", got {text!r}')
         options = {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate} if training else {}
-        whole = open_dataset(data.path, found["name"], seed=data.seed, **options)
-        if not isinstance(whole, PackedDataset):
-            raise RecipeError("data.path: is prepared for LitData; recipes read what `--format npy` wrote")
+        whole = _opened(data, found["name"], **options)
         self.name, self.whole = text, whole
         self.numbers = _part(len(whole), found["from"], found["to"], data.seed, f"data.{key}")
         self.dataset: Any = whole if len(self.numbers) == len(whole) else Slice(whole, self.numbers)
@@ -71,6 +70,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+def _opened(data: Data, name: str, **options: Any) -> PackedDataset:
+    """By number in either format, so that all that is drawn and looked up is the same in both."""
+    if manifest.read(Path(data.path))["options"]["format"] == "litdata":
+        url = None if data.url is None else f"{data.url.rstrip('/')}/{name}"
+        return ChunkedDataset(data.path, name, url=url, seed=data.seed, **options)
+    if data.url is not None:
+        raise RecipeError(f"data.url: only for data prepared with `--format litdata`, and {data.path} is not")
+    return PackedDataset(data.path, name, seed=data.seed, **options)
 
 
 def _part(count: int, start: str | None, end: str | None, seed: int, key: str) -> Tensor:

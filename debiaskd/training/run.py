@@ -187,7 +187,7 @@ def data_fingerprint(path: str) -> str:
 def decisive(document: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without what has no influence on the outcome, and without where the data lies."""
     compute = {key: document["compute"].get(key) for key in ("precision", "compile", "sync_batchnorm")}
-    data = {key: value for key, value in document["data"].items() if key not in ("path", "test")}
+    data = {key: value for key, value in document["data"].items() if key not in ("path", "url", "test")}
     return {**document, "compute": compute, "data": data}
 
 
