@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from distributed_metrics import leave
 from torch import nn
 
 import debiaskd as dk
@@ -76,9 +77,7 @@ def run(rank: int, ranks: int, folder: str, task: str) -> None:
     make, task_loss = TASKS[task]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    try:
-        student = nn.parallel.DistributedDataParallel(make())
-        task_loss(student, rank).backward()
-        torch.save([p.grad for p in student.parameters()], f"{folder}/rank{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    student = nn.parallel.DistributedDataParallel(make())
+    task_loss(student, rank).backward()
+    torch.save([p.grad for p in student.parameters()], f"{folder}/rank{rank}.pt")
+    leave()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 import warnings
 from typing import Any
+
+import torch
 
 from debiaskd.recipe import Compute, RecipeError
 
@@ -43,4 +47,14 @@ def launch(compute: Compute) -> Any:
     if compute.sync_batchnorm and fabric.device.type == "cpu":
         raise RecipeError("compute.sync_batchnorm: PyTorch synchronises batch norm on GPUs only, this is the CPU")
     fabric.launch()
+    if fabric.world_size > 1 and torch.distributed.get_backend() == "gloo":
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Gloo's threads let go of the last tensors after those who waited for them went on. Where Python has begun to shut
+    down by then, they abort a process that has done all it had to (pytorch/pytorch#179291)."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    time.sleep(0.2)
