@@ -183,6 +183,13 @@ def _explain(options: argparse.Namespace) -> None:
         print("\n".join(cli_train.explain(options)))
 
 
+def _report(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    with _usage_errors():
+        print("\n".join(cli_train.report(options, lambda: _progress(Console(stderr=True)))))
+
+
 @contextmanager
 def _usage_errors() -> Iterator[None]:
     """What a recipe, a run, data or weights lack is for the user to put right."""
@@ -267,6 +274,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "explain": _explain,
+    "report": _report,
     "prepare": _prepare,
     "doctor": _doctor,
     "bench": _bench,

@@ -1,4 +1,4 @@
-"""`debiaskd train`, `evaluate` and `explain`: their options, and what they say."""
+"""`debiaskd train`, `evaluate`, `explain` and `report`: their options, and what they say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress = Callable[[str, float, str], None]
 
 
 def add(commands: Any) -> None:
-    """Adds the three commands to argparse's subparsers."""
+    """Adds the four commands to argparse's subparsers."""
     train = commands.add_parser(
         "train",
         help="train the student that a recipe describes",
@@ -64,6 +64,19 @@ def add(commands: Any) -> None:
     explain.add_argument("--before", type=Path, metavar="RUN", help="another run to compare with")
     explain.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/explanations")
     explain.add_argument("--data", metavar="DIR", help="where the prepared data lies now, if it was moved")
+    report = commands.add_parser(
+        "report",
+        help="compare finished runs on one page",
+        description="Writes one HTML file that loads nothing from elsewhere: figures of each run's student, runs that "
+        "differ in the seed alone as mean and standard deviation; accuracy by group; what was kept on validation; "
+        "where each looks; losses. Runs that were not evaluated yet are.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
+    )
+    report.add_argument("--split", metavar="NAME", help="of all runs' data; default: the test of each recipe")
+    report.add_argument("--data", metavar="DIR", help="measure all runs on these prepared pictures; default: their own")
 
 
 def train(options: argparse.Namespace, overrides: Sequence[str], progress: Callable[[], Any]) -> list[str]:
@@ -150,3 +163,16 @@ def explain(options: argparse.Namespace) -> list[str]:
         data=options.data,
     )
     return [str(path) for path in written]
+
+
+def report(options: argparse.Namespace, progress: Callable[[], Any]) -> list[str]:
+    """Does it; returns what is to be printed.
+
+    Raises:
+        as `train`.
+    """
+    from debiaskd.reports.comparison import write_report
+
+    with progress() as say:
+        sections = write_report(options.runs, options.out, split=options.split, data=options.data, say=say)
+    return [*sections, str(options.out)]

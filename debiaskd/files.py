@@ -35,6 +35,25 @@ def write(path: Path, fill: Callable[[Path], None]) -> None:
     sync(path.parent)
 
 
+def probe(path: Path) -> None:
+    """Whether `path` could be written, for work that is long and writes at its end; makes the folder that it lies in.
+
+    Raises:
+        OSError: it cannot, or is a folder. Names it.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    unfinished = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+    except FileExistsError:  # a file where a folder should be
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    unfinished.unlink()
+
+
 def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 

@@ -65,14 +65,11 @@ class Gallery:
 
     def pictures(self) -> list[str]:
         """Each picture as a data URI."""
-        return [_data_uri(image) for image in self.images]
+        return [data_uri(image) for image in self.images]
 
     def overlays(self, method: str) -> list[str]:
         """Each picture in grey with the method's attribution glowing on it, as a data URI."""
-        grey = self.images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.8
-        strength = self.maps[method][:, None] * 0.85
-        color = torch.tensor(HOT)[:, None, None]
-        return [_data_uri(image) for image in (grey * (1 - strength) + color * strength).round().to(torch.uint8)]
+        return [data_uri(image) for image in glowing(self.images, self.maps[method])]
 
     def titles(self) -> list[str]:
         """Each picture's group in words."""
@@ -83,10 +80,20 @@ class Gallery:
         return [digits.LABELS[label] for label in self.predictions[method]]
 
 
-def _data_uri(image: Tensor) -> str:
-    """A PNG of uint8 [3,S,S]."""
+def glowing(images: Tensor, maps: Tensor) -> Tensor:
+    """uint8 [E,3,S,S]: the pictures, uint8 [E,3,S,S], in grey, and on them the glow of maps [E,S,S] in 0..1."""
+    grey = images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.8
+    strength = maps[:, None] * 0.85
+    return (grey * (1 - strength) + torch.tensor(HOT)[:, None, None] * strength).round().to(torch.uint8)
+
+
+def data_uri(image: Tensor, side: int | None = None) -> str:
+    """A PNG of uint8 [3,H,W], made smaller where that is larger than `side`."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG", optimize=True)
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if side is not None:
+        picture.thumbnail((side, side))
+    picture.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

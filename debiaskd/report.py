@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from debiaskd.gallery import Gallery
+from debiaskd.reports import page
 
 REQUIRED = (
     "method",
@@ -163,14 +164,11 @@ def render(document: dict[str, Any], gallery: Gallery) -> str:
         ModuleNotFoundError: jinja2 or pillow is not installed.
         ValueError: as `summarize`.
     """
-    import jinja2
-
     summaries = summarize(document["rows"])
     settings = dict(document["settings"])
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     columns = [column for column in COLUMNS if all(column[0] in summary.figures for summary in summaries)]
-    return template.render(
+    return page.render(
+        "quickstart.html.j2",
         headline=headline(summaries),
         findings=findings(summaries),
         summaries=summaries,

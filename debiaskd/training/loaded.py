@@ -18,9 +18,10 @@ from debiaskd.terms import BackdoorOptions, Ranks
 from debiaskd.terms.backdoor import Intervened, Intervention
 from debiaskd.training.evaluation import Evaluation, looked_at
 from debiaskd.training.pictures import Pictures, Split, open_split
-from debiaskd.training.run import RunError, Stage, finished, open_run
+from debiaskd.training.run import RunError, Stage, data_fingerprint, digest, finished, open_run
 from debiaskd.training.watched import places
 from debiaskd.transplant import FrozenTeacher, transplant
+from debiaskd.version import __version__
 
 #: Of the IoU where validation gave none, as in the public code of Rao et al. 2023.
 THRESHOLD = 0.5
@@ -30,6 +31,7 @@ class Loaded:
     """A stage of a finished run.
 
     Attributes:
+        folder, name: of the run; of the stage.
         model: in evaluation mode, on `device`.
         recipe, stage: the run's.
         network: how it is built.
@@ -38,6 +40,7 @@ class Loaded:
     """
 
     def __init__(self, folder: Path, stage: str = "student", data: str | None = None) -> None:
+        self.folder, self.name = folder, stage
         self.recipe = open_run(folder)
         if data is not None:
             here = dataclasses.replace(self.recipe.data, path=data, url=None)
@@ -132,6 +135,20 @@ def _about(stage: Stage) -> dict[str, Any]:
         return about
 
 
+def measured_on(loaded: Loaded, split: str | None) -> Split:
+    """The split that is named, or the one that the recipe calls test.
+
+    Raises:
+        RecipeError: there is none such.
+        RunError: it has other classes than the run knows.
+    """
+    data = loaded.recipe.data
+    found = open_split(dataclasses.replace(data, test=split or data.test), "test")
+    if list(found.whole.classes) != loaded.classes:
+        raise RunError(f"{loaded.folder}: knows other classes than {data.path}")
+    return found
+
+
 def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) -> tuple[dict[str, Any], Path]:
     """(figures and what they are of, the file that holds them).
 
@@ -139,25 +156,61 @@ def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) 
         RunError, RecipeError, DataError, NetworkError: as their names say.
     """
     loaded = Loaded(folder, stage, data)
-    recipe = loaded.recipe
-    name = split or recipe.data.test
-    asked = dataclasses.replace(recipe.data, test=name)
-    pictures = loaded.pictures(open_split(asked, "test"))
-    groups = open_split(recipe.data, "train").groups
-    threshold = loaded.stage.facts.get("figures", {}).get("iou_threshold")
-    if threshold is None:  # not the best on this split: that would be to choose by what is measured
-        threshold = THRESHOLD
-    figures = Evaluation(pictures, groups, looked_at(recipe, stage), threshold)(loaded.model)
-    document = {
-        "run": str(folder),
-        "stage": stage,
-        "epoch": loaded.stage.facts.get("epoch"),
-        "selection": loaded.stage.facts.get("selection"),
-        "split": name,
-        "pictures": len(pictures.split),
-        "figures": {key: value if value == value else None for key, value in figures.items()},
-    }
-    suffix = "" if stage == "student" else f"-{stage}"
-    path = folder / f"evaluation-{re.sub(r'[^A-Za-z0-9_]+', '-', name).strip('-')}{suffix}.json"
-    files.write_json(path, document)
-    return document, path
+    evaluated = Evaluated(loaded, measured_on(loaded, split))
+    document = evaluated.measure()
+    files.write_json(evaluated.path, document)
+    return document, evaluated.path
+
+
+class Evaluated:
+    """The evaluation of a loaded model on a split.
+
+    Attributes:
+        path: the file in the run's folder that holds it.
+        fingerprint: of all that decides the figures: weights, pictures, where attributions are looked at.
+    """
+
+    def __init__(self, loaded: Loaded, split: Split) -> None:
+        self.loaded, self.split = loaded, split
+        self.guide = looked_at(loaded.recipe, loaded.name)
+        threshold = loaded.stage.facts.get("figures", {}).get("iou_threshold")
+        # Not the best on this split: that would be to choose by what is measured.
+        self.threshold: float = THRESHOLD if threshold is None else threshold
+        suffix = "" if loaded.name == "student" else f"-{loaded.name}"
+        slug = re.sub(r"[^A-Za-z0-9_]+", "-", split.name).strip("-")
+        self.path = loaded.folder / f"evaluation-{slug}{suffix}.json"
+        self.fingerprint = digest(
+            {
+                "made_by": f"debiaskd {__version__}",
+                "weights": loaded.stage.outputs.get(loaded.stage.model.name),
+                "data": data_fingerprint(loaded.recipe.data.path),
+                "splits": [split.name, loaded.recipe.data.train, loaded.recipe.data.seed],
+                "guide": dataclasses.asdict(self.guide),
+                "threshold": self.threshold,
+            }
+        )
+
+    def found(self) -> dict[str, Any] | None:
+        """What an earlier evaluation of the same wrote; None if there is none such."""
+        try:
+            document = files.read_json(self.path)
+        except (ValueError, OSError):
+            return None
+        same = isinstance(document, dict) and document.get("fingerprint") == self.fingerprint
+        return document if same else None
+
+    def measure(self) -> dict[str, Any]:
+        """The figures, and what they are of."""
+        loaded = self.loaded
+        pictures, groups = loaded.pictures(self.split), open_split(loaded.recipe.data, "train").groups
+        figures = Evaluation(pictures, groups, self.guide, self.threshold)(loaded.model)
+        return {
+            "run": str(loaded.folder),
+            "stage": loaded.name,
+            "epoch": loaded.stage.facts.get("epoch"),
+            "selection": loaded.stage.facts.get("selection"),
+            "split": self.split.name,
+            "pictures": len(self.split),
+            "fingerprint": self.fingerprint,
+            "figures": {key: value if value == value else None for key, value in figures.items()},
+        }

@@ -55,6 +55,27 @@ class Table:
         files.write_text(self.path, "".join(line + "\n" for line in [",".join(columns), *(row + more for row in rows)]))
 
 
+def read_table(path: Path) -> list[dict[str, float | None]]:
+    """The rows that `Table` wrote, by column; None where a column began later. No rows if there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except FileNotFoundError:
+        return []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"{path}: damaged, a line of it is not whole")
+    try:
+        return [{name: float(text) if text else None for name, text in zip(rows[0], row)} for row in rows[1:]]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
 def _text(value: Any) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 

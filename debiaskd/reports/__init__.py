@@ -1,0 +1,10 @@
+"""Pages that stand alone: HTML with its pictures inside, which loads nothing from elsewhere.
+
+page.py         from a template to a page; base.html.j2 (style), drawings.html.j2 (charts, pictures)
+charts.py       scales, ticks and points of charts
+differences.py  what recipes differ in
+measured.py     one finished run: figures, logs, where it looks
+sections.py     runs that were measured on the same pictures: entries, tables
+curves.py       and their charts
+comparison.py   several runs: `debiaskd report`
+"""

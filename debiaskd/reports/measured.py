@@ -1,0 +1,251 @@
+"""One finished run, as a comparison shows it: figures, logs, and where the student looks."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from debiaskd import files
+from debiaskd.boxes import Boxes
+from debiaskd.gallery import data_uri, glowing
+from debiaskd.ignoring import of_class
+from debiaskd.metrics import energy_in_box
+from debiaskd.recipe import to_dict
+from debiaskd.terms import GuideOptions, make_guide
+from debiaskd.training.loaded import Evaluated, Loaded, measured_on
+from debiaskd.training.logs import read_table
+from debiaskd.training.pictures import Intake, Split
+from debiaskd.training.run import RunError, data_fingerprint, decisive, digest, open_run
+
+#: Pictures that are shown, and how wide they are at most.
+SHOWN, SIDE = 8, 160
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of a split, its number and its name there, and the class whose evidence is looked at; boxes in `size`
+    pixels."""
+
+    number: int
+    name: str
+    target: int
+    title: str
+    uri: str
+    boxes: list[list[int]]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a student makes of an example: its evidence laid over it, the share of it in the boxes (None without
+    boxes), the class's probability, and, where a picture shows one class, what it takes it for."""
+
+    uri: str
+    energy: float | None
+    score: float
+    predicted: str | None
+    right: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished run on a split.
+
+    Attributes:
+        name: for people.
+        settings: the recipe as far as it decides the outcome, without its seed.
+        fingerprint: of the stage, and the weights' checksum: of the run itself, wherever it lies.
+        seed, facts: of the run; see `debiaskd.training.run.Stage`.
+        data: (name of the data set, of the split, number of pictures).
+        pictures: tells whether two runs were measured on the same pictures.
+        validated: tells whether two runs were validated on the same pictures.
+        groups: names.
+        figures: as `debiaskd evaluate` writes them: fractions, None where there is nothing to be measured.
+        parameters: of the model.
+        looked_at: layer and attribution, in words.
+        steps, epochs: rows of log.csv and of epochs.csv.
+        examples, looks: pictures, and what the student makes of each.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    fingerprint: str
+    seed: int
+    facts: dict[str, Any]
+    data: tuple[str, str, int]
+    pictures: str
+    validated: str
+    groups: tuple[str, ...]
+    figures: dict[str, float | None]
+    parameters: int
+    looked_at: str
+    steps: list[dict[str, float | None]]
+    epochs: list[dict[str, float | None]]
+    examples: list[Example]
+    looks: list[Look]
+
+    @property
+    def epoch(self) -> int:
+        """That was kept, from 1, as people count."""
+        return int(self.facts["epoch"]) + 1
+
+
+def measure(folder: Path, name: str, split: str | None = None, data: str | None = None) -> Measured:
+    """A run's student, measured as `debiaskd evaluate` does. What that wrote earlier of the same is used again, and
+    what is measured now is written for later.
+
+    Args:
+        folder: of the run.
+        name: for people.
+        split: that it is measured on; None: the recipe's test.
+        data: where the prepared data lies; None: as the recipe says.
+
+    Raises:
+        RunError, RecipeError, DataError, NetworkError: as their names say.
+    """
+    loaded = Loaded(folder, "student", data)
+    pictures = measured_on(loaded, split)
+    evaluated = Evaluated(loaded, pictures)
+    document = evaluated.found()
+    if document is None:
+        document = evaluated.measure()
+        with suppress(OSError):  # of a run that may only be read there can still be a report
+            files.write_json(evaluated.path, document)
+    recipe, inputs = open_run(folder), loaded.stage.inputs
+    settings = decisive(to_dict(recipe))
+    seed = settings.pop("seed")
+    path = Path(loaded.recipe.data.path)
+    try:
+        steps, epochs = (read_table(loaded.stage.folder / f"{log}.csv") for log in ("log", "epochs"))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    examples = choose(pictures)
+    return Measured(
+        name=name,
+        settings=_with_checksums(settings, Path(recipe.data.path).name, inputs),
+        fingerprint=f"{loaded.stage.fingerprint} {loaded.stage.outputs.get(loaded.stage.model.name)}",
+        seed=seed,
+        facts=loaded.stage.facts,
+        data=(path.resolve().name, pictures.name, len(pictures)),
+        pictures=digest([data_fingerprint(str(path)), pictures.whole.split, pictures.numbers.tolist()]),
+        validated=digest([inputs.get("data"), recipe.data.validation, recipe.data.seed]),
+        groups=tuple(pictures.whole.groups),
+        figures=document["figures"],
+        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        looked_at=_in_words(evaluated.guide),
+        steps=steps,
+        epochs=epochs,
+        examples=examples,
+        looks=_looks(loaded, pictures, evaluated.guide, examples),
+    )
+
+
+def _with_checksums(settings: dict[str, Any], data: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Files are told apart by what they held: the same names may mean others."""
+    found = {**settings, "data": {"path": f"{data} {str(inputs.get('data'))[:8]}", **settings["data"]}}
+    for part in ("student", "teacher"):
+        checksum = inputs.get(f"{part}.weights")
+        if checksum is not None:
+            found[part] = {**found[part], "weights": f"{found[part]['weights']} {checksum[:8]}"}
+    return found
+
+
+def _in_words(guide: GuideOptions) -> str:
+    attribution = "input × gradient" if guide.attribution is None else guide.attribution.replace("_", " ")
+    return f"{attribution} at {guide.layer}"
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def choose(split: Split, count: int = SHOWN) -> list[Example]:
+    """The first pictures of each group, or where there are none of each class, in turns: nobody picks the ones that
+    look best. Those with boxes of their class come before those without."""
+    grouped = split.groups is not None and not split.whole.multi_label
+    places = _by_group(split) if grouped else _by_class(split)
+    chosen: list[tuple[int, int]] = []
+    for _ in range(count):
+        for key, members in places.items():
+            free = next((place for place in members if place not in {used for _, used in chosen}), None)
+            if free is not None and len(chosen) < count:
+                chosen.append((key, free))
+    return [_example(split, place, key, grouped) for key, place in sorted(chosen)]
+
+
+def _by_group(split: Split) -> dict[int, list[int]]:
+    assert split.groups is not None
+    boxed = _boxed(split, split.target)
+    return {int(k): _first(split.groups == k, boxed) for k in split.groups.unique()}
+
+
+def _by_class(split: Split) -> dict[int, list[int]]:
+    found = {}
+    for k in range(split.num_classes):
+        shows = split.target[:, k] > 0 if split.whole.multi_label else split.target == k
+        found[k] = _first(shows, _boxed(split, torch.full((len(split),), k)))
+    return found
+
+
+def _first(shows: Tensor, boxed: Tensor) -> list[int]:
+    """Places: a picture of several classes may be taken already, so more than are shown."""
+    with_boxes, without = (part.nonzero()[: 2 * SHOWN, 0].tolist() for part in (shows & boxed, shows & ~boxed))
+    return [*with_boxes, *without]
+
+
+def _boxed(split: Split, target: Tensor) -> Tensor:
+    """bool [N]: whether a picture has a box of its target, [N]."""
+    boxes, image = split.boxes, split.boxes.image_ids()
+    own = torch.ones_like(image, dtype=torch.bool) if boxes.labels is None else boxes.labels == target[image]
+    return torch.zeros(len(split), dtype=torch.bool).index_fill_(0, image[own], True)
+
+
+def _example(split: Split, place: int, key: int, grouped: bool) -> Example:
+    number = int(split.numbers[place])
+    batch = split.whole.__getitems__([number])
+    target = int(batch.target[0]) if grouped else key
+    boxes = of_class(batch.boxes, torch.tensor([target]))
+    title = split.whole.groups[key] if grouped else split.whole.classes[target]
+    image = batch.images[0]
+    height, width = image.shape[1:]
+    name = f"{split.whole.split}:{number}"
+    return Example(number, name, target, title, data_uri(image, SIDE), boxes.coords.tolist(), (height, width))
+
+
+def _looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
+    stored = split.whole.__getitems__([example.number for example in examples])
+    batch = Intake(loaded.size, loaded.device, six=loaded.six)(stored)
+    target = torch.tensor([example.target for example in examples], device=loaded.device)
+    maps = make_guide(options, loaded.model).attribute(batch.images, target)
+    with torch.no_grad():
+        logits = loaded.model(batch.images).float()
+    several = split.whole.multi_label
+    scores = (logits.sigmoid() if several else logits.softmax(1)).gather(1, target[:, None])[:, 0].tolist()
+    boxes = of_class(batch.boxes, target)
+    ignore = None if batch.ignore is None else of_class(batch.ignore, target)
+    energy = energy_in_box(maps, boxes, loaded.size, ignore).tolist()
+    glow = glowing(stored.images, _strength(maps, stored.images.shape[2:]))
+    looks = []
+    for i, guess in enumerate(logits.argmax(1).tolist()):
+        known = _covered(boxes, i) and energy[i] == energy[i]
+        right = scores[i] >= 0.5 if several else guess == examples[i].target
+        predicted = None if several else loaded.classes[guess]
+        looks.append(Look(data_uri(glow[i], SIDE), energy[i] if known else None, scores[i], predicted, right))
+    return looks
+
+
+def _covered(boxes: Boxes, i: int) -> bool:
+    return bool(boxes.offsets[i + 1] > boxes.offsets[i])
+
+
+def _strength(maps: Tensor, size: Any) -> Tensor:
+    """[E,S,S] in 0..1: of what counts for the class."""
+    raw = F.interpolate(maps[:, None].detach().float(), tuple(size), mode="bilinear")[:, 0].clamp(min=0).cpu()
+    # Most of a map of the image itself is faint: what is bright is the strongest hundredth.
+    strongest = raw.flatten(1).quantile(0.995, dim=1)[:, None, None]
+    return (raw / torch.where(strongest > 0, strongest, 1.0)).clamp(max=1)

@@ -1,0 +1,106 @@
+"""The parts of `debiaskd report`: what recipes differ in, what seeds have in common, scales, logs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchdata")
+pytest.importorskip("safetensors")
+
+from debiaskd.reports import sections
+from debiaskd.reports.charts import Chart, Point, Scale, Series
+from debiaskd.reports.differences import differences
+from debiaskd.reports.measured import Measured
+from debiaskd.training.logs import Table, read_table
+
+
+def test_differences_are_told_in_short() -> None:
+    def recipe(**terms: Any) -> dict[str, Any]:
+        return {"terms": {"guide": None, "kd": None, **terms}, "data": {"crop_scale": None}}
+
+    guide = {"weight": 1.0, "start": 0, "layer": "Final", "loss": "energy", "steps": None}
+    found = differences([recipe(), recipe(guide=guide), recipe(guide={**guide, "layer": "Input"})])
+    assert [(one.key, one.values) for one in found] == [
+        ("terms.guide", ("–", "weight 1, layer Final", "weight 1, layer Input"))
+    ]
+    found = differences([recipe(guide=guide), recipe(guide={**guide, "weight": 0.5, "loss": "l1"})])
+    assert [(one.key, one.values) for one in found] == [
+        ("terms.guide.weight", ("1", "0.5")),
+        ("terms.guide.loss", ("energy", "l1")),
+    ]
+    teacher = {"name": "resnet50", "method": "erm", "schedule": {"epochs": 3, "batch": 64}, "pretrained": True}
+    (one,) = differences([{"teacher": None}, {"teacher": teacher}])
+    assert one.values == ("–", "resnet50, method erm, schedule (epochs 3), pretrained yes")
+    assert differences([recipe()] * 3) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["dett-0", "dett-1"], "dett"),
+        (["dett-seed10", "dett-seed11"], "dett"),
+        (["resnet50-1", "resnet50-2"], "resnet50"),
+        (["a/0", "a/1"], "a"),
+        (["left", "right"], "left + 1"),
+        (["alone-3"], "alone-3"),
+    ],
+)
+def test_seeds_are_named_by_what_they_have_in_common(given: list[str], expected: str) -> None:
+    members = [named(name) for name in given]
+    (entry,) = sections.entries(members)
+    assert entry.name == expected and list(entry.runs) == members
+    assert len(sections.entries([*members, named("other", {"weight": 2})])) == 2
+
+
+def named(name: str, settings: dict[str, Any] | None = None) -> Any:
+    empty: dict[str, Any] = dict.fromkeys(Measured.__dataclass_fields__)
+    return Measured(**{**empty, "name": name, "settings": settings or {}, "figures": {}, "groups": (), "parameters": 1})
+
+
+def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
+    first, second = named("a-0"), named("a-1")
+    first.figures.update(accuracy=0.5, epg=0.25)
+    second.figures.update(accuracy=1.0, epg=None)
+    (entry,) = sections.entries([first, second])
+    assert entry.summary.figures["accuracy"].text(1) == "75.0 ± 35.4" and "epg" not in entry.summary.figures
+
+
+@pytest.mark.parametrize("values", [[], [3.0], [0.0], [-5.0, 5.0], [1e-9, 1.1e-9], [0.02, 40.0], [99.0, 100.0], [7, 8]])
+@pytest.mark.parametrize("options", [{}, {"log": True}, {"whole": True}, {"bounds": (0.0, 100.0)}])
+def test_scales_hold_what_they_are_for(values: list[float], options: dict[str, Any]) -> None:
+    if "bounds" in options:
+        values = [value for value in values if value >= 0]
+    if "whole" in options:
+        values = [round(value) for value in values]
+    scale = Scale(values, 200, 10, **options)
+    assert all(10 <= scale(value) <= 200 for value in values)
+    assert sorted(values) == sorted(values, key=lambda value: -scale(value))
+    places = [place for place, _ in scale.ticks]
+    assert 1 <= len(places) <= 9 and all(10 <= place <= 200 for place in places)
+    assert len({text for _, text in scale.ticks}) == len(places), "two ticks of one name"
+    assert not options.get("whole") or all(float(text) == int(float(text)) for _, text in scale.ticks)
+    assert not math.isnan(scale(1.0))
+
+
+def test_a_chart_leaves_out_who_has_nothing_to_show() -> None:
+    some = Series("some", 1, (Point(1, 2.0, "a"), Point(3, 4.0, "b")))
+    chart = Chart("", "step", "loss", [Series("none", 0, ()), some], joined=True)
+    assert chart.series == [some] and chart.path(some) == f"{chart.left},{chart.bottom} {chart.right},{chart.top}"
+
+
+def test_logs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    log = Table(tmp_path / "log.csv")
+    log.append({"step": 1, "loss": 0.1})
+    log.append({"step": 2, "loss": 1e-17, "guide": float("nan")})
+    first, second = read_table(log.path)
+    assert first == {"step": 1.0, "loss": 0.1, "guide": None}
+    assert second["loss"] == 1e-17 and math.isnan(second["guide"] or 0.0)
+    assert read_table(tmp_path / "none.csv") == []
+    (tmp_path / "empty.csv").write_text("")
+    assert read_table(tmp_path / "empty.csv") == []
