@@ -68,6 +68,7 @@ EVERYTHING: Document = {
     "guide": {"weight": 0.1},
     **{name: {**o, "weight": 0.1} for name, o in CID.items()},
 }
+SMALLER: Document = {"student": {"name": "small/8/1,16,32,32/1"}}
 SIMKD: Document = {"terms": {"match": {}}, "transplant": {"projector": "depthwise"}}
 
 
@@ -92,6 +93,8 @@ METHODS: dict[str, tuple[Document, tuple[str | None, ...]]] = {
     "kd + sample + relation": ({"terms": {name: CID[name] for name in ("kd", "sample", "relation")}}, ONE),
     **{f"dett, λ = {up}": (dett(up), ONE) for up in (5, 20, 200)},
     **{f"guided, {share:.0%} of the boxes": (guided(share), NONE) for share in (0.01, 1.0)},
+    "kd, smaller student": ({"terms": {"kd": {}}, **SMALLER}, ONE),
+    "dett, smaller student": ({**dett(50), **SMALLER}, ONE),
 }
 #: CIFAR-10 from a real ResNet-56. CID's weights are those of the paper's recipes (recipes/cifar100_cid_*.yaml).
 CIFAR: Document = {

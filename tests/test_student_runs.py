@@ -167,10 +167,17 @@ def test_pictures_that_show_several_classes(several: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"terms": {"kd": {}}}, "terms.kd: needs one class a picture"),
         ({"terms": {"relation": {}}}, "terms.relation: needs one class a picture"),
-        ({"terms": {"kd": {}, "backdoor": {"start": 1}}}, "terms.backdoor: needs one class a picture"),
-        ({"terms": {"kd": {}, "supervised": {"weighted": True}}, "weights": {}}, "weights.method: errors needs one cl"),
-        ({"terms": {"kd": {}, "supervised": {"label_smoothing": 0.1}}}, "terms.supervised.label_smoothing: needs one"),
+        ({"terms": {"sample": {}, "backdoor": {"start": 1}}}, "terms.backdoor: needs one class a picture"),
+        (
+            {"terms": {"sample": {}, "supervised": {"weighted": True}}, "weights": {}},
+            "weights.method: errors needs one cl",
+        ),
+        (
+            {"terms": {"sample": {}, "supervised": {"label_smoothing": 0.1}}},
+            "terms.supervised.label_smoothing: needs one",
+        ),
         ({"teacher": {"method": "jtt", "up": 2}}, "teacher.method: jtt needs one class a picture"),
         ({"teacher": {"method": "group_dro"}}, "data.path: groups are asked for, and the prepared data has none"),
         ({"selection": {"rule": "accuracy"}}, "selection.rule: accuracy needs accuracy, and the validation pictures"),
@@ -179,7 +186,7 @@ def test_pictures_that_show_several_classes(several: Path, tmp_path: Path) -> No
 def test_what_several_classes_do_not_allow(several: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     teacher = {"name": "plain/6", "method": "erm", "schedule": {"epochs": 1, "batch": 4}, **change.get("teacher", {})}
     with pytest.raises(RecipeError, match=message):
-        run(several, tmp_path, {**PLAIN, "terms": {"kd": {}}, **change, "teacher": teacher})
+        run(several, tmp_path, {**PLAIN, "terms": {"sample": {}}, **change, "teacher": teacher})
 
 
 def test_guidance_needs_boxes(tmp_path: Path) -> None:

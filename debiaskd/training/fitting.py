@@ -60,7 +60,7 @@ class Fitting:
     def _check_data(self) -> None:
         recipe, split = self.recipe, self.train
         if split.whole.multi_label:
-            for name in ("relation", "backdoor"):
+            for name in ("kd", "relation", "backdoor"):  # kd softens a softmax
                 if getattr(recipe.terms, name) is not None:
                     raise RecipeError(f"terms.{name}: needs one class a picture, here it may be several")
             if recipe.weights is not None and recipe.weights.method == "errors":
