@@ -20,7 +20,7 @@ def of_class(boxes: Boxes, target: Tensor) -> Boxes:
 def known_areas(areas: Boxes) -> Boxes:
     """Without those of images that are not annotated: of them nothing is known."""
     known = areas.annotated[areas.image_ids()]
-    return Boxes(areas.coords * known[:, None], areas.offsets, annotated=areas.annotated)
+    return areas._with_coords(areas.coords * known[:, None])
 
 
 def covering(boxes: Boxes) -> Tensor:
