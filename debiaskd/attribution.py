@@ -25,6 +25,10 @@ from torch import Tensor, nn
 from debiaskd import checks
 from debiaskd.ops.channel_dot import channel_dot
 
+#: A logit's gradient at one of many positions is smaller than float16 knows numbers. A loss scaler does not help: it
+#: scales the loss, and this gradient is computed before there is one.
+HALF_SCALE = 1024.0
+
 
 def input_x_gradient(logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False) -> Tensor:
     """Input × gradient of a class score at a feature map, `Σ_c (∂logit_k/∂A)_c A_c`.
@@ -233,9 +237,9 @@ def _for_each_class(
 ) -> Tensor:
     """`attribute` of the gradient at the feature of each class asked for."""
     checks.rank("feature", checks.floating("feature", feature), "[N,C,H,W]")
-    gradients = logit_gradients(logits, feature, target, create_graph=create_graph)
+    gradients, scale = scaled_gradients(logits, feature, target, create_graph=create_graph)
     with torch.set_grad_enabled(create_graph):
-        maps = [attribute(gradient) for gradient in gradients]
+        maps = [attribute(gradient) / scale for gradient in gradients]  # none of them is more than proportional to it
     return maps[0] if target.dim() == 1 else torch.stack(maps, 1)
 
 
@@ -243,21 +247,44 @@ def logit_gradients(logits: Tensor, feature: Tensor, target: Tensor, *, create_g
     """The gradients of each image's target logits at `feature`, of any shape [N,...]: one for each class asked for.
 
     Images count as independent of each other: where batch norm mixes them, an image's gradient holds what others owe
-    to it. Arguments and errors as `input_x_gradient`.
+    to it. Arguments and errors as `input_x_gradient`. Of float16 logits they are float32.
     """
+    gradients, scale = scaled_gradients(logits, feature, target, create_graph=create_graph)
+    if scale == 1:
+        return gradients
+    with torch.set_grad_enabled(create_graph):
+        return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale for gradient in gradients]
+
+
+def scaled_gradients(
+    logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False
+) -> tuple[list[Tensor], float]:
+    """`logit_gradients` as they come, and how many times too large they are: `HALF_SCALE` in float16, else 1."""
     checks.rank("logits", checks.floating("logits", logits), "[N,K]")
     checks.shape("logits", logits, "[N,K]", [len(feature), logits.shape[1]])
     if not feature.requires_grad:
         raise ValueError("feature must require grad and be what the logits were computed from, got one without grad")
     _check_target(target, len(feature), logits.shape[1])
     columns = target.unbind(1) if target.dim() == 2 else (target,)
+    scale = HALF_SCALE if _in_float16(logits) else 1.0
     gradients = []
     for column in columns:
-        score = logits.gather(1, column[:, None]).sum()
+        score = logits.gather(1, column[:, None])
         (gradient,) = torch.autograd.grad(
-            score, feature, create_graph=create_graph, retain_graph=True, allow_unused=True
+            score,
+            feature,
+            torch.full_like(score, scale),
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
         )
         if gradient is None:
             raise ValueError("feature must be what the logits were computed from, got logits that do not depend on it")
         gradients.append(gradient)
-    return gradients
+    return gradients, scale
+
+
+def _in_float16(logits: Tensor) -> bool:
+    device = logits.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return logits.dtype == torch.float16 or autocast

@@ -24,7 +24,7 @@ from debiaskd.attribution import (
     grad_cam,
     input_x_gradient,
     integrated_gradients,
-    logit_gradients,
+    scaled_gradients,
 )
 from debiaskd.boxes import Boxes
 from debiaskd.depths import Depth, check_layer, find, output_of, statistics_kept, unwrap
@@ -230,10 +230,10 @@ class Guide:
         if layout.axes == "NCHW":
             method = grad_cam if self.attribution == "grad_cam" else input_x_gradient
             return method(seen.logits, seen.raw, target, create_graph=create_graph)
-        gradients = logit_gradients(seen.logits, seen.raw, target, create_graph=create_graph)
+        gradients, scale = scaled_gradients(seen.logits, seen.raw, target, create_graph=create_graph)
         feature = layout.to_map(seen.raw, seen.images)
         with torch.set_grad_enabled(create_graph):
-            maps = [self._weigh(layout.to_map(gradient, seen.images), feature) for gradient in gradients]
+            maps = [self._weigh(layout.to_map(gradient, seen.images), feature) / scale for gradient in gradients]
         return maps[0] if target.dim() == 1 else torch.stack(maps, 1)
 
     def _weigh(self, gradient: Tensor, feature: Tensor) -> Tensor:
@@ -277,9 +277,9 @@ class Guide:
             return None
         column = target if target.dim() == 1 else target[:, 0]
         layout = self._find(seen.images).layout
-        (gradient,) = logit_gradients(seen.logits, seen.raw, column)
+        (gradient,), scale = scaled_gradients(seen.logits, seen.raw, column)
         with torch.no_grad():
-            expected = channel_dot(layout.to_map(gradient, seen.images), feature).to(feature.dtype)
+            expected = (channel_dot(layout.to_map(gradient, seen.images), feature) / scale).to(feature.dtype)
             for classifier in reversed(found):
                 if close(final_layer_map(feature, classifier.weight, column).to(feature.dtype), expected):
                     return classifier

@@ -319,3 +319,39 @@ class Twice(SmallNet):
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(net())
+
+
+@pytest.mark.parametrize("layer", ("Input", "body.relu2", "Final"))
+@pytest.mark.parametrize("attribution", ("input_x_gradient", "grad_cam", "integrated_gradients"))
+def test_gradients_that_float16_does_not_hold_still_make_maps(layer, attribution):
+    model = net().float().eval()
+    with torch.no_grad():
+        model.fc.weight /= 1 << 16
+    maps = []
+    for enabled in (False, True):
+        guide = dk.Guide(model, layer, attribution, steps=4)
+        guide.use_gradients()
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            maps.append(guide.attribute(images().float(), TARGET).float().flatten())
+    assert nn.functional.cosine_similarity(*maps, dim=0) > 0.99
+    torch.testing.assert_close(maps[1].norm(), maps[0].norm(), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("layer", ("Input", "body.relu2", "Final"))
+def test_float16_autocast_with_a_loss_scaler_gives_the_gradients_of_float32_roughly(layer):
+    model, gradients = net().float().eval(), []
+    for enabled in (False, True):
+        guide = dk.Guide(model, layer)
+        guide.use_gradients()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            logits, loss, _ = guide(images().float(), TARGET, BOXES)
+            total = loss + nn.functional.cross_entropy(logits, TARGET)
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.isfinite(gradients[1]).all()
+    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    torch.testing.assert_close(gradients[1].norm(), gradients[0].norm(), rtol=0.03, atol=0)
