@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 WORST, AVERAGE, ENERGY = "worst_group_accuracy", "accuracy", "epg"
 HEADINGS = {
     WORST: "worst group %",
-    AVERAGE: "average %",
+    AVERAGE: "average accuracy %",
     ENERGY: "energy in box %",
     "mnist_accuracy": "digits, probed: accuracy %",
     "voc_map": "VOC, probed: mAP %",

@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import comparisons  # noqa: E402
+
 from bench import metrics as bench_metrics  # noqa: E402
 from bench import report as bench_report  # noqa: E402
 from bench.__main__ import OPS  # noqa: E402
@@ -231,6 +233,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "metrics": metrics_block,
     "voc": voc_block,
     "training": training_block,
+    **comparisons.blocks(),
     **{op: (lambda op=op: op_block(op)) for op in OPS},
 }
 

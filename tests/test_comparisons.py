@@ -72,5 +72,5 @@ def test_verdicts(monkeypatch: pytest.MonkeyPatch, ours: tuple[float, float], sa
     ]
     claim = ("accuracy", ("a", "dfr"), ("b", "dfr"), "a is better")
     assert comparisons.verdicts(rows, [claim]).split("\n")[-1] == (
-        f"| a is better | average %: a (dfr) − b (dfr) {said}"
+        f"| a is better | average accuracy %: a (dfr) − b (dfr) {said}"
     )
