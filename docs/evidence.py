@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 import time
 import warnings
@@ -138,7 +139,7 @@ class Shortcut:
             recipe["schedule"] = {**SCHEDULE, "epochs": 1, "warmup": 0}
             recipe["teacher"] = {**copy.deepcopy(TEACHER), "method": method}
             yield {"method": "teacher", "teacher": teacher}, self._taught(seed, method), stage, recipe
-        for number, (name, (added, teachers)) in enumerate(METHODS.items()):
+        for name, (added, teachers) in METHODS.items():
             for teacher in teachers:
                 recipe = copy.deepcopy({**STUDENT, **added})
                 recipe["data"] = {**STUDENT["data"], **recipe["data"]}
@@ -146,7 +147,7 @@ class Shortcut:
                     method, stage = TEACHERS[teacher]
                     weights = self._taught(seed, method) / stage / "model.safetensors"
                     recipe["teacher"] = {"name": TEACHER["name"], "weights": str(weights), "cache": "fp32"}
-                run = self.out / f"{seed}-{number:02d}-{teacher}"
+                run = self.out / re.sub(r"[^\w+=]+", "-", f"{seed} {name} {teacher or 'alone'}")
                 yield {"method": name, "teacher": teacher}, run, "student", recipe
 
     def _taught(self, seed: int, method: str) -> Path:
