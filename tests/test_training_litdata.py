@@ -115,7 +115,9 @@ def test_the_same_figures_for_the_same_weights(npy: Path, lit: Path, far: Path, 
     here, _ = evaluate_run(run, "student", None, None)
     assert {path.parent.name for path in far.rglob("*.bin")} == {"train", "val", "test"}
     for moved in (npy, lit):
-        assert evaluate_run(run, "student", None, str(moved))[0] == here
+        there, _ = evaluate_run(run, "student", None, str(moved))
+        # What was measured tells the formats apart; what came out does not.
+        assert {**there, "fingerprint": None} == {**here, "fingerprint": None}
     assert here["pictures"] == 16 and here["figures"]["epg"] > 0
 
 
