@@ -197,6 +197,10 @@ def data_block() -> str:
         ("the same, later epochs", packed["images_per_second"]),
         ("`StreamedDataset` (LitData), read by the training process", result["litdata"]["images_per_second"]),
         (f"the same with {processes}", result["litdata"]["with_workers"]),
+        (
+            "`ChunkedDataset` (the same files by number, for recipes), by the training process",
+            result["litdata"]["by_number"],
+        ),
         (f"`Augment` on {where['device']}: random resized crop, flip, normalisation", result["augment"]["contiguous"]),
     ]
     first, last = result["prepare"][0], result["prepare"][-1]
