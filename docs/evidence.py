@@ -4,7 +4,7 @@
     python docs/evidence.py cifar SRC OUT [SEED ...]        docs/results/cifar.json
 
 SRC holds mnist/ (IDX files) and cifar10/ (as `debiaskd prepare cifar` reads it), for `cifar` also weights/ with
-cifar10_resnet56*.th and cifar10_resnet20*.th, and voc2012_sample/ (Pascal VOC). OUT gets data, runs and rows.
+cifar10_resnet56*.th, and voc2012_sample/ (Pascal VOC). OUT gets data, runs and rows.
 
 Every model is a run of `debiaskd.training`, as `debiaskd train` makes one. The epoch is chosen on validation pictures,
 test pictures are looked at once, at the end. Interrupted and started again it goes on; seeds may run side by side, and
