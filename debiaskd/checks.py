@@ -128,6 +128,15 @@ def finite_nonnegative(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite and >= 0 everywhere, got values in [{low:g}, {high:g}]")
 
 
+def sample_weight(value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """[N] >= 0 for the N samples of `reference`; a constant."""
+    floating("weight", value)
+    shape("weight", value, "[N]", reference.shape[:1])
+    same_device("weight", value, reference_name, reference)
+    constant("weight", value)
+    finite_nonnegative("weight", value)
+
+
 def packed_boxes(coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor | None) -> None:
     """What `Boxes` is made of: metadata everywhere, values on the CPU and outside of a compiled graph."""
     for name, value, dtype in (

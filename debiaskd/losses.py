@@ -143,15 +143,17 @@ class KdLoss(nn.Module):
         0.0
     """
 
-    def __init__(self, *, temperature: float = 4.0) -> None:
+    def __init__(self, *, temperature: float = 4.0, reduction: str = "mean") -> None:
         super().__init__()
         self.temperature = checks.number("temperature", temperature, minimum=0.0, exclusive=True)
+        checks.option("reduction", reduction, tuple(REDUCTIONS))
+        self.reduction = reduction
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return kd_loss(student_logits, teacher_logits, temperature=self.temperature)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None = None) -> Tensor:
+        return kd_loss(student_logits, teacher_logits, weight, temperature=self.temperature, reduction=self.reduction)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"
 
 
 class BackdoorLogits(nn.Module):

@@ -57,6 +57,32 @@ def test_any_shape_layout_and_dtype_agrees_with_the_oracle(samples, classes, dty
         assert_accurate(actual, exact, eager)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_and_reductions_are_those_of_samples_taken_by_themselves(dtype):
+    student, teacher = normal(5, 7, dtype=dtype) * 5, normal(5, 7, seed=1, dtype=dtype) * 5
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0, 50.0])
+    each = torch.stack([dk.kd_loss(s[None], t[None]) for s, t in zip(student, teacher)])
+    weighted = weight.to(each.dtype) * each
+    for reduction, expected in (("none", weighted), ("sum", weighted.sum()), ("mean", weighted.sum() / weight.sum())):
+        torch.testing.assert_close(dk.kd_loss(student, teacher, weight, reduction=reduction), expected)
+    torch.testing.assert_close(dk.kd_loss(student, teacher, reduction="none"), each)
+
+
+def test_gradient_of_weighted_samples():
+    student, teacher = normal(4, 6, dtype=torch.float64).requires_grad_(), normal(4, 6, seed=1, dtype=torch.float64)
+    weight = torch.tensor([0.0, 1.0, 3.0, 4.0])
+    (gradient,) = torch.autograd.grad(dk.kd_loss(student, teacher, weight, temperature=2.0), student)
+    q, p = ((x.detach() / 2).softmax(1) for x in (student, teacher))
+    torch.testing.assert_close(gradient, weight[:, None].double() / 8 * 2 * (q - p))
+
+
+def test_nothing_that_has_weight_is_zero():
+    loss, gradient = loss_and_gradient(
+        lambda s, t, _: dk.kd_loss(s, t, torch.zeros(3)), normal(3, 4), normal(3, 4, seed=1)
+    )
+    assert loss.item() == 0 and not gradient.any()
+
+
 @pytest.mark.parametrize("name", ("cid0", "cid1"))
 def test_reference_kl_and_gradient_are_reproduced(name):
     with np.load(GOLDEN / "cid.npz") as file:
@@ -144,6 +170,10 @@ BAD = [
         ValueError,
         r"teacher_logits must be on the device of student",
     ),
+    ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \[N\]=\[2\], got \[3\]"),
+    ({"weight": torch.tensor([1.0, -1.0])}, ValueError, r"weight must"),
+    ({"weight": torch.ones(2, requires_grad=True)}, ValueError, r"weight must not require grad"),
+    ({"reduction": "batchmean"}, ValueError, r"reduction must be one of.*got 'batchmean'"),
     ({"temperature": 0.0}, ValueError, r"temperature must be a finite number > 0, got 0\.0"),
     ({"temperature": float("nan")}, ValueError, r"temperature must be a finite number > 0, got nan"),
     ({"temperature": None}, TypeError, r"temperature must be a number, got NoneType"),
@@ -161,4 +191,7 @@ def test_module_is_the_function():
     module = dk.KdLoss(temperature=2.0)
     inputs = (normal(5, 7), normal(5, 7, seed=1))
     assert torch.equal(module(*inputs), dk.kd_loss(*inputs, temperature=2.0))
-    assert repr(module) == "KdLoss(temperature=2.0)"
+    assert repr(module) == "KdLoss(temperature=2.0, reduction='mean')"
+    weight = torch.rand(5)
+    expected = dk.kd_loss(*inputs, weight, reduction="none")
+    assert torch.equal(dk.KdLoss(reduction="none")(*inputs, weight), expected)

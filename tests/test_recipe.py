@@ -227,8 +227,12 @@ def test_there_are_recipes() -> None:
         (taught(method="group_dro", step_size=0), "teacher.step_size: must be a number > 0, got 0"),
         (taught(method="erm", schedule={"epochs": 0}), "teacher.schedule.epochs: must be >= 1, got 0"),
         ({"terms": {"supervised": {"weighted": True}}}, "terms.supervised.weighted: there are no weights"),
-        ({"weights": {}}, "weights: no term uses them; terms.match and terms.supervised can, with weighted: true"),
-        ({**MATCH, "terms": {"match": {"weighted": False}}, "weights": {}}, "weights: no term uses them; terms.match"),
+        ({**TEACHER, "terms": {"kd": {"weighted": True}}}, "terms.kd.weighted: there are no weights"),
+        (
+            {"weights": {}},
+            "weights: no term uses them; of terms supervised, match, kd, sample, backdoor can, with weighted: true",
+        ),
+        ({**MATCH, "terms": {"match": {"weighted": False}}, "weights": {}}, "weights: no term uses them; of terms"),
         ({**MATCH, "weights": {"method": "groups", "up": 3}}, "weights.up: only for method errors, got groups"),
         ({**MATCH, "weights": {"method": "groups", "epochs": 3}}, "weights.epochs: only for method errors, got groups"),
         (

@@ -150,6 +150,36 @@ def test_sample_regresses_and_divides_by_the_teachers_norm() -> None:
     assert term.regressor.weight.grad is not None and bool(term.regressor.weight.grad.any())
 
 
+def test_distillation_by_weight_is_the_weighted_mean_of_each_samples_loss() -> None:
+    step = state(weight=torch.rand(N) + 0.1)
+    assert step.weight is not None and step.teacher is not None
+    share = step.weight / step.weight.sum()
+    q, p = ((logits / 4).log_softmax(1) for logits in (step.student.logits, step.teacher.logits))
+    found = Kd(KdOptions(weighted=True), SETTING)(step)
+    torch.testing.assert_close(found, (share * 16 * (p.exp() * (p - q)).sum(1)).sum())
+
+    sample = Sample(SampleOptions(weighted=True), SETTING)
+    assert step.student.pooled is not None and step.teacher.pooled is not None
+    t = step.teacher.pooled
+    each = (sample.regressor(step.student.pooled) - t).square().sum(1) / t.square().sum(1)
+    torch.testing.assert_close(sample(step), (share * each).sum())
+    assert not torch.isclose(sample(step), each.mean())
+    unweighted = replace(step, weight=None)
+    torch.testing.assert_close(sample(unweighted), each.mean())
+    torch.testing.assert_close(Kd(KdOptions(weighted=True), SETTING)(unweighted), Kd(KdOptions(), SETTING)(step))
+
+
+def test_backdoors_cross_entropy_can_be_weighted_and_its_contexts_are_not() -> None:
+    step = state(weight=torch.rand(N) + 0.1, epoch=1)
+    assert step.weight is not None and step.student.pooled is not None
+    weighted, plain = (Backdoor(BackdoorOptions(start=1, weighted=w), SETTING) for w in (True, False))
+    plain.load_state_dict(weighted.state_dict())
+    found, _ = weighted(step), plain(step)
+    each = F.cross_entropy(weighted.head(step.student.pooled, step.student.logits), TARGET, reduction="none")
+    torch.testing.assert_close(found, (step.weight * each).sum() / step.weight.sum())
+    assert torch.equal(weighted.sums, plain.sums) and torch.equal(weighted.masses, plain.masses)
+
+
 def test_relation_compares_cosines_within_classes() -> None:
     step = state()
     assert step.student.pooled is not None and step.teacher is not None and step.teacher.pooled is not None

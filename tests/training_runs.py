@@ -81,10 +81,10 @@ EVERYTHING: dict[str, Any] = {
     },
     "terms": {
         "match": {},
-        "kd": {"weight": 0.5},
-        "sample": {"weight": 0.1},
+        "kd": {"weight": 0.5, "weighted": True},
+        "sample": {"weight": 0.1, "weighted": True},
         "relation": {"weight": 0.1, "start": 1},
-        "backdoor": {"start": 2, "weight": 0.5, "mode": "exact", "mix": 0.3},
+        "backdoor": {"start": 2, "weight": 0.5, "mode": "exact", "mix": 0.3, "weighted": True},
         "guide": {"weight": 0.1},
     },
     "selection": {"rule": "pareto"},

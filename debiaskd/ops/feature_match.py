@@ -161,11 +161,7 @@ def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: b
             checks.same_dtype("teacher", teacher, "student", student)
         teacher = teacher.to(student.dtype)
     if weight is not None:
-        checks.floating("weight", weight)
-        checks.shape("weight", weight, "[N]", student.shape[:1])
-        checks.same_device("weight", weight, "student", student)
-        checks.constant("weight", weight)
-        checks.finite_nonnegative("weight", weight)
+        checks.sample_weight(weight, "student", student)
     checks.flag("normalize", normalize)
     checks.option("reduction", reduction, REDUCTION_NAMES)
     return teacher

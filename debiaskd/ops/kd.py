@@ -2,9 +2,13 @@
 
 Formula, with p = softmax(u / T) of the teacher's logits u, q = softmax(l / T) of the student's l:
 
-    loss = T^2 / N  sum_i sum_k p_ik (log p_ik - log q_ik)
+    d_i  = T^2 sum_k p_ik (log p_ik - log q_ik)
+    mean = sum_i w_i d_i / sum_i w_i          (w_i = 1 without weight; 0 where nothing has weight)
+    sum  = sum_i w_i d_i
+    none = [w_1 d_1, ..., w_N d_N]
 
-Gradient, with the upstream gradient g:  dL/dl_ik = g T / N (q_ik - p_ik)
+Gradient, with the upstream gradient g:  dL/dl_ik = g_i f_i T (q_ik - p_ik), where f_i is the factor of d_i above:
+1 / N for the mean without weight.
 
 T^2 keeps the gradient's size when T changes.
 
@@ -21,18 +25,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from debiaskd import checks
+from debiaskd.ops.backend import REDUCTION_NAMES
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """T² times the Kullback-Leibler divergence of the student's softened predictions from the teacher's, batch mean.
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """T² times the Kullback-Leibler divergence of the student's softened predictions from the teacher's.
 
     Args:
         student_logits: [N,K]; gets the gradient. Any floating dtype, any strides.
         teacher_logits: [N,K]; any floating dtype; a constant. A class at -inf has probability 0 and counts nothing.
+        weight: [N] >= 0, how much each sample counts (see `error_weights`, `group_weights`); a constant.
         temperature: T > 0.
+        reduction: "mean" (divided by the sum of weights), "sum" or "none".
 
     Returns:
-        Scalar. float32 for half precisions, else the dtype of student_logits. N = 0 gives 0.
+        Scalar, or [N] for "none". float32 for half precisions, else the dtype of student_logits. N = 0 gives 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -44,18 +58,31 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
     Source: Hinton, Vinyals & Dean 2015, arXiv 1503.02531.
     """
-    temperature = _check(student_logits, teacher_logits, temperature)
+    temperature = _check(student_logits, teacher_logits, weight, temperature, reduction)
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student = (student_logits.to(wide) / temperature).log_softmax(1)
     teacher = (teacher_logits.to(wide) / temperature).softmax(1)
-    return F.kl_div(student, teacher, reduction="sum") * (temperature**2 / max(student_logits.shape[0], 1))
+    each = F.kl_div(student, teacher, reduction="none").sum(1) * temperature**2
+    weight = torch.ones_like(each) if weight is None else weight.to(wide)
+    weighted = weight * each
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()
+    return weighted.sum() / torch.where(total > 0, total, 1)
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> float:
+def _check(
+    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, temperature: float, reduction: str
+) -> float:
     checks.floating("student_logits", student_logits)
     checks.floating("teacher_logits", teacher_logits)
     checks.rank("student_logits", student_logits, "[N,K]")
     checks.shape("teacher_logits", teacher_logits, "that of student_logits", student_logits.shape)
     checks.same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
     checks.constant("teacher_logits", teacher_logits)
+    if weight is not None:
+        checks.sample_weight(weight, "student_logits", student_logits)
+    checks.option("reduction", reduction, REDUCTION_NAMES)
     return checks.number("temperature", temperature, minimum=0.0, exclusive=True)

@@ -10,6 +10,7 @@ from debiaskd.recipe.options import Network, Recipe, Schedule, Teacher
 from debiaskd.terms import TermOptions
 
 OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor")
+BY_WEIGHT = ("supervised", "match", "kd", "sample", "backdoor")
 
 
 class RecipeError(ValueError):
@@ -152,16 +153,15 @@ def _method(teacher: Teacher) -> Iterator[str]:
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:
-    weights, terms = recipe.weights, recipe.terms
-    used = (terms.match is not None and terms.match.weighted) or (
-        terms.supervised is not None and terms.supervised.weighted
-    )
+    weights = recipe.weights
+    used = [name for name, options in vars(recipe.terms).items() if getattr(options, "weighted", False)]
     if weights is None:
-        if terms.supervised is not None and terms.supervised.weighted:
-            yield "terms.supervised.weighted: there are no weights"
+        for name in used:
+            if name != "match":  # which is SimKD without weights
+                yield f"terms.{name}.weighted: there are no weights"
         return
     if not used:
-        yield "weights: no term uses them; terms.match and terms.supervised can, with weighted: true"
+        yield f"weights: no term uses them; of terms {', '.join(BY_WEIGHT)} can, with weighted: true"
     if weights.method == "groups":
         for key in ("up", "convention", "epochs"):
             if getattr(weights, key) is not None:

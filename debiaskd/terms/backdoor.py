@@ -29,12 +29,14 @@ class BackdoorOptions(TermOptions):
         mode: "nwgm", the paper's code: the mean context enters the head; "exact": the mean of the probabilities.
         temperature: of the softmax that says how probable each context is, and how sure the teacher is.
         mix: of the contexts of the epoch before that stay: mix · old + (1 - mix) · new.
+        weighted: the cross-entropy, by the recipe's sample weights; the contexts are not.
     """
 
     start: int = 20
     mode: Literal["nwgm", "exact"] = "nwgm"
     temperature: float = 4.0
     mix: float = 0.0
+    weighted: bool = False
 
 
 class Intervention(nn.Module):
@@ -71,7 +73,7 @@ class Backdoor(Term):
         super().__init__(options)
         width, classes = setting.student_width, setting.num_classes
         self.head = Intervention(width, classes, options.mode, options.temperature)
-        self.mix, self.temperature = options.mix, options.temperature
+        self.mix, self.temperature, self.weighted = options.mix, options.temperature, options.weighted
         self.register_buffer("sums", torch.zeros(classes, width))
         self.register_buffer("masses", torch.zeros(classes))
         self.register_buffer("built", torch.tensor(False))
@@ -93,7 +95,8 @@ class Backdoor(Term):
         self.masses += masses
         if not self.options.factor(state.epoch):
             return logits.new_zeros(())
-        return F.cross_entropy(self.head(feature, logits), state.target)
+        each = F.cross_entropy(self.head(feature, logits), state.target, reduction="none")
+        return state.mean(each, self.weighted)
 
     def end_epoch(self, epoch: int, ranks: Ranks) -> None:
         if not self.active(epoch):

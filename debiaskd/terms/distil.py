@@ -22,9 +22,11 @@ class KdOptions(TermOptions):
 
     Args:
         temperature: T > 0.
+        weighted: by the recipe's sample weights.
     """
 
     temperature: float = 4.0
+    weighted: bool = False
 
 
 class Kd(Term):
@@ -32,16 +34,24 @@ class Kd(Term):
 
     def __init__(self, options: KdOptions, setting: Setting) -> None:
         super().__init__(options)
-        self.temperature = options.temperature
+        self.temperature, self.weighted = options.temperature, options.weighted
 
     def forward(self, state: State) -> Tensor:
         assert state.teacher is not None
-        return kd_loss(state.student.logits, state.teacher.logits, temperature=self.temperature)
+        student, teacher, shares = state.student.logits, state.teacher.logits, state.shares(self.weighted)
+        reduction = "mean" if shares is None else "sum"
+        return kd_loss(student, teacher, shares, temperature=self.temperature, reduction=reduction)
 
 
 @dataclass
 class SampleOptions(TermOptions):
-    """CID's sample loss, ‖R s - t‖² / ‖t‖² of pooled features, with R linear, trained, and without weight decay."""
+    """CID's sample loss, ‖R s - t‖² / ‖t‖² of pooled features, with R linear, trained, and without weight decay.
+
+    Args:
+        weighted: by the recipe's sample weights.
+    """
+
+    weighted: bool = False
 
 
 class Sample(Term):
@@ -52,11 +62,14 @@ class Sample(Term):
         super().__init__(options)
         assert setting.teacher_width is not None
         self.regressor = nn.Linear(setting.student_width, setting.teacher_width)
+        self.weighted = options.weighted
 
     def forward(self, state: State) -> Tensor:
         assert state.student.pooled is not None and state.teacher is not None and state.teacher.pooled is not None
         projected = self.regressor(state.student.pooled)
-        return feature_match_loss(projected, state.teacher.pooled.to(projected.dtype), normalize=True)
+        teacher, shares = state.teacher.pooled.to(projected.dtype), state.shares(self.weighted)
+        reduction = "mean" if shares is None else "sum"
+        return feature_match_loss(projected, teacher, shares, normalize=True, reduction=reduction)
 
 
 @dataclass

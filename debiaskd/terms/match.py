@@ -36,8 +36,5 @@ class Match(Term):
     def forward(self, state: State) -> Tensor:
         assert state.student.feature is not None and state.teacher is not None and state.teacher.feature is not None
         student, teacher = match_spatial(state.student.feature, state.teacher.feature)
-        if not self.weighted or state.weight is None:
-            return feature_match_loss(student, teacher)
-        # Normalised beforehand, so that nothing is left to scale in the gradient of the whole map.
-        weight = state.weight / state.ranks.mean(state.weight.sum())
-        return feature_match_loss(student, teacher, weight, reduction="sum")
+        shares = state.shares(self.weighted)
+        return feature_match_loss(student, teacher, shares, reduction="mean" if shares is None else "sum")

@@ -109,6 +109,21 @@ class State:
     draws: Draws
     ranks: Ranks
 
+    def shares(self, weighted: bool) -> Tensor | None:
+        """[N] of which the sum over this rank's samples, averaged over ranks, makes a mean by the samples' weights.
+
+        None where all count alike: not `weighted`, or no weights. Factors of the samples, and not of their sum, leave
+        nothing to scale in the gradient of a whole feature map.
+        """
+        if not weighted or self.weight is None:
+            return None
+        return self.weight / self.ranks.mean(self.weight.sum())
+
+    def mean(self, each: Tensor, weighted: bool) -> Tensor:
+        """Of each sample's loss [N]; by the samples' weights if `weighted` and there are any."""
+        shares = self.shares(weighted)
+        return each.mean() if shares is None else (shares * each).sum()
+
 
 @dataclass
 class Setting:

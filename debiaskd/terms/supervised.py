@@ -34,6 +34,4 @@ class Supervised(Term):
             each = F.binary_cross_entropy_with_logits(logits, state.target, reduction="none").mean(1)
         else:
             each = F.cross_entropy(logits, state.target, reduction="none", label_smoothing=self.smoothing)
-        if not self.weighted or state.weight is None:
-            return each.mean()
-        return (state.weight * each).sum() / state.ranks.mean(state.weight.sum())
+        return state.mean(each, self.weighted)
