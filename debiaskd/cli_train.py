@@ -16,11 +16,16 @@ def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train the student that a recipe describes",
-        description="Trains what RECIPE.yaml describes, with all that it needs before: teacher, weights, pretraining. "
+        description="Trains what RECIPE describes, with all that it needs before: teacher, weights, pretraining. "
         "Interrupted and started again it goes on where it was; finished stages are used again. Whatever a recipe "
         "says can be said anew: --schedule.epochs 5 --terms.guide.loss l1.",
     )
-    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    train.add_argument(
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="a YAML file, or the name of one that comes with debiaskd: waterbirds_dett, ...; another word lists them",
+    )
     train.add_argument("--out", type=Path, metavar="RUN", help="folder of the run; default: runs/RECIPE")
     train.add_argument("--print", action="store_true", help="only print the whole recipe, with every default")
     evaluate = commands.add_parser(

@@ -12,7 +12,7 @@ pytest.importorskip("yaml")
 
 import yaml
 
-from debiaskd.recipe import RecipeError, check, read, to_dict
+from debiaskd.recipe import RecipeError, check, names, read, to_dict
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 PLAIN: dict[str, Any] = {"data": {"path": "x"}, "student": {"name": "small/4"}, "terms": {"supervised": {}}}
@@ -34,6 +34,33 @@ def taught(**teacher: Any) -> dict[str, Any]:
 
 def terms(**options: Any) -> dict[str, Any]:
     return {"terms": {"supervised": {}, **options}}
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_ours_are_found_by_name_wherever_one_is(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert names() == [file.stem for file in RECIPES]
+    assert read(path.stem, ["--seed", "7"]) == read(path, ["--seed", "7"])
+
+
+def test_a_file_of_ones_own_comes_before_a_name_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("waterbirds_dett").write_text(RECIPES[0].read_text().replace("path: ", "path: mine-"))
+    assert read("waterbirds_dett").data.path.startswith("mine-")
+
+
+def test_another_word_is_answered_with_our_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"^nosuch: no such file; recipes that come with debiaskd: celeba_dett, .*cid$"
+    ):
+        read("nosuch")
+    for path in ("nosuch.yaml", "nosuch/waterbirds_dett"):
+        with pytest.raises(FileNotFoundError):
+            read(path)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

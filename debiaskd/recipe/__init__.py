@@ -13,7 +13,7 @@ from debiaskd.recipe.options import (
     Transplant,
     Weights,
 )
-from debiaskd.recipe.reading import RecipeError, read, to_dict
+from debiaskd.recipe.reading import RecipeError, names, read, to_dict
 
 __all__ = [
     "Compute",
@@ -28,6 +28,7 @@ __all__ = [
     "Transplant",
     "Weights",
     "check",
+    "names",
     "read",
     "to_dict",
 ]

@@ -6,31 +6,49 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from debiaskd.recipe.checking import RecipeError, check
 from debiaskd.recipe.options import Recipe
 
-__all__ = ["RecipeError", "read", "to_dict"]
+__all__ = ["RecipeError", "names", "read", "to_dict"]
+
+
+def names() -> list[str]:
+    """The recipes that come with debiaskd: `read` and `debiaskd train` take these names, too."""
+    found = (file.name for file in files("debiaskd.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+
+
+def _text(path: Path | str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if len(Path(path).parts) != 1 or Path(path).suffix:
+            raise
+        if str(path) in names():
+            return (files("debiaskd.recipes") / f"{path}.yaml").read_text(encoding="utf-8")
+        raise RecipeError(f"{path}: no such file; recipes that come with debiaskd: {', '.join(names())}") from None
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides.
 
     Args:
-        path: see `debiaskd.recipe.options.Recipe` for what it may say.
+        path: a file, or one of `names`; see `debiaskd.recipe.options.Recipe` for what it may say.
         overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1".
 
     Raises:
-        RecipeError: unknown keys, values of another type, unused options, impossible combinations; by name.
+        RecipeError: no such name; unknown keys, values of another type, unused options, impossible combinations.
         OSError: the file cannot be read.
         ModuleNotFoundError: jsonargparse is not installed (`pip install 'debiaskd[train]'`).
     """
     import yaml
 
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.safe_load(_text(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(document, dict):
