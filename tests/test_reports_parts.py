@@ -94,6 +94,23 @@ def test_a_chart_leaves_out_who_has_nothing_to_show() -> None:
     assert chart.series == [some] and chart.path(some) == f"{chart.left},{chart.bottom} {chart.right},{chart.top}"
 
 
+def test_a_line_through_more_points_than_pixels_keeps_each_pixels_extremes() -> None:
+    values = [math.sin(step / 40) + (step == 7777) * 5 - (step == 1234) * 5 for step in range(20_000)]
+    line = Series("long", 0, tuple(Point(step, value, "") for step, value in enumerate(values)))
+    chart = Chart("", "step", "", [line], joined=True)
+    drawn = [tuple(map(float, point.split(","))) for point in chart.path(line).split()]
+    assert len(drawn) <= 4 * (chart.right - chart.left + 1)
+    assert drawn == sorted(drawn, key=lambda place: place[0])
+    shown: dict[int, list[float]] = {}
+    for x, y in drawn:
+        shown.setdefault(math.floor(x), []).append(y)
+    every: dict[int, list[float]] = {}
+    for step, value in enumerate(values):
+        every.setdefault(math.floor(float(f"{chart.x(step):g}")), []).append(float(f"{chart.y(value):g}"))
+    assert {x: (min(ys), max(ys)) for x, ys in shown.items()} == {x: (min(ys), max(ys)) for x, ys in every.items()}
+    assert drawn[0][0] == chart.left and drawn[-1][0] == chart.right
+
+
 def test_logs_are_read_as_they_were_written(tmp_path: Path) -> None:
     log = Table(tmp_path / "log.csv")
     log.append({"step": 1, "loss": 0.1})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 #: Values that span more than this are drawn by their logarithm.
 DECADES = 50.0
@@ -129,5 +130,15 @@ class Chart:
         self.y = Scale([p.y for p in points], self.bottom, self.top, bounds=bounds, log=log)
 
     def path(self, series: Series) -> str:
-        """The points of a line, as SVG writes them."""
-        return " ".join(f"{self.x(point.x):g},{self.y(point.y):g}" for point in series.points)
+        """The points of a line, as SVG writes them; of each pixel's width the first, the extremes and the last.
+
+        More than these a line through them does not show (Jugel et al. 2014, M4), and long runs have many more.
+        """
+        places = [(self.x(point.x), self.y(point.y)) for point in series.points]
+        kept: list[tuple[float, float]] = []
+        for _, column in groupby(places, lambda place: math.floor(place[0])):
+            points = list(column)
+            heights = [y for _, y in points]
+            told = {0, heights.index(min(heights)), heights.index(max(heights)), len(points) - 1}
+            kept += [points[i] for i in sorted(told)]
+        return " ".join(f"{x:g},{y:g}" for x, y in kept)
