@@ -31,15 +31,23 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
     """A network with a head for `num_classes`; its random weights come from torch's global generator.
 
     Raises:
-        NetworkError: no such network, or none that has pretrained weights.
+        NetworkError: no such network, or none that has pretrained weights; they could not be fetched.
         ModuleNotFoundError: the package that has it is not installed.
     """
     family, slash, rest = name.partition("/")
-    if not slash or family not in _FAMILIES:
-        return _timm(name, num_classes, pretrained)
-    if pretrained and family not in ("torchvision", "bcos"):
+    make = _FAMILIES.get(family) if slash else None
+    if pretrained and make not in (None, _torchvision, _bcos):
         raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
-    return _FAMILIES[family](rest, num_classes, pretrained)
+    try:
+        return _timm(name, num_classes, pretrained) if make is None else make(rest, num_classes, pretrained)
+    except OSError as error:
+        if not pretrained:
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise NetworkError(
+            f"{name}: its pretrained weights could not be fetched ({why}). Build it once where there is a network: "
+            "they are kept in the cache of torch or of Hugging Face, which can be copied"
+        ) from None
 
 
 def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:

@@ -29,6 +29,8 @@ CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (WORST, ("dett", DRO), ("kd", DRO), "transplanting and reweighting cure that"),
     (WORST, ("dett", DRO), ("teacher", DRO), "the student is then no worse than its teacher"),
     (WORST, ("dett", DRO), ("simkd", DRO), "transplanting alone does less than with reweighting"),
+    (WORST, ("kd, reweighted", DRO), ("kd", DRO), "reweighting without transplanting helps KD"),
+    (WORST, ("dett", DRO), ("kd, reweighted", DRO), "and does less than with it"),
     (WORST, ("cid", DRO), ("kd", DRO), "CID's student is less biased than KD's"),
     (
         WORST,
@@ -40,6 +42,7 @@ CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (ENERGY, ("guided", None), ("erm", None), "a tenth of the boxes moves attributions onto the object"),
     (AVERAGE, ("guided", None), ("erm", None), "without costing accuracy"),
     (WORST, ("dett+guided+cid", DRO), ("dett", DRO), "all three together do better than DeTT alone"),
+    (WORST, ("dett+guided+cid, reweighted", DRO), ("dett", DRO), "so they do where CID's terms are reweighted, too"),
 )
 CIFAR_CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (AVERAGE, ("kd", None), ("plain", None), "KD helps"),
@@ -82,6 +85,17 @@ TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
         (("kd + sample", DRO), "kd + sample"),
         (("kd + sample + relation", DRO), "kd + sample + relation"),
         (("cid", DRO), "kd + sample + relation + backdoor (cid)"),
+    ),
+    "reweighted": (
+        (("kd", DRO), "kd"),
+        (("kd, reweighted", DRO), "kd, reweighted"),
+        (("simkd", DRO), "transplanting (simkd)"),
+        (("dett", DRO), "transplanting, reweighted (dett)"),
+        (("cid", DRO), "cid"),
+        (("cid, its backdoor term reweighted", DRO), "cid, its backdoor term reweighted"),
+        (("cid, reweighted", DRO), "cid, all but its class loss reweighted"),
+        (("dett+guided+cid", DRO), "dett+guided+cid"),
+        (("dett+guided+cid, reweighted", DRO), "dett+guided+cid, all but guidance and class loss reweighted"),
     ),
     "boxes": (
         (("erm", None), "none (erm)"),

@@ -73,8 +73,16 @@ SMALLER: Document = {"student": {"name": "small/8/1,16,32,32/1"}}
 SIMKD: Document = {"terms": {"match": {}}, "transplant": {"projector": "depthwise"}}
 
 
+ERRORS: Document = {"method": "errors", "up": 50, "epochs": 1}
+
+
 def dett(up: float) -> Document:
-    return {**SIMKD, "weights": {"method": "errors", "up": up, "epochs": 1}}
+    return {**SIMKD, "weights": {**ERRORS, "up": up}}
+
+
+def reweighted(terms: Document, *names: str) -> Document:
+    """`terms`, of which `names` count a briefly trained student's mistakes as DeTT does."""
+    return {"terms": {**terms, **{name: {**terms[name], "weighted": True} for name in names}}, "weights": ERRORS}
 
 
 def guided(share: float) -> Document:
@@ -94,6 +102,13 @@ METHODS: dict[str, tuple[Document, tuple[str | None, ...]]] = {
     "kd + sample + relation": ({"terms": {name: CID[name] for name in ("kd", "sample", "relation")}}, ONE),
     **{f"dett, λ = {up}": (dett(up), ONE) for up in (5, 20, 200)},
     **{f"guided, {share:.0%} of the boxes": (guided(share), NONE) for share in (0.01, 1.0)},
+    "kd, reweighted": (reweighted({"kd": {}}, "kd"), ONE),
+    "cid, its backdoor term reweighted": (reweighted(CID, "backdoor"), ONE),
+    "cid, reweighted": (reweighted(CID, "kd", "sample", "backdoor"), ONE),
+    "dett+guided+cid, reweighted": (
+        {**dett(50), **guided(0.1), **reweighted(EVERYTHING, "match", "kd", "sample", "backdoor")},
+        ONE,
+    ),
     "kd, smaller student": ({"terms": {"kd": {}}, **SMALLER}, ONE),
     "dett, smaller student": ({**dett(50), **SMALLER}, ONE),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -94,6 +94,21 @@ def test_names_that_are_none(name: str, package: str | None, message: str) -> No
 def test_pretrained_weights_that_there_are_none_of(name: str) -> None:
     with pytest.raises(NetworkError, match=f"^{name}: has no pretrained weights that could be loaded"):
         build(name, 2, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ("resnet18", "torchvision/resnet18"))
+def test_pretrained_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> NoReturn:
+        raise OSError("no route\nto the host")
+
+    timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision.models")
+    for module, function in ((timm, "create_model"), (models, "get_model")):
+        monkeypatch.setattr(module, function, unreachable)
+    message = rf"^{name}: its pretrained weights could not be fetched \(no route to the host\)\. Build it once where"
+    with pytest.raises(NetworkError, match=message):
+        build(name, 2, pretrained=True)
+    with pytest.raises(OSError, match="no route"):
+        build(name, 2)
 
 
 def test_pretrained_bcos_networks_keep_all_but_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
