@@ -16,7 +16,8 @@ _SOURCES = {
     "voc": "Pascal VOC 2007 or 2012: SRC or SRC/VOCdevkit/VOC2012 with ImageSets, Annotations, JPEGImages",
     "waterbirds": "Waterbirds: SRC/metadata.csv and its pictures; boxes of CUB-200-2011 if there are any",
     "celeba": "CelebA: SRC/img_align_celeba/, SRC/list_attr_celeba.txt and SRC/list_eval_partition.txt (or .csv)",
-    "folder": "SRC/CLASS/… or SRC/train/CLASS/…, and a CSV file with boxes: path,x0,y0,x1,y1[,label]",
+    "folder": "SRC/CLASS/… or SRC/train/CLASS/…, and CSV files with boxes, path,x0,y0,x1,y1[,label], and with what "
+    "goes along with the class, which makes the groups: path,bias",
     "cifar": "CIFAR-10 or CIFAR-100: the binary or the Python version, or SRC/train*.npz and SRC/test*.npz",
     "mnist_on_cifar": "digits of SRC/mnist/ drawn on ships, trucks and horses of SRC/cifar10/: a shortcut of chosen "
     "strength, with boxes and groups",
@@ -81,7 +82,9 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
             "--boxes", type=Path, metavar="DIR", help="CUB's images.txt and bounding_boxes.txt; default: SRC"
         )
     if source == "folder":
-        parser.add_argument("--boxes", type=Path, metavar="CSV", help="default: SRC/boxes.csv, if it is there")
+        for name in ("boxes", "bias"):
+            help = f"default: SRC/{name}.csv, if it is there"
+            parser.add_argument(f"--{name}", type=Path, metavar="CSV", help=help)
     if source == "celeba":
         for name, default, what in (("target", "Blond_Hair", "to be told"), ("bias", "Male", "that goes along")):
             parser.add_argument(
@@ -138,6 +141,8 @@ def _summary(prepared: Prepared, out: Path) -> list[str]:
     for name, split in prepared.manifest["splits"].items():
         skipped = f", {len(split['skipped'])} left out" if split["skipped"] else ""
         lines.append(f"{name}: {split['count']} pictures, {split['boxes']} boxes{skipped}")
+    if prepared.manifest["groups"]:
+        lines.append(f"groups: {'; '.join(prepared.manifest['groups'])}")
     lines += prepared.problems.lines()
     if prepared.problems.found:
         lines.append(f"all of them: {out / 'problems.txt'}")

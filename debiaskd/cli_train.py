@@ -130,6 +130,7 @@ def evaluate(options: argparse.Namespace) -> list[str]:
         return _probe(options)
     document, path = evaluate_run(options.run, options.stage, options.split, options.data)
     figures, headings = document["figures"], dict(HEADINGS)
+    headings |= {f"group_{g}_accuracy": name for g, name in enumerate(document["groups"])}
     epoch = "" if document["epoch"] is None else f", epoch {document['epoch'] + 1}"
     lines = [f"{options.stage} of {options.run}{epoch}, on {document['split']} ({document['pictures']} pictures)"]
     for name, value in figures.items():

@@ -288,6 +288,9 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
 def test_more_pictures_a_step_than_there_are(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"schedule.batch: 64 pictures a step, and the training split has 48"):
         run(data, tmp_path, SUPERVISED, "--schedule.batch", "64")
+    with pytest.raises(RecipeError, match=r"teacher.schedule.batch: 49 pictures a step, and the training split has 48"):
+        run(data, tmp_path, distilled("erm"), "--teacher.schedule.batch", "49")
+    assert not (tmp_path / "run").exists()  # begun, it would hold the next try to these settings
 
 
 def test_networks_of_other_pictures_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,9 @@ def prepare(
         strict: raise at the first thing that is wrong instead of passing it over.
         shard_size: pictures in a shard.
         progress: called with (split, share of all that is done).
-        **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, target and
-            bias for celeba, labels for cifar, and for mnist_on_cifar agreement, seed, train, val and test.
+        **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
+            folder, target and bias for celeba, labels for cifar, and for mnist_on_cifar agreement, seed, train, val
+            and test.
 
     Raises:
         DataError: the source cannot be used, `strict` met something wrong, or `out` holds something else.

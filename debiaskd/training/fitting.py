@@ -73,9 +73,17 @@ class Fitting:
         if recipe.teacher is not None and recipe.teacher.method in ("balanced", "group_dro", "dfr"):
             grouped = True
         if split.groups is None and grouped:
-            raise RecipeError("data.path: groups are asked for, and the prepared data has none")
+            hint = "those of your own pictures come from bias.csv (`debiaskd prepare folder`)"
+            raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
         if recipe.terms.guide is not None and not len(split.boxes.coords):
             raise RecipeError("terms.guide: the training pictures have no boxes")
+        schedules = {"schedule": recipe.schedule, "pretraining": recipe.pretraining}
+        if recipe.teacher is not None:
+            schedules["teacher.schedule"] = recipe.teacher.schedule
+        for name, schedule in schedules.items():
+            if schedule is not None and schedule.batch > len(split):
+                found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
+                raise RecipeError(f"{name}.batch: {found}")
 
     def network(self, options: Network, purpose: str) -> nn.Module:
         """With initial weights of the recipe's seed and this purpose alone, or with those it begins from."""

@@ -211,6 +211,7 @@ class Evaluated:
             "selection": loaded.stage.facts.get("selection"),
             "split": self.split.name,
             "pictures": len(self.split),
+            "groups": list(self.split.whole.groups),
             "fingerprint": self.fingerprint,
             "figures": {key: value if value == value else None for key, value in figures.items()},
         }

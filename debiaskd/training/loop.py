@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.data import Batch
-from debiaskd.recipe import Compute, RecipeError, Schedule
+from debiaskd.recipe import Compute, Schedule
 from debiaskd.terms import Draws, Ranks
 from debiaskd.training.caching import Views
 from debiaskd.training.checkpoint import Checkpoints
@@ -92,11 +92,6 @@ class Training:
         self.checkpoints = Checkpoints(plan.folder / "checkpoints", plan.identity)
         self.logs = Logs(plan.folder, fabric.is_global_zero)
         self.steps = len(plan.pictures) // plan.schedule.accumulate
-        if self.steps < 1:
-            raise RecipeError(
-                f"schedule.batch: {plan.schedule.batch} pictures a step, and the training split has "
-                f"{len(plan.pictures.split)}"
-            )
         self.step = 0
         self.moments: list[Moment] = []
         self.window: dict[str, list[float]] = {}
