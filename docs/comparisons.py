@@ -29,8 +29,8 @@ CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (WORST, ("dett", DRO), ("kd", DRO), "transplanting and reweighting cure that"),
     (WORST, ("dett", DRO), ("teacher", DRO), "the student is then no worse than its teacher"),
     (WORST, ("dett", DRO), ("simkd", DRO), "transplanting alone does less than with reweighting"),
-    (WORST, ("kd, reweighted", DRO), ("kd", DRO), "reweighting without transplanting helps KD"),
-    (WORST, ("dett", DRO), ("kd, reweighted", DRO), "and does less than with it"),
+    (WORST, ("kd, λ = 5", DRO), ("kd", DRO), "reweighting helps KD, too"),
+    (WORST, ("dett, λ = 5", DRO), ("kd, λ = 5", DRO), "with transplanting it does more, λ being the same"),
     (WORST, ("cid", DRO), ("kd", DRO), "CID's student is less biased than KD's"),
     (
         WORST,
@@ -75,10 +75,12 @@ TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
         (("dett, smaller student", DRO), "dett, smaller student"),
     ),
     "lambda": (
-        (("simkd", DRO), "1 (simkd)"),
-        *(((f"dett, λ = {up}", DRO), str(up)) for up in (5, 20)),
-        (("dett", DRO), "50 (dett)"),
-        (("dett, λ = 200", DRO), "200"),
+        (("simkd", DRO), "transplanted, 1 (simkd)"),
+        *(((f"dett, λ = {up}", DRO), f"transplanted, {up}") for up in (5, 20)),
+        (("dett", DRO), "transplanted, 50 (dett)"),
+        (("dett, λ = 200", DRO), "transplanted, 200"),
+        (("kd", DRO), "kd, 1"),
+        *(((f"kd, λ = {up}", DRO), f"kd, {up}") for up in (5, 20, 50)),
     ),
     "parts": (
         (("kd", DRO), "kd"),
@@ -88,7 +90,6 @@ TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
     ),
     "reweighted": (
         (("kd", DRO), "kd"),
-        (("kd, reweighted", DRO), "kd, reweighted"),
         (("simkd", DRO), "transplanting (simkd)"),
         (("dett", DRO), "transplanting, reweighted (dett)"),
         (("cid", DRO), "cid"),

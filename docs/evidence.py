@@ -80,9 +80,10 @@ def dett(up: float) -> Document:
     return {**SIMKD, "weights": {**ERRORS, "up": up}}
 
 
-def reweighted(terms: Document, *names: str) -> Document:
-    """`terms`, of which `names` count a briefly trained student's mistakes as DeTT does."""
-    return {"terms": {**terms, **{name: {**terms[name], "weighted": True} for name in names}}, "weights": ERRORS}
+def reweighted(terms: Document, *names: str, up: float = 50) -> Document:
+    """`terms`, of which `names` count a briefly trained student's mistakes `up` times, as DeTT does."""
+    weighted = {name: {**terms[name], "weighted": True} for name in names}
+    return {"terms": {**terms, **weighted}, "weights": {**ERRORS, "up": up}}
 
 
 def guided(share: float) -> Document:
@@ -102,7 +103,7 @@ METHODS: dict[str, tuple[Document, tuple[str | None, ...]]] = {
     "kd + sample + relation": ({"terms": {name: CID[name] for name in ("kd", "sample", "relation")}}, ONE),
     **{f"dett, λ = {up}": (dett(up), ONE) for up in (5, 20, 200)},
     **{f"guided, {share:.0%} of the boxes": (guided(share), NONE) for share in (0.01, 1.0)},
-    "kd, reweighted": (reweighted({"kd": {}}, "kd"), ONE),
+    **{f"kd, λ = {up}": (reweighted({"kd": {}}, "kd", up=up), ONE) for up in (5, 20, 50)},
     "cid, its backdoor term reweighted": (reweighted(CID, "backdoor"), ONE),
     "cid, reweighted": (reweighted(CID, "kd", "sample", "backdoor"), ONE),
     "dett+guided+cid, reweighted": (
