@@ -197,6 +197,38 @@ def test_crops_are_of_the_size_asked_for() -> None:
     assert (windows[:, 0] == 0).any() and (windows[:, 2] == 80).any() and (windows[:, 3] == 60).any()
 
 
+def test_size_shape_and_place_of_a_crop_are_drawn_apart() -> None:
+    augment = Augment(10, crop_scale=(0.1, 0.2), crop_ratio=(1.5, 2.5), generator=torch.Generator().manual_seed(0))
+    windows = windows_of(augment, 3000, 400, 400).double()
+    w, h = windows[:, 2] - windows[:, 0], windows[:, 3] - windows[:, 1]
+    assert (w / h).min() > 1.45 and (w / h).max() < 2.55, "width to height, not the other way round"
+    x, y = windows[:, 0] / (400 - w), windows[:, 1] / (400 - h)
+    correlation = torch.corrcoef(torch.stack([w * h, w / h, x, y]))
+    assert (correlation - torch.eye(4)).abs().max() < 0.06
+
+
+def test_nothing_shines_in_from_outside_of_a_crop() -> None:
+    images = torch.full((1, 3, 12, 12), 255.0)
+    images[:, :, 4:7, 3:9] = 0
+    for flipped in (None, torch.tensor([True])):
+        assert not crop_resize(images, torch.tensor([[3, 4, 9, 7]]), (30, 20), flipped).any()
+
+
+def test_a_smaller_picture_averages_its_pixels() -> None:
+    stripes = ((torch.arange(32) % 8 == 0) * 200).to(torch.uint8).expand(1, 3, 32, 32)
+    made = Augment(4, flip=False, mean=None, std=None)(Batch(stripes, torch.zeros(1), Boxes.from_lists([[]])))
+    inner = made.images[..., 1:3]  # beyond the edges there is nothing to average
+    torch.testing.assert_close(inner, torch.full((1, 3, 4, 2), 25 / 255), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("crop_scale", [None, (0.5, 1)])
+def test_pictures_that_are_not_annotated_stay_so(crop_scale: Any) -> None:
+    pixels, boxes = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), Boxes.from_lists([None, [[0, 0, 8, 8]], []])
+    made = Augment(6, crop_scale=crop_scale)(Batch(pixels, torch.zeros(3), boxes, ignore=boxes))
+    assert made.ignore is not None
+    assert made.boxes.annotated.tolist() == made.ignore.annotated.tolist() == [False, True, True]
+
+
 def test_crop_where_no_shape_fits() -> None:
     augment = Augment(4, crop_scale=(1, 1), crop_ratio=(1, 1))
     assert windows_of(augment, 3, 10, 40).tolist() == [[15, 0, 25, 10]] * 3
@@ -209,7 +241,7 @@ def test_half_of_the_pictures_are_flipped() -> None:
         Batch(pixels, torch.zeros(400), Boxes.from_lists([[[0, 0, 1, 1]]] * 400))
     )
     flipped = made.images[:, 0, 0, 0] > 0
-    assert 160 < flipped.sum() < 240
+    assert 175 < flipped.sum() < 225
     assert (made.boxes.coords[:, 0] == flipped).all()
 
 

@@ -74,6 +74,9 @@ def test_each_term_alone(recipe: Path, tmp_path: Path, term: str) -> None:
     runs.train(alone, tmp_path / "live")
     runs.train(alone, tmp_path / "cached", "--teacher.cache", "fp32")
     torch.testing.assert_close(weights(tmp_path / "cached"), weights(tmp_path / "live"), rtol=1e-4, atol=1e-5)
+    written = {path.stem for path in (tmp_path / "cached" / "teacher-cache").rglob("*.npy")}
+    needed = {"match": {"feature"}, "kd": set(), "sample": {"pooled"}, "relation": {"pooled"}}
+    assert written == {"logits", *needed[term]}, "what no term needs would only take room"
 
 
 def test_half_precision_is_close(recipe: Path, tmp_path: Path, asked: list[int]) -> None:

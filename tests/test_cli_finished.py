@@ -21,6 +21,7 @@ from cli_runs import GUIDED, command, failed
 from PIL import Image
 
 from debiaskd import cli
+from debiaskd.data import PackedDataset
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli_finished")]
 
@@ -84,6 +85,14 @@ def test_other_stages_splits_and_places(capsys: pytest.CaptureFixture[str], run:
     code, out, _ = command(capsys, "evaluate", run, "--stage", "pretraining", "--split", "train[:25%]")
     assert code == 0 and "on train[:25%] (12 pictures)" in out
     assert (run / "evaluation-train-25-pretraining.json").is_file()
+    assert command(capsys, "evaluate", run, "--split", "train[:10%]")[0] == 0
+    figures = json.loads((run / "evaluation-train-10.json").read_text())["figures"]
+    # Adjusted to all that it was trained on, though other groups are frequent among these five.
+    counts = PackedDataset(data, "train").group_ids.bincount(minlength=4).tolist()  # type: ignore[union-attr]
+    groups = [(count, figures[f"group_{g}_accuracy"]) for g, count in enumerate(counts)]
+    known = [(count, value) for count, value in groups if value is not None]
+    expected = sum(count * value for count, value in known) / sum(count for count, _ in known)
+    assert figures["adjusted_accuracy"] == pytest.approx(expected) != pytest.approx(figures["accuracy"])
     moved = Path(shutil.copytree(data, run.parent / "moved"))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"]["path"] = str(run / "gone")

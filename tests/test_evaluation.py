@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("torchdata")
 
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+
+import training_runs as runs
+
 from debiaskd import Boxes
 from debiaskd.data import Batch
 from debiaskd.guide import Guide
+from debiaskd.metrics import box_size_bins, energy_pointing_game, group_accuracy, iou_with_boxes
 from debiaskd.models import SmallNet
-from debiaskd.training.evaluation import attributions
+from debiaskd.recipe import Data, Network, Recipe, Teacher, Terms, Transplant
+from debiaskd.terms import GuideOptions, Ranks
+from debiaskd.training.evaluation import SIZES, Evaluation, attributions, looked_at
+from debiaskd.training.pictures import Pictures, open_split
 
 
 def several(ignore: Boxes | None) -> Batch:
@@ -57,3 +68,49 @@ def test_one_label_a_picture() -> None:
     ((maps, found, ignore),) = attributions(Guide(model), batch)
     assert ignore is None and found.annotated.tolist() == [True, False]
     torch.testing.assert_close(maps, Guide(model).attribute(batch.images, batch.target))
+
+
+def test_figures_are_those_of_all_pictures_together(tmp_path: Path) -> None:
+    data = Data(str(runs.birds(tmp_path)), size=12)
+    split, groups = open_split(data, "train"), torch.tensor([0] * 3 + [1] * 5 + [2] * 2 + [3] * 9)
+    pictures = Pictures(split, data, training=False, batch=7, ranks=Ranks(), device=torch.device("cpu"))
+    torch.manual_seed(0)
+    model = SmallNet((4, 6), (2, 2), num_classes=2).eval()
+    batch = pictures.placed(split.dataset.__getitems__(range(48)))
+    with torch.no_grad():
+        model.fc.bias -= model(batch.images).mean(0)  # or it would say the same of all
+        correct = model(batch.images).argmax(1) == batch.target
+    assert batch.groups is not None
+    found = Evaluation(pictures, groups, GuideOptions(), threshold=0.3)(model)
+    expected = group_accuracy(correct, batch.groups, groups)
+    assert len({expected.average, expected.worst_group, expected.unbiased, expected.adjusted}) == 4
+    for key in ("worst_group", "unbiased", "adjusted"):
+        assert 100 * found[f"{key}_accuracy"] == pytest.approx(getattr(expected, key)), key
+    assert 100 * found["accuracy"] == pytest.approx(expected.average)
+    assert [100 * found[f"group_{g}_accuracy"] for g in range(4)] == pytest.approx(expected.groups, nan_ok=True)
+    maps = Guide(model).attribute(batch.images, batch.target)
+    share, defined = (part.double() for part in energy_pointing_game(maps, batch.boxes, (12, 12)))
+    assert found["epg"] == pytest.approx(float(share.mean())) and found["defined"] == pytest.approx(defined.mean())
+    assert found["epg_defined"] == pytest.approx(float(share.sum() / defined.sum()))
+    assert found["iou"] == pytest.approx(float(iou_with_boxes(maps, batch.boxes, 0.3, (12, 12)).mean()))
+    assert found["iou_threshold"] == 0.3
+    bins = box_size_bins(batch.boxes, (12, 12), SIZES)
+    for k, name in enumerate(("small", "middle", "large")):
+        wanted = float(share[bins == k].mean())
+        assert found[f"epg_{name}"] == pytest.approx(wanted, nan_ok=True)
+
+
+def test_where_the_model_of_each_stage_is_looked_at() -> None:
+    named = Recipe(Data("x"), Network("plain/4", layer="body"), Terms(), teacher=Teacher("plain/6", layer="stage"))
+    stages = ("student", "pretraining", "identification", "teacher", "teacher-erm", "teacher-identification")
+
+    def layers(recipe: Recipe) -> list[str]:
+        return [looked_at(recipe, stage).layer for stage in stages]
+
+    assert layers(named) == ["body"] * 3 + ["stage"] * 3
+    named.transplant = Transplant()  # whose student has its projector behind that layer
+    assert layers(named) == ["Final", "body", "body"] + ["stage"] * 3
+    named.terms.guide = GuideOptions(layer="Input", attribution="grad_cam")
+    assert layers(named) == ["Input", "Input", "body"] + ["stage"] * 3
+    assert looked_at(named, "student").attribution == "grad_cam" and looked_at(named, "teacher").attribution is None
+    assert layers(Recipe(Data("x"), Network("a"), Terms())) == ["Final"] * 6

@@ -33,6 +33,8 @@ class Chain(nn.Module):
         x = checkpoint(self.stage, x, use_reentrant=False) if self.checkpointed else self.stage(x)
         if self.training:
             self.auxiliary(x.mean((2, 3)))
+        if self.between == "twice":
+            x = self.stage(x)
         if self.between == "relu":
             x = F.relu(x)
         if self.between == "inplace relu":
@@ -78,7 +80,7 @@ class Protocol(nn.Module):
 
 
 @pytest.mark.parametrize("axes", ["NHWC", "NLC"])
-@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (20, 24)])  # the last makes maps of 5×6, and there are 6 channels
 def test_channels_last_and_tokens_become_maps(axes: str, size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, *size)
     teacher = Protocol(axes)
@@ -171,6 +173,7 @@ REFUSED = [
     ((Chain(), Chain()), {**NAMED, "head": "stem"}, TypeError, "head must be an nn.Linear, got Sequential.*'stem'"),
     ((Chain(), Chain()), {**NAMED, "layer": "fc"}, ValueError, r"feature map \[N,C,H,W\].* got \[1, 3\]"),
     ((Chain(), Chain()), {**NAMED, "layer": "unused"}, ValueError, "'unused' must run once in .* it ran 0 times"),
+    ((Chain(between="twice"), Chain()), NAMED, ValueError, "'stage' must run once in .* it ran 2 times"),
     ((Chain(), Chain()), {**NAMED, "head": "auxiliary"}, ValueError, "something else lies between"),
     ((Chain(between="relu"), Chain()), NAMED, ValueError, "something else lies between"),
     ((Chain(between="maximum"), Chain()), NAMED, ValueError, "globally averaged output of layer 'stage'"),

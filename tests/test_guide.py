@@ -12,7 +12,7 @@ from torch import nn
 
 import debiaskd as dk
 from debiaskd import depths
-from debiaskd.attribution import explanation_mode, grad_cam, input_x_gradient, integrated_gradients
+from debiaskd.attribution import explanation_mode, final_layer_map, grad_cam, input_x_gradient, integrated_gradients
 from debiaskd.models import SmallNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,8 +102,10 @@ def test_dropout_is_noticed_though_the_model_was_evaluated_first():
     assert guide.closed_form
     model.train()
     assert guide.closed_form is None
-    guide(images(), TARGET, BOXES)
+    maps = guide(images(), TARGET, BOXES).attribution
     assert guide.closed_form is False
+    closed = final_layer_map(model.body(images()), model.fc.weight, TARGET)
+    assert not torch.allclose(maps, closed), "what dropout left out is no evidence"
 
 
 def test_maps_of_zeros_decide_nothing():

@@ -127,11 +127,12 @@ def test_areas_that_do_not_fit() -> None:
 
 
 def test_an_image_of_nothing_but_ignored_areas_of_its_class_is_not_judged() -> None:
-    boxes = dk.Boxes.from_lists([[[0, 0, 4, 4]], [[0, 0, 4, 4]], []], [[1], [0], []])
-    ignore = dk.Boxes.from_lists([[[4, 4, 8, 8]]] * 3, [[1], [1], [0]])
-    found, areas = judged(boxes, torch.tensor([1, 1, -1]), ignore)
-    assert found.annotated.tolist() == [True, False, False]
-    assert areas is not None and areas.mask((8, 8)).sum((1, 2)).tolist() == [16, 16, 0]
+    boxes = dk.Boxes.from_lists([[[0, 0, 4, 4]], [[0, 0, 4, 4]], [], [[0, 0, 4, 4]]], [[1], [0], [], [0]])
+    ignore = dk.Boxes.from_lists([[[4, 4, 8, 8]]] * 4, [[1], [1], [0], [1]])
+    ignore = ignore.annotated_where(torch.tensor([True, True, True, False]))  # of the last nothing is known
+    found, areas = judged(boxes, torch.tensor([1, 1, -1, 1]), ignore)
+    assert found.annotated.tolist() == [True, False, False, True]
+    assert areas is not None and areas.mask((8, 8)).sum((1, 2))[:3].tolist() == [16, 16, 0]
 
 
 def test_guidance_leaves_them_out() -> None:

@@ -31,6 +31,8 @@ from debiaskd.terms import (
     Sample,
     SampleOptions,
     Setting,
+    Supervised,
+    SupervisedOptions,
     Term,
     make_guide,
 )
@@ -152,6 +154,44 @@ def test_every_parameter_gets_a_gradient_in_every_epoch() -> None:
         learner.end_epoch(epoch, ranks())
 
 
+def test_the_teacher_is_asked_in_epochs_that_need_it_alone() -> None:
+    _, teacher, _ = dett()
+    asked: list[int] = []
+
+    class Counted(Live):
+        def __call__(self, batch: Batch, epoch: int, numbers: Any = None) -> Any:
+            asked.append(epoch)
+            return super().__call__(batch, epoch, numbers)
+
+    setting = Setting(2, False, 0, 6, 8)
+    terms: dict[str, Term] = {
+        "supervised": Supervised(SupervisedOptions(), setting),
+        "kd": Kd(KdOptions(start=2), setting),
+    }
+    alone = Learner(Watched(SmallNet((4, 6), (2, 2), 2), None, ()), terms, teacher=Counted(teacher))
+    for epoch in range(4):
+        alone(step(epoch))
+    assert asked == [2, 3]
+
+
+def test_what_each_rank_has_summed_up_is_its_own_again() -> None:
+    learner, _, _ = dett()
+    for epoch in (0, 1):
+        learner(step(epoch))
+    own = learner.own_state()
+    assert set(own) == {"backdoor.sums", "backdoor.masses"} and all(tensor.any() for tensor in own.values())
+    saved = {name: torch.stack([tensor + 1, tensor + 2]) for name, tensor in own.items()}
+    for rank in (1, 0):
+        learner.load_own_state(saved, rank)
+        torch.testing.assert_close(learner.own_state(), {name: tensor[rank] for name, tensor in saved.items()})
+    learner.load_own_state(saved, None)  # another number of ranks: all of it counts, and once
+    torch.testing.assert_close(learner.own_state(), {name: tensor.sum(0) for name, tensor in saved.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("debiaskd.training.learner.Ranks", lambda: ranks(1, 3))
+        learner.load_own_state(saved, None)
+    assert not any(tensor.any() for tensor in learner.own_state().values())
+
+
 def test_the_teacher_does_not_move_nor_does_its_transplanted_head() -> None:
     learner, _, source = dett()
     student: Any = learner.watched.model
@@ -182,16 +222,37 @@ def test_the_optimiser_has_the_projector_and_decays_kernels_alone() -> None:
     assert {0.0, 0.1} == set(decay.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("adam", torch.optim.Adam, {"betas": (0.9, 0.999)}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999)}),
+    ],
+)
+def test_optimisers_are_the_ones_named(name: Any, kind: type, options: dict[str, Any]) -> None:
+    found = optimizer(Schedule(optimizer=name, learning_rate=0.25), dett()[0])
+    assert type(found) is kind and all(group["lr"] == 0.25 for group in found.param_groups)
+    assert {key: found.defaults[key] for key in options} == options
+
+
 def test_an_average_of_weights_leaves_contexts_alone() -> None:
     learner, _, _ = dett()
     ema = Ema(learner, 0.75)
+    statistics = dict(learner.watched.named_buffers())["model.body.model.body.bn1.running_mean"]
+    begun = statistics.clone()
     kernel = learner.terms["sample"].regressor.weight  # type: ignore[union-attr]
     start = kernel.detach().clone()  # type: ignore[union-attr, operator]
     trained(learner, Schedule(learning_rate=0.1))
+    moved = statistics.clone()
     context, now = learner.terms["backdoor"].head.context.clone(), kernel.detach().clone()  # type: ignore[union-attr, operator]
     ema.update(learner)
     ema.swap(learner)
     torch.testing.assert_close(kernel.detach(), 0.75 * start + 0.25 * now)  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(
+        statistics, 0.75 * begun + 0.25 * moved
+    )  # or batch norm would fit weights of another time
+    assert not torch.equal(begun, moved)
     assert context.any() and torch.equal(learner.terms["backdoor"].head.context, context)  # type: ignore[union-attr]
     assert isinstance(learner.deployed(), Intervened)
     ema.swap(learner)

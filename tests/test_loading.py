@@ -150,6 +150,7 @@ def test_sampler_of_other_data_is_refused() -> None:
         EpochSampler(range(6), seed=1),
         EpochSampler(range(5), seed=2),
         EpochSampler(range(5), shuffle=False),
+        EpochSampler(range(5), seed=1, world_size=2),
     ):
         with pytest.raises(ValueError, match="state must be of the same data: it has"):
             other.load_state_dict(state)

@@ -47,6 +47,25 @@ def test_batches_add_up_to_what_the_functions_give():
     assert fixed.compute().keys() == {"iou", "threshold"}
 
 
+def test_boxes_may_be_in_pixels_of_larger_pictures():
+    maps = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0))
+    boxes = Boxes.from_lists([[[0, 0, 4, 4]], [[2, 3, 16, 10]], [[5, 5, 7, 16], [0, 0, 3, 2]]])
+    energy, overlap = metrics.EnergyPointingGame(bins=(0.1, 0.2), size=(16, 16)), metrics.BoxIoU(0.5, size=(16, 16))
+    energy.update(maps, boxes)
+    overlap.update(maps, boxes)
+    bins = box_size_bins(boxes, (16, 16), (0.1, 0.2))
+    assert energy.compute()["images_bins"].tolist() == bins.bincount().tolist() == [1, 1, 1]
+    assert_same(energy.compute()["epg_bins"], energy_in_box(maps, boxes, (16, 16)).double()[bins.argsort()])
+    assert_same(overlap.compute()["iou"], iou_with_boxes(maps, boxes, 0.5, (16, 16)).double().mean())
+
+
+def test_of_thresholds_that_do_equally_well_the_lowest_is_taken():
+    metric = metrics.BoxIoU(grid=(0.1, 0.3, 0.4, 0.8))
+    metric.update(torch.tensor([[[1.0, 0.6], [0.2, 0.0]]]), Boxes.from_lists([[[0, 0, 2, 1]]]))
+    assert metric.compute()["iou_grid"].tolist() == pytest.approx([2 / 3, 1, 1, 0.5])
+    assert metric.best_threshold() == 0.3
+
+
 def test_images_that_are_not_annotated_count_nowhere():
     maps, boxes = torch.ones(2, 4, 4), Boxes.from_lists([[[0, 0, 4, 2]], None])
     energy, overlap = metrics.EnergyPointingGame(), metrics.BoxIoU(0.5)

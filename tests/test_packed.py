@@ -27,6 +27,7 @@ from debiaskd.data import (
     prepare,
     shards,
 )
+from debiaskd.data.packed import gather
 
 COUNT = 23
 
@@ -146,6 +147,22 @@ def test_partial_annotation_is_fixed_by_the_seed(prepared: Path) -> None:
     assert torch.equal(some.boxes.offsets.diff(), counts * kept)
     assert torch.equal(some.target, PackedDataset(prepared).target)  # classes are known of all
     assert int(PackedDataset(prepared, annotated_fraction=0.01).boxes.annotated.sum()) == 1
+
+
+def test_gathered_boxes_are_those_of_the_pictures() -> None:
+    boxes = Boxes.from_lists(
+        [[[0, 0, 2, 2], [1, 1, 3, 4]], None, [], [[2, 0, 3, 1]], [[0, 3, 4, 4]]], [[1, 0], [], [], [2], [3]]
+    )
+    for numbers in ([4, 1, 0], [3], [2, 2, 3, 0], []):
+        found, expected = gather(boxes, np.array(numbers, np.int64)), boxes[numbers]
+        for part in ("coords", "offsets", "labels", "annotated"):
+            assert getattr(found, part).tolist() == getattr(expected, part).tolist(), part
+
+
+def test_what_was_not_annotated_is_not_with_any_share(tmp_path: Path) -> None:
+    prepare("waterbirds", trees.waterbirds(tmp_path / "src", boxes=False), tmp_path / "out", size=4, workers=1)
+    for fraction in (0.5, 1.0):
+        assert not PackedDataset(tmp_path / "out", "train", annotated_fraction=fraction).boxes.annotated.any()
 
 
 def test_more_is_annotated_with_a_larger_share(prepared: Path) -> None:

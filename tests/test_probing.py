@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data.parent / "run"
 
 
-def test_a_probe_reads_the_frozen_features(run: Path) -> None:
+def test_a_probe_reads_the_frozen_features(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
+
+    given: list[np.ndarray] = []
+    inner = probing._one
+
+    def noted(fitted: np.ndarray, target: np.ndarray, measured: np.ndarray, expected: np.ndarray) -> Any:
+        given.extend([fitted, measured])
+        return inner(fitted, target, measured, expected)
+
+    monkeypatch.setattr(probing, "_one", noted)
 
     data = run.parent / "birds16"
     before = (run / "student" / "model.safetensors").read_bytes()
@@ -59,7 +69,9 @@ def test_a_probe_reads_the_frozen_features(run: Path) -> None:
         with torch.no_grad():
             features.append(loaded.model.forward_features(images.float()).mean((2, 3)).double().numpy())
         targets.append(batch.target.numpy())
-    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6
+    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6  # of the pictures to fit on alone
+    for found, expected in zip(given, features):
+        np.testing.assert_allclose(found, (expected - mean) / deviation, rtol=1e-3, atol=1e-3)
     solver = LogisticRegression(C=document["strength"], max_iter=1000)
     solver.fit((features[0] - mean) / deviation, targets[0])
     right = (solver.predict((features[1] - mean) / deviation) == targets[1]).mean()
@@ -75,6 +87,41 @@ def test_several_labels_a_picture(run: Path, tmp_path: Path) -> None:
     document, _ = probe_run(run, "student", str(tmp_path / "voc16"), ("train[:70%]", "train[70%:]"))
     assert set(document["figures"]) == {"f1", "map"}
     assert all(0 <= value <= 1 for value in document["figures"].values())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_strength_is_chosen_on_pictures_held_back(monkeypatch: pytest.MonkeyPatch, several: bool) -> None:
+    generator = np.random.default_rng(0)
+    target = (np.arange(60) % 4 == 0).astype(np.int64)
+    feature = np.stack([target + generator.normal(0, 0.3, 60), np.arange(60) / 1e9], 1)  # and their numbers
+    if several:
+        target = np.stack([target, 1 - target], 1)
+    seen: list[tuple[float, list[int]]] = []
+    inner = probing._solver
+
+    def noted(strength: float, feature: np.ndarray, target: np.ndarray) -> Any:
+        seen.append((strength, sorted(np.round(feature[:, 1] * 1e9).astype(int).tolist())))
+        return inner(strength, feature, target)
+
+    monkeypatch.setattr(probing, "_solver", noted)
+    judge, share = (probing._several, "f1") if several else (probing._one, "accuracy")
+    figures, chosen = judge(feature, target, feature, target)
+    tried, last = [one for one in seen if len(one[1]) < 60], [one for one in seen if len(one[1]) == 60]
+    assert [strength for strength, _ in tried[:: 2 if several else 1]] == list(probing.STRENGTHS)
+    ((rest,),) = [{tuple(rows) for _, rows in tried}]
+    held = sorted(set(range(60)) - set(rest))
+    assert (len(rest), len(held)) == (48, 12) and {strength for strength, _ in last} == {chosen}
+
+    def worth(strength: float, fit: Any, measured: Any) -> float:
+        if several:
+            scores = probing._scores(strength, feature[fit], target[fit], feature[measured])
+            return probing._f1(scores, target[measured])
+        solver = inner(strength, feature[fit], target[fit])
+        return float((solver.predict(feature[measured]) == target[measured]).mean())
+
+    known = {strength: worth(strength, list(rest), held) for strength in probing.STRENGTHS}
+    assert known[chosen] == max(known.values()) > min(known.values())
+    assert figures[share] == pytest.approx(worth(chosen, slice(None), slice(None)))
 
 
 def test_scores_of_classes_that_nothing_or_everything_shows() -> None:

@@ -205,6 +205,8 @@ def test_there_are_recipes() -> None:
         ({"data": {"path": "x", "dilate": -1}}, "data.dilate: must be a number >= 0, got -1"),
         ({"data": {"path": "x", "size": 0}}, "data.size: must be >= 1, got 0"),
         ({"data": {"path": "x", "crop_scale": [1, 0.5]}}, "must be (smallest, largest) in (0, 1], got (1.0, 0.5)"),
+        ({"data": {"path": "x", "crop_scale": [0.5, 2]}}, "must be (smallest, largest) in (0, 1], got (0.5, 2.0)"),
+        ({"data": {"path": "x", "crop_scale": [0, 1]}}, "must be (smallest, largest) in (0, 1], got (0.0, 1.0)"),
         ({"compute": {"devices": 0}}, "compute.devices: must be >= 1, got 0"),
         ({"compute": {"nodes": 0}}, "compute.nodes: must be >= 1, got 0"),
         ({"compute": {"log_every": 0}}, "compute.log_every: must be >= 1, got 0"),
@@ -224,6 +226,10 @@ def test_there_are_recipes() -> None:
         ({**TEACHER, **terms(backdoor={"temperature": 0})}, "terms.backdoor.temperature: must be a number > 0, got 0"),
         ({**TEACHER, **terms(kd={"temperature": -1})}, "terms.kd.temperature: must be a number > 0, got -1"),
         ({"terms": {"supervised": {"label_smoothing": 1}}}, "supervised.label_smoothing: must lie in [0, 1), got 1"),
+        (
+            {"terms": {"supervised": {"label_smoothing": -0.1}}},
+            "supervised.label_smoothing: must lie in [0, 1), got -0.1",
+        ),
         (terms(guide={"steps": 4}), "terms.guide.steps: only for integrated_gradients, got attribution left out"),
         (
             terms(guide={"attribution": "integrated_gradients", "steps": 0}),
@@ -239,6 +245,10 @@ def test_there_are_recipes() -> None:
             "teacher.name: B-cos networks read other pictures, got bcos/resnet18 for student small/4",
         ),
         (
+            {**KD, "student": {"name": "bcos/resnet18"}},
+            "teacher.name: B-cos networks read other pictures, got",
+        ),
+        (
             {"terms": {"kd": {}}, "teacher": {"name": "a", "weights": "x", "pretrained": True}},
             "teacher.pretrained, teacher.weights: only one of them can be begun from",
         ),
@@ -252,6 +262,8 @@ def test_there_are_recipes() -> None:
         (taught(method="jtt", up=0), "teacher.up: must be a number > 0, got 0"),
         (taught(method="jtt", up=2, identification_epochs=0), "teacher.identification_epochs: must be >= 1, got 0"),
         (taught(method="group_dro", step_size=0), "teacher.step_size: must be a number > 0, got 0"),
+        (taught(method="erm", views=2), "teacher.views: must be >= 1, and is for teacher.cache alone; got 2"),
+        (taught(method="erm", cache="fp32", views=0), "teacher.views: must be >= 1, and is for teacher.cache alone"),
         (taught(method="erm", schedule={"epochs": 0}), "teacher.schedule.epochs: must be >= 1, got 0"),
         ({"terms": {"supervised": {"weighted": True}}}, "terms.supervised.weighted: there are no weights"),
         ({**TEACHER, "terms": {"kd": {"weighted": True}}}, "terms.kd.weighted: there are no weights"),
@@ -282,6 +294,7 @@ def test_there_are_recipes() -> None:
         ({"schedule": {"warmup": -1}}, "schedule.warmup: must be a number >= 0, got -1"),
         ({"schedule": {"clip": 0}}, "schedule.clip: must be a number > 0, got 0"),
         ({"schedule": {"ema": 1}}, "schedule.ema: must lie in (0, 1), got 1"),
+        ({"schedule": {"ema": 0}}, "schedule.ema: must lie in (0, 1), got 0"),
         ({"schedule": {"shape": "steps"}}, "schedule.milestones: for shape steps and only for it, got None with steps"),
         ({"schedule": {"milestones": [1]}}, "schedule.milestones: for shape steps and only for it, got [1] with const"),
         ({"pretraining": {"batch": 0}}, "pretraining.batch: must be >= 1, got 0"),

@@ -257,17 +257,26 @@ def test_pictures_of_several_classes_looked_at_in_several_ways(tmp_path: Path) -
 
 
 def test_an_evaluation_of_the_same_is_used_again_and_of_another_not(run: Path, root: Path, tmp_path: Path) -> None:
-    def accuracy(data: str | None = None) -> str:
-        comparison.write_report([run], tmp_path / "p.html", data=data)
+    def accuracy(data: str | None = None, split: str | None = None) -> str:
+        comparison.write_report([run], tmp_path / "p.html", data=data, split=split)
         return table((tmp_path / "p.html").read_text(), "run")["run"]["accuracy %"]
+
+    def mark(file: Path) -> None:
+        document = json.loads(file.read_text())
+        document["figures"]["accuracy"] = 0.123
+        file.write_text(json.dumps(document))
 
     file, measured = run / "evaluation-test.json", accuracy()
     document = json.loads(file.read_text())
     assert measured == percent(document["figures"]["accuracy"]) and document["split"] == "test"
-    document["figures"]["accuracy"] = 0.123
-    file.write_text(json.dumps(document))
+    mark(file)
     assert accuracy() == "12.3"
     assert accuracy(str(root / "birds8")) != "12.3"
+    accuracy(split="test[:50%]")
+    mark(run / "evaluation-test-50.json")
+    assert accuracy(split="test[:50%]") == "12.3" != accuracy(split="test[50%:]")  # whose file has the same name
+    assert accuracy() == measured
+    mark(file)
     # Another threshold of the IoU, as validation would have chosen it.
     stage = json.loads((run / "student" / "stage.json").read_text())
     stage["facts"]["figures"]["iou_threshold"] = 0.9
@@ -276,9 +285,7 @@ def test_an_evaluation_of_the_same_is_used_again_and_of_another_not(run: Path, r
     assert json.loads(file.read_text())["figures"]["iou_threshold"] == 0.9
     file.write_text("{")
     assert accuracy() == measured
-    document = json.loads(file.read_text())
-    document["figures"]["accuracy"] = 0.123
-    file.write_text(json.dumps(document))
+    mark(file)
     assert accuracy() == "12.3"
     model = "model.safetensors"
     shutil.copy(root / "erm-1" / "student" / model, run / "student")

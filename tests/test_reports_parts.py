@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("torchdata")
 pytest.importorskip("safetensors")
 
-from debiaskd.reports import sections
+from debiaskd.reports import curves, sections
 from debiaskd.reports.charts import Chart, Point, Scale, Series
 from debiaskd.reports.differences import differences
-from debiaskd.reports.measured import Measured
+from debiaskd.reports.measured import Measured, _with_checksums
 from debiaskd.training.logs import Table, read_table
 
 
@@ -63,6 +64,15 @@ def named(name: str, settings: dict[str, Any] | None = None) -> Any:
     return Measured(**{**empty, "name": name, "settings": settings or {}, "figures": {}, "groups": (), "parameters": 1})
 
 
+def test_weights_of_one_name_and_other_content_are_told_apart() -> None:
+    settings = {"data": {"size": 8}, "student": {"weights": "w.pth"}, "teacher": {"weights": None}}
+    first, second = ({"data": "d" * 64, "student.weights": letter * 64} for letter in "ab")
+    found, other = (_with_checksums(settings, "birds", inputs) for inputs in (first, second))
+    assert found["student"] == {"weights": "w.pth aaaaaaaa"} and found["teacher"] == settings["teacher"]
+    assert found["data"] == {"path": "birds dddddddd", "size": 8}
+    assert [one.values for one in differences([found, other])] == [("w.pth aaaaaaaa", "w.pth bbbbbbbb")]
+
+
 def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
     first, second = named("a-0"), named("a-1")
     first.figures.update(accuracy=0.5, epg=0.25)
@@ -86,6 +96,55 @@ def test_scales_hold_what_they_are_for(values: list[float], options: dict[str, A
     assert len({text for _, text in scale.ticks}) == len(places), "two ticks of one name"
     assert not options.get("whole") or all(float(text) == int(float(text)) for _, text in scale.ticks)
     assert not math.isnan(scale(1.0))
+    assert "bounds" not in options or 0 <= scale.low < scale.high <= 100
+
+
+def trained(name: str, rows: list[tuple[float, float, float]], validated: str = "v", **settings: Any) -> Any:
+    """A run whose front has all epochs but the first, and which ended with the last."""
+    epochs = [{"epoch": float(i), "accuracy": a, "epg": e, "iou": u} for i, (a, e, u) in enumerate(rows)]
+    steps = [{"step": 3.0, "epoch": 0.0, "learning_rate": 0.1, "loss": 4.0, "kd": None}]
+    facts = {"epoch": len(rows) - 1, "front": list(range(1, len(rows)))}
+    logs = {"epochs": epochs, "steps": steps, "facts": facts, "validated": validated, "looked_at": "Final"}
+    found = replace(named(name, settings), data=("birds", "test", 4), examples=[], **logs)
+    found.figures.update(accuracy=rows[-1][0])
+    return found
+
+
+def test_curves_are_in_percent_by_epoch_as_people_count() -> None:
+    section = sections.Section([trained("a", [(0.25, 0.1, 0.2), (0.5, 0.2, 0.3), (0.4, 0.3, 0.1)])])
+    accuracy, epg, iou = curves.validation(section)
+    assert (accuracy.title, epg.title, iou.title) == ("accuracy %", "EPG %", "IoU %")
+    assert [(p.x, p.y, p.strong) for p in accuracy.series[0].points] == [(1, 25, False), (2, 50, False), (3, 40, True)]
+    assert accuracy.series[0].points[1].title == "a, epoch 2: 50"
+    (loss, nothing) = curves.losses(section)
+    assert [(p.x, p.y, p.strong) for p in loss.series[0].points] == [(3, 4, False)] and nothing.series == []
+
+
+def test_the_best_of_a_column_has_the_most() -> None:
+    given = {"low": 0.5, "high-0": 0.9, "high-1": 0.7}
+    low, high, seed = (trained(name, [(value, 0, 0)], of=name[:3]) for name, value in given.items())
+    for run, worst in ((low, 0.4), (high, 0.1), (seed, 0.3)):
+        run.figures.update(worst_group_accuracy=worst)
+    section = sections.Section([low, high, seed])
+    assert section.best == {"accuracy": ["high"], "worst_group_accuracy": ["low"]}
+    assert section.headline == "Worst group on test: low, 40.0 %, the highest of 2", "before the average"
+    alone = sections.Section([high, seed])
+    assert alone.best == {} and alone.headline == "Worst group on test: high, 20.0 ± 14.1 %"
+
+
+@pytest.mark.parametrize("validated", ["v", "w"])
+def test_fronts_say_what_another_run_beats(validated: str) -> None:
+    low = trained("low", [(0.9, 0.9, 0.9), (0.2, 0.2, 0.3), (0.6, 0.1, 0.1)])
+    high = trained("high", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5)], validated, weight=2)
+    first, *others = curves.pareto(sections.Section([low, high]))
+    assert len(others) == 2 and (first.across, first.up) == ("accuracy %", "EPG %")
+    found = {(one.name, point.x, point.y): (point.strong, point.beaten) for one in first.series for point in one.points}
+    same = validated == "v"  # else they were validated on other pictures, which do not compare
+    assert found == {
+        ("low", 20, 20): (False, same),
+        ("low", 60, 10): (True, False),
+        ("high", 50, 50): (True, False),
+    }
 
 
 def test_a_chart_leaves_out_who_has_nothing_to_show() -> None:

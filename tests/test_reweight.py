@@ -78,6 +78,7 @@ class Biased(nn.Module):
         nn.init.eye_(self.fc.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()  # or a data set's worth of maps would be held on to
         return self.fc(self.drop(self.norm(x)))
 
 

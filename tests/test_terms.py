@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from term_cases import CPU, SETTING, TARGET, D, E, K, N, outputs, ranks, state
-from torch import Tensor, nn
+from term_cases import CPU, SETTING, TARGET, D, E, K, N, contexts, outputs, ranks, state
+from torch import nn
 from torch.nn import functional as F
 
 import debiaskd as dk
@@ -27,7 +27,6 @@ from debiaskd.terms import (
     RelationOptions,
     Sample,
     SampleOptions,
-    State,
     Supervised,
     SupervisedOptions,
     Term,
@@ -195,18 +194,6 @@ def test_relation_compares_cosines_within_classes() -> None:
 
 
 # -- contexts ---------------------------------------------------------------------------------------------------------
-
-
-def contexts(steps: list[State], temperature: float = 4.0) -> Tensor:
-    """Sample by sample, as the paper has it; NaN for classes that did not occur."""
-    sums, masses = torch.zeros(K, D), torch.zeros(K)
-    for step in steps:
-        assert step.student.pooled is not None and step.teacher is not None
-        for s, u, y in zip(step.student.pooled, step.teacher.logits, step.target):
-            p = float((u / temperature).softmax(0)[y])
-            sums[y] += p * s
-            masses[y] += p
-    return sums / masses[:, None]
 
 
 def test_contexts_are_built_in_the_epoch_before_and_anew_in_every_one() -> None:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from safetensors.torch import load_file
 
+from debiaskd import networks
 from debiaskd.recipe import RecipeError
 from debiaskd.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from debiaskd.training.loop import DivergedError, Training
@@ -56,6 +58,8 @@ def script(recipe: Path, out: Path, *options: str, ranks: int = 1) -> int:
     command = [*start, str(Path(__file__).with_name("training_runs.py")), str(recipe), str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if ranks > 1 and "--kill-at" in options and done.returncode == 1:  # torchrun, of which it is the children that die
+        return -signal.SIGKILL
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(done.stderr[-3000:])
     return done.returncode
@@ -97,7 +101,10 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
 
 
 def test_two_processes_train_as_one(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    assert script(recipe, tmp_path / "run", ranks=2) == 0
+    # Killed in the middle of an epoch that builds contexts, of which each process has a part; one goes on alone.
+    assert script(recipe, tmp_path / "run", "--kill-at", "11", ranks=2) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "student" / "stage.json").exists()
+    assert script(recipe, tmp_path / "run") == 0
     for stage in ("teacher", "identification", "student"):
         for table in ("log.csv", "epochs.csv"):
             expected, found = (
@@ -187,6 +194,60 @@ def test_a_loss_that_is_not_a_number_stops(quick: Path, tmp_path: Path, monkeypa
     assert not (tmp_path / "run" / "student" / "stage.json").exists()
 
 
+@pytest.mark.parametrize(("step", "kept"), [(3, ["2"]), (5, ["2", "4"])])  # the last of an epoch, and of a checkpoint
+def test_weights_that_are_no_numbers_are_not_kept(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, kept: list[str]
+) -> None:
+    inner, steps = torch.optim.Optimizer.zero_grad, count()
+
+    def spoil(self: torch.optim.Optimizer, *arguments: Any) -> None:
+        if next(steps) == step:
+            self.param_groups[0]["params"][0].data[0] = float("inf")
+        inner(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", spoil)
+    message = (
+        rf"by step {step}, epoch {step // 4}: its losses were finite, and the weights after it are not \(.*weight\); "
+    )
+    with pytest.raises(DivergedError, match=message):
+        runs.train(quick, tmp_path / "run")
+    found = Checkpoints(tmp_path / "run" / "student" / "checkpoints", "")._written()
+    assert [path.stem.lstrip("0") for path in found] == kept
+    monkeypatch.undo()
+    runs.train(quick, tmp_path / "run")  # and goes on from there
+
+
+class Dropping(runs.Plain):
+    """Drops half of its channels."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__(classes, width)
+        self.body.append(torch.nn.Dropout2d(0.5))
+
+
+def test_dropout_is_of_the_seed_and_the_step_alone(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        networks._FAMILIES, "dropping", lambda width, classes, pretrained: Dropping(classes, int(width))
+    )
+    options = ("--student.name", "dropping/4", "--schedule.accumulate", "2")
+    whole = runs.train(quick, tmp_path / "whole", *options).model
+    inner = Training._step
+
+    def stops(self: Training, *arguments: Any) -> None:
+        if self.step == 3:  # between two checkpoints
+            raise KeyboardInterrupt
+        inner(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(quick, tmp_path / "run", *options)
+    torch.manual_seed(99)
+    assert runs.train(quick, tmp_path / "run", *options).model.read_bytes() == whole.read_bytes()
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +305,7 @@ class Malicious:
 
 
 def test_loading_runs_no_code_from_a_file(tmp_path: Path) -> None:
-    from debiaskd import files, networks
+    from debiaskd import files
 
     Malicious.target = str(tmp_path / "was-run")
     checkpoints = Checkpoints(tmp_path / "c", "me")

@@ -126,9 +126,9 @@ def test_the_head_turns_the_teachers_maps_into_its_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_one_training_step_moves_body_and_projector_alone(name: str) -> None:
-    teacher, student, _, model = built(name)
+    teacher, student, options, _ = built(name)
     before = snapshot(teacher), snapshot(student)
-    model = copy.deepcopy(model).train().requires_grad_(True)
+    model = transplant(teacher, student, **options).train().requires_grad_(True)
     trained = {*map(id, model.body.parameters()), *map(id, model.projector.parameters())}
     assert {id(parameter) for parameter in model.parameters()} == trained
     head = copy.deepcopy(model.head.state_dict())
@@ -224,8 +224,9 @@ def test_a_frozen_teacher_stays_in_eval_mode_and_its_batch_norm_never_moves() ->
     state = copy.deepcopy(task["teacher"].state_dict())
     task.train().requires_grad_(True)
     for _ in range(2):
-        feature, logits = task["teacher"](images() + 5)
+        feature, logits = task["teacher"]((images() + 5).requires_grad_())
     assert not feature.requires_grad and not logits.requires_grad
+    assert not task["teacher"].forward_features(images().requires_grad_()).requires_grad
     assert not any(module.training for module in task["teacher"].modules())
     assert [key for key, _ in task.named_parameters() if key.startswith("teacher")] == []
     torch.testing.assert_close(task["teacher"].state_dict(), state, rtol=0, atol=0)
@@ -285,6 +286,10 @@ def test_mode_dtype_and_random_state_follow_the_student() -> None:
     assert model(images().double()).dtype == torch.float64
     assert not any(module.training for module in model.modules())
     assert (model.num_features, model.num_classes) == (4, 3)
+    student.train()[0][1].eval()  # a user's own choice
+    model = transplant(teacher, student, projector="linear", layer="0", head="3")
+    assert model.training and model.projector.training and not model.head.training
+    assert [module.training for module in model.body.get_submodule("model.0").modules()] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

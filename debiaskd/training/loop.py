@@ -101,7 +101,7 @@ class Training:
         """To the end, from where it was.
 
         Raises:
-            DivergedError: a loss became NaN or infinite; the checkpoints are as they were before.
+            DivergedError: a loss or the weights became NaN or infinite; the checkpoints are as they were before.
             CheckpointError: there are checkpoints, and none that can be used.
         """
         self._go_on()
@@ -139,7 +139,8 @@ class Training:
             )
             self.seen += len(batch) * self.ranks.world_size
         if schedule.clip is not None:
-            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=schedule.clip)
+            # Gradients that float16 does not hold make a loss scaler leave the step out; others show in the next loss.
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=schedule.clip, error_if_nonfinite=False)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -151,6 +152,7 @@ class Training:
         if compute.checkpoint_every is not None and self.step % compute.checkpoint_every == 0:
             self._look()
             if self.step % self.steps:  # an epoch's end has its own
+                self._check_weights()
                 self._save()
         self._tell()
 
@@ -177,6 +179,19 @@ class Training:
                     raise DivergedError(self._account(moment, moment.names, losses.tolist()))
                 self.window.setdefault(name, []).append(value)
 
+    def _check_weights(self) -> None:
+        """Before they are kept: a gradient may be NaN where the loss was not, and only the next loss would show it."""
+        weights = {name: tensor for name, tensor in self.learner.named_parameters() if tensor.requires_grad}
+        finite = torch.stack([tensor.detach().isfinite().all() for tensor in weights.values()]).tolist()
+        bad = [name for name, is_finite in zip(weights, finite) if not is_finite]
+        if bad:
+            more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise DivergedError(
+                f"training diverged by step {self.step - 1}, epoch {(self.step - 1) // self.steps}: its losses were "
+                f"finite, and the weights after it are not ({bad[0]}{more}); the last checkpoint is from before. "
+                "A smaller learning rate, or clip, may help"
+            )
+
     def _account(self, moment: Moment, names: tuple[str, ...], values: list[float]) -> str:
         bad = [f"terms.{name} {value}" for name, value in zip(names, values) if value - value != 0 and name != "loss"]
         numbers = [] if moment.numbers is None else moment.numbers.tolist()
@@ -202,6 +217,7 @@ class Training:
 
     def _end_epoch(self, epoch: int) -> None:
         self._look()
+        self._check_weights()
         self.learner.end_epoch(epoch, self.ranks)
         plan, last = self.plan, epoch + 1 == self.plan.schedule.epochs
         if (epoch + 1) % plan.every == 0 or last:
