@@ -47,7 +47,8 @@ from debiaskd.transplant import FrozenTeacher, transplant
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the numbers, but for the seeds. All students share `student_schedule`.
-    Weights of terms were chosen by validation's worst group, few of them tried (0.1 to 3; 1 and 10)."""
+    Weights of terms, and whether the combination reweights CID's, were chosen by validation's worst group, few of them
+    tried (0.1 to 3; 1 and 10)."""
 
     train: int = 5000
     validation: int = 1000
@@ -250,18 +251,18 @@ def _all(context: Context) -> tuple[nn.Module, Loss]:
     terms = {
         "match": MatchOptions(),
         "guide": GuideOptions(weight=settings.combined_guidance_weight),
-        **_cid_terms(settings, settings.combined_cid_weight),
+        **_cid_terms(settings, settings.combined_cid_weight, weighted=True),
     }
     return _taught(context, context.transplanted(), terms, error_weights(context.correct, settings.up))
 
 
-def _cid_terms(settings: Settings, factor: float = 1.0) -> dict[str, TermOptions]:
+def _cid_terms(settings: Settings, factor: float = 1.0, *, weighted: bool = False) -> dict[str, TermOptions]:
     temperature, start = settings.temperature, settings.intervention_epoch
     return {
-        "kd": KdOptions(weight=factor, temperature=temperature),
-        "sample": SampleOptions(weight=factor * settings.sample_weight),
+        "kd": KdOptions(weight=factor, temperature=temperature, weighted=weighted),
+        "sample": SampleOptions(weight=factor * settings.sample_weight, weighted=weighted),
         "relation": RelationOptions(weight=factor * settings.relation_weight),
-        "backdoor": BackdoorOptions(weight=factor, start=start, temperature=temperature),
+        "backdoor": BackdoorOptions(weight=factor, start=start, temperature=temperature, weighted=weighted),
     }
 
 
@@ -293,7 +294,8 @@ METHODS = (
     ),
     Method(
         "dett+guided+cid",
-        "As dett, with the evidence guided into the known boxes and CID's terms beside, their weights made smaller.",
+        "As dett, with the evidence guided into the known boxes and CID's terms beside, their weights made smaller; "
+        "pictures that dett counts more count more for these, too.",
         _all,
     ),
 )
