@@ -79,6 +79,17 @@ def test_two_ranks_average_to_what_one_has(kind: Any, options: Any) -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_ranks_add_their_weights_up_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, sums = state(student=outputs(E), weight=torch.rand(N) + 0.1), []
+    monkeypatch.setattr(step.ranks, "sum", lambda value: sums.append(value) or value.detach())
+    for term in (Match(MatchOptions(), SETTING), Kd(KdOptions(weighted=True), SETTING)):
+        term(step)
+    Supervised(SupervisedOptions(weighted=True), SETTING)(step)
+    assert len(sums) == 1
+    Kd(KdOptions(weighted=True), SETTING)(replace(step, epoch=1))
+    assert len(sums) == 2
+
+
 def test_contexts_of_two_ranks_are_those_of_one() -> None:
     whole, terms = state(epoch=1), []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -115,9 +116,12 @@ class State:
         None where all count alike: not `weighted`, or no weights. Factors of the samples, and not of their sum, leave
         nothing to scale in the gradient of a whole feature map.
         """
-        if not weighted or self.weight is None:
-            return None
-        return self.weight / self.ranks.mean(self.weight.sum())
+        return self._shares if weighted else None
+
+    @cached_property
+    def _shares(self) -> Tensor | None:
+        """Once a step: ranks have to wait for each other."""
+        return None if self.weight is None else self.weight / self.ranks.mean(self.weight.sum())
 
     def mean(self, each: Tensor, weighted: bool) -> Tensor:
         """Of each sample's loss [N]; by the samples' weights if `weighted` and there are any."""
