@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from debiaskd.models import CifarResNet, SmallNet
 
 class NetworkError(ValueError):
     """A name or weights that no network can be made of."""
+
+
+class LastLayerWarning(UserWarning):
+    """Weights are of other classes: the last layer begins anew."""
 
 
 def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
@@ -174,9 +179,16 @@ def prepare(model: nn.Module, size: tuple[int, int], *, x_dnn: bool = False, six
     return model
 
 
-def load_weights(model: nn.Module, path: Path | str) -> None:
+def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) -> None:
     """Into `model`, all of them, from a .safetensors file, a state dict that torch.save wrote (which is loaded without
     running any code that it might hold), or the folder of a finished run.
+
+    Args:
+        model, path: see there.
+        to_train: if nothing but the last layer's number of classes differs, that layer stays as it is in `model`.
+
+    Warns:
+        LastLayerWarning: it stays as it is.
 
     Raises:
         NetworkError: missing, damaged, or of another network; names the first tensors that do not fit.
@@ -188,7 +200,12 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
         if name.endswith(".num_batches_tracked"):  # which files of before 2018 do not have
             state.setdefault(name, tensor)
     wrong = [name for name in {**own, **state} if _shape(own, name) != _shape(state, name)]
-    if wrong:
+    if wrong and to_train and _is_last_layer(own, state, wrong):
+        layer, there, here = wrong[0].rpartition(".")[0], len(state[wrong[0]]), len(own[wrong[0]])
+        what = f"its last layer, {layer}, is of {there} classes and not of {here}"
+        warnings.warn(f"{file}: {what}; it begins anew, all else as in the file", LastLayerWarning, stacklevel=2)
+        state |= {name: own[name] for name in wrong}
+    elif wrong:
         name = wrong[0]
         raise NetworkError(
             f"{file}: of another network: {name} is {_shape(state, name)} there and {_shape(own, name)} here"
@@ -223,6 +240,13 @@ def _read(file: Path) -> dict[str, Any]:
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise NetworkError(f"{file}: holds no state dict")
     return state
+
+
+def _is_last_layer(own: dict[str, Any], state: dict[str, Any], wrong: list[str]) -> bool:
+    """Whether tensors of one layer differ, in their outputs alone: another layer that read these would differ, too."""
+    one_layer = len({name.rpartition(".")[0] for name in wrong}) == 1
+    in_both = all(name in own and name in state and own[name].dim() == state[name].dim() for name in wrong)
+    return one_layer and in_both and all(own[name].shape[1:] == state[name].shape[1:] for name in wrong)
 
 
 def _shape(state: dict[str, Any], name: str) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from debiaskd.models import CifarResNet, SmallNet
 from debiaskd.networks import (
+    LastLayerWarning,
     NetworkError,
     build,
     inverse_added,
@@ -235,6 +236,40 @@ def test_weights_of_another_network_name_the_tensor(tmp_path: Path, change: Any,
     with pytest.raises(NetworkError, match=message):
         load_weights(model, tmp_path / "w.safetensors")
     assert torch.equal(model.state_dict()["body.conv1.weight"], before)
+
+
+def test_a_last_layer_of_other_classes_begins_anew_in_a_network_that_is_trained(tmp_path: Path) -> None:
+    source, model = SmallNet((4, 6), (2, 1), 7), SmallNet((4, 6), (2, 1), 2)
+    save_weights(source, tmp_path / "w.safetensors", {})
+    fresh = {name: tensor.clone() for name, tensor in model.fc.state_dict().items()}
+    with pytest.raises(NetworkError, match=r"fc\.weight is \[7, 6\] there and \[2, 6\] here, and 1 more$"):
+        load_weights(model, tmp_path / "w.safetensors")
+    message = (
+        r"w\.safetensors: its last layer, fc, is of 7 classes and not of 2; it begins anew, all else as in the file$"
+    )
+    with pytest.warns(LastLayerWarning, match=message):
+        load_weights(model, tmp_path / "w.safetensors", to_train=True)
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(tensor, fresh[kind] if layer == "fc" else source.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update({"fc.weight": torch.zeros(2, 5)}),  # of another width
+        lambda state: state.update({"fc.weight": torch.zeros(3, 4, 1), "fc.bias": torch.zeros(3)}),
+        lambda state: state.update({"fc.weight": torch.zeros(3, 4), "body.bn1.bias": torch.zeros(3)}),  # two layers
+        lambda state: state.pop("fc.bias"),
+        lambda state: state.update({"fc.bias": torch.tensor(0.0)}),
+    ],
+)
+def test_what_differs_otherwise_is_another_network_to_train_as_well(tmp_path: Path, change: Any) -> None:
+    state = dict(net().state_dict())
+    change(state)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(NetworkError, match="of another network"):
+        load_weights(net(), tmp_path / "w.safetensors", to_train=True)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])

@@ -239,6 +239,25 @@ def test_a_student_begins_from_weights_and_from_its_pretraining(data: Path, tmp_
     assert stage_of(folder, "pretraining")["facts"]["epochs"] == 2
 
 
+def test_weights_of_other_classes_are_for_what_is_trained_alone(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    begun = runs.Plain(5, 4)
+    networks.save_weights(begun, tmp_path / "w.safetensors", {})
+    slow, weights = {**FAST, "learning_rate": 1e-9}, str(tmp_path / "w.safetensors")
+    teacher = {"name": "plain/4", "weights": weights, "method": "erm", "schedule": slow}
+    document = {**distilled(None), "schedule": slow, "student": {"name": "plain/4", "weights": weights}}
+    with pytest.warns(networks.LastLayerWarning, match="is of 5 classes and not of 2"):
+        run(data, tmp_path, {**document, "teacher": teacher})
+    for stage in ("teacher", "student"):
+        found = load_file(tmp_path / "run" / stage / "model.safetensors")
+        body = {name: tensor for name, tensor in begun.state_dict().items() if not name.startswith("fc.")}
+        torch.testing.assert_close({name: found[name] for name in body}, body, rtol=0, atol=1e-6)
+        assert found["fc.weight"].shape == (2, 4)
+    document = {**distilled(None), "teacher": {"name": "plain/4", "weights": weights}}
+    with pytest.raises(networks.NetworkError, match=r"of another network: fc\.weight is \[5, 4\] there"):
+        run(data, tmp_path, document)
+
+
 def test_networks_without_timms_protocol(data: Path, tmp_path: Path) -> None:
     dett = {
         **SUPERVISED,

@@ -14,7 +14,7 @@ from debiaskd.depths import find
 from debiaskd.features import has_protocol
 from debiaskd.guide import Guide
 from debiaskd.networks import build, inverse_added, load_weights, prepare
-from debiaskd.recipe import Network, Recipe, RecipeError, Schedule
+from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.training.evaluation import Evaluation, looked_at, selectable
 from debiaskd.training.keeping import RULES, Keeper
@@ -92,7 +92,8 @@ class Fitting:
             model = build(options.name, self.train.num_classes, pretrained=options.pretrained)
         model = prepare(model, self.size, x_dnn=options.bias_free, six=inverse_added(options.name))
         if options.weights is not None:
-            load_weights(model, options.weights)
+            as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
+            load_weights(model, options.weights, to_train=not as_it_is)
         return model
 
     def about(self, stage: str) -> dict[str, Any]:
