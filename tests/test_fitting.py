@@ -29,12 +29,7 @@ from debiaskd.training.stages import Chain
 from debiaskd.training.teaching import Live
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
-PLAIN: dict[str, Any] = {
-    "student": {"name": "plain/4"},
-    "schedule": {"epochs": 1, "batch": 12, "learning_rate": 1e-2},
-    "terms": {"supervised": {}},
-    "compute": {"accelerator": "cpu"},
-}
+PLAIN: dict[str, Any] = {**runs.PLAIN, "schedule": {**runs.PLAIN["schedule"], "epochs": 1}}
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ pytest.importorskip("torchdata")
 pytest.importorskip("safetensors")
 
 import training_runs as runs
+from training_runs import PLAIN
 
 from debiaskd import networks
 from debiaskd.recipe import Schedule
@@ -23,12 +24,6 @@ from debiaskd.training.loop import Training
 from debiaskd.training.schedule import rate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("student_runs")]
-PLAIN: dict[str, Any] = {
-    "student": {"name": "plain/4"},
-    "schedule": {"epochs": 2, "batch": 12, "learning_rate": 1e-2},
-    "terms": {"supervised": {}},
-    "compute": {"accelerator": "cpu"},
-}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import data_trees as trees
 import numpy as np
 import training_runs as runs
 from safetensors.torch import load_file
+from training_runs import PLAIN
 
 from debiaskd.data import prepare
 from debiaskd.recipe import Data, RecipeError
@@ -25,12 +26,6 @@ from debiaskd.training.loaded import Loaded
 from debiaskd.training.pictures import open_split
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("student_runs")]
-PLAIN: dict[str, Any] = {
-    "student": {"name": "plain/4"},
-    "schedule": {"epochs": 2, "batch": 12, "learning_rate": 1e-2},
-    "terms": {"supervised": {}},
-    "compute": {"accelerator": "cpu"},
-}
 
 
 @pytest.fixture(scope="module")

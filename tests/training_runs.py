@@ -59,6 +59,14 @@ def birds(root: Path) -> Path:
     return root / "birds16"
 
 
+#: The labels alone.
+PLAIN: dict[str, Any] = {
+    "student": {"name": "plain/4"},
+    "schedule": {"epochs": 2, "batch": 12, "learning_rate": 1e-2},
+    "terms": {"supervised": {}},
+    "compute": {"accelerator": "cpu"},
+}
+
 #: Everything at once: every term, every stage, EMA, clipping, a schedule, checkpoints within epochs.
 EVERYTHING: dict[str, Any] = {
     "data": {"annotated_fraction": 0.5, "crop_scale": [0.5, 1]},

@@ -31,6 +31,7 @@ from torch import Tensor
 from debiaskd import checks
 from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once, is_one, unrecorded
+from debiaskd.ops.reduction import by_weight
 
 
 def feature_match_loss(
@@ -89,14 +90,7 @@ def eager(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bo
         distance = distance * torch.where(scale > 0, 1 / scale.clamp(min=torch.finfo(wide).tiny), 0)
     else:
         distance = distance / max(student.shape[1], 1)
-    weight = torch.ones_like(distance) if weight is None else weight.to(wide)
-    weighted = weight * distance
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    total = weight.sum()
-    return weighted.sum() / torch.where(total > 0, total, 1)
+    return by_weight(distance, weight, reduction)
 
 
 class _FeatureMatch(torch.autograd.Function):

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from debiaskd import checks
 from debiaskd.ops.backend import REDUCTION_NAMES
+from debiaskd.ops.reduction import by_weight
 
 
 def kd_loss(
@@ -63,14 +64,7 @@ def kd_loss(
     student = (student_logits.to(wide) / temperature).log_softmax(1)
     teacher = (teacher_logits.to(wide) / temperature).softmax(1)
     each = F.kl_div(student, teacher, reduction="none").sum(1) * temperature**2
-    weight = torch.ones_like(each) if weight is None else weight.to(wide)
-    weighted = weight * each
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    total = weight.sum()
-    return weighted.sum() / torch.where(total > 0, total, 1)
+    return by_weight(each, weight, reduction)
 
 
 def _check(
