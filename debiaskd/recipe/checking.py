@@ -30,12 +30,8 @@ def check(recipe: Recipe) -> Recipe:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _ranges(recipe)
-    schedules = {"schedule": recipe.schedule, "pretraining": recipe.pretraining}
-    if recipe.teacher is not None:
-        schedules["teacher.schedule"] = recipe.teacher.schedule
-    for name, schedule in schedules.items():
-        if schedule is not None:
-            yield from _schedule(name, schedule)
+    for name, schedule in recipe.schedules().items():
+        yield from _schedule(name, schedule)
     yield from _terms(recipe)
     yield from _teacher(recipe)
     yield from _weights(recipe)

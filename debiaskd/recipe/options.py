@@ -239,3 +239,10 @@ class Recipe:
     selection: Selection = field(default_factory=Selection)
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
+
+    def schedules(self) -> dict[str, Schedule]:
+        """All that there are, by their keys."""
+        found = {"schedule": self.schedule, "pretraining": self.pretraining}
+        if self.teacher is not None:
+            found["teacher.schedule"] = self.teacher.schedule
+        return {name: schedule for name, schedule in found.items() if schedule is not None}

@@ -77,11 +77,8 @@ class Fitting:
             raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
         if recipe.terms.guide is not None and not len(split.boxes.coords):
             raise RecipeError("terms.guide: the training pictures have no boxes")
-        schedules = {"schedule": recipe.schedule, "pretraining": recipe.pretraining}
-        if recipe.teacher is not None:
-            schedules["teacher.schedule"] = recipe.teacher.schedule
-        for name, schedule in schedules.items():
-            if schedule is not None and schedule.batch > len(split):
+        for name, schedule in recipe.schedules().items():
+            if schedule.batch > len(split):
                 found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
                 raise RecipeError(f"{name}.batch: {found}")
 
