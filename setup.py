@@ -6,6 +6,7 @@ run on eager; a compiler that fails is an error. Environment: DEBIASKD_CUDA=0/1 
 is impossible; by default, when nvcc is found), TORCH_CUDA_ARCH_LIST, CXX, NVCC, DEBIASKD_SANITIZE=1 (`make sanitize`).
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -52,24 +55,75 @@ def architecture_flags():
             yield f"-gencode=arch=compute_{number},code=compute_{number}"
 
 
-def command(library, path, output):
+def flags(library):
+    """(compiler's options, linker's options) of a library."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
     includes = ["-Icsrc", *(word for path in include_paths() for word in ("-isystem", path))]
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    common = ["-std=c++17", TARGET, *includes, *SOURCES[library], "-o", str(output)]
+    common = ["-std=c++17", "-O3", TARGET, *includes]
     if library == "cuda":
-        flags = ["-O3", "-DUSE_CUDA", "--threads=0", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        return [path, "-shared", *flags, *architecture_flags(), *common, "-Xlinker=--no-as-needed", *libraries]
-    flags = ["-O3", "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        options = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", *architecture_flags()]
+        return [*common, *options], ["-cudart", "static", *architecture_flags(), "-Xlinker=--no-as-needed", *libraries]
+    options = ["-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    checks = []
     if os.environ.get("DEBIASKD_SANITIZE") == "1":
-        flags += ["-O1", "-g", "-DDEBIASKD_SANITIZE", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    return [path, "-shared", *flags, *common, "-Wl,--no-as-needed", *libraries]
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        options += ["-O1", "-g", "-DDEBIASKD_SANITIZE", *checks]
+    return [*common, *options, *checks], [*checks, "-Wl,--no-as-needed", *libraries]
+
+
+def version(path):
+    return subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+
+
+def compiled(library, path):
+    """The library's object files, of which those are compiled whose source, headers, compiler or options changed.
+
+    They lie in build/objects, in one folder per compiler and set of options, so that `make quickstart`, `make test` and
+    a rebuild after an edit compile each source once.
+    """
+    import torch
+
+    options, _ = flags(library)
+    identity = json.dumps([version(path), torch.__version__, path, options])
+    folder = ROOT / "build" / "objects" / f"{library}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {source: folder / f"{Path(source).stem}.o" for source in SOURCES[library]}
+
+    def build(source, target):
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+        rules = unfinished.with_suffix(".d")
+        command = [path, "-c", *options, "-MMD", "-MF", str(rules), source, "-o", str(unfinished)]
+        started = time.time()
+        # Not one of distutils' own errors, which an optional extension would swallow: a failing compiler is an error.
+        subprocess.run(command, check=True, cwd=ROOT)
+        os.utime(unfinished, (started, started))  # a source that changed meanwhile is newer
+        rules.replace(target.with_suffix(".d"))
+        unfinished.replace(target)  # last: an object that is there is whole
+
+    stale = [(source, target) for source, target in objects.items() if not up_to_date(target)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda pair: build(*pair), stale):
+            pass  # raises what a compiler raised
+    return list(objects.values())
+
+
+def up_to_date(target):
+    """Whether an object file is newer than its source and every header that it was compiled from."""
+    rules = target.with_suffix(".d")
+    if not (target.exists() and rules.exists()):
+        return False
+    built = target.stat().st_mtime
+    # A Makefile rule: `target: source header …`, folded by backslashes, with spaces in names escaped.
+    names = re.split(r"(?<!\\)\s+", rules.read_text().replace("\\\n", " ").partition(": ")[2].strip())
+    files = [ROOT / name.replace("\\ ", " ") for name in names]
+    return all(file.exists() and file.stat().st_mtime < built for file in files)
 
 
 class BuildLibraries(build_ext):
-    """Each Extension is one shared library, compiled and linked by one command."""
+    """Each Extension is one shared library."""
 
     def get_ext_filename(self, name):
         *package, library = name.split(".")
@@ -90,8 +144,7 @@ class BuildLibraries(build_ext):
         for library in SOURCES:
             path, reason = compiler(library)
             if path:
-                version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-                builds[library] = {"compiler": re.search(r".*\d+\.\d+.*", version).group()}
+                builds[library] = {"compiler": re.search(r".*\d+\.\d+.*", version(path)).group()}
             else:
                 builds[library] = {"skipped": reason}
         return builds
@@ -105,8 +158,10 @@ class BuildLibraries(build_ext):
             print(f"WARNING: debiaskd is built WITHOUT its {library} library: {reason}", file=sys.stderr)
             return
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Not one of distutils' own errors, which an optional extension would swallow: a failing compiler is an error.
-        subprocess.run(command(library, path, output.resolve()), check=True, cwd=ROOT)
+        objects = [str(file) for file in compiled(library, path)]
+        subprocess.run(
+            [path, "-shared", *objects, "-o", str(output.resolve()), *flags(library)[1]], check=True, cwd=ROOT
+        )
 
 
 class PlatformWheel(bdist_wheel):

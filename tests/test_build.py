@@ -224,3 +224,73 @@ def test_a_cuda_build_that_was_asked_for_and_cannot_be_is_an_error(tmp_path, env
     done = build_with_probe(tmp_path, **environment)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+#: A compiler that notes what it compiles, with the headers that a source names: no machine code is needed for this.
+COMPILER = """#!/bin/sh
+[ "$1" = --version ] && echo "stand-in 1.0" && exit
+for word; do case "$before" in -MF) rules=$word;; -o) output=$word;; esac
+  case "$word" in *.cpp) source=$word;; esac; before=$word; done
+[ -z "$source" ] || echo "$source" >> "$NOTES"
+[ -z "$rules" ] || echo "$output: $source $(sed -n 's/#include "\\(.*\\)"/csrc\\/\\1/p' $source | tr '\\n' ' ')" > "$rules"
+! grep -qs "#error" "$source" || exit 1
+: > "$output"
+"""
+
+
+@pytest.fixture
+def compiles(tmp_path):
+    """(the folder, a function that builds in it and gives the sources that were compiled)."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for folder in ("debiaskd", "csrc/cpu", "csrc/common"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "debiaskd" / "version.py", tmp_path / "debiaskd" / "version.py")
+    for name, headers in {"schema": (), "cpu/one": ("common/a.h",), "cpu/two": ("common/a.h", "common/b.h")}.items():
+        (tmp_path / "csrc" / f"{name}.cpp").write_text("".join(f'#include "{header}"\n' for header in headers))
+    for header in ("a", "b"):
+        (tmp_path / "csrc" / "common" / f"{header}.h").write_text("")
+    compiler, notes = tmp_path / "stand-in", tmp_path / "notes"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+
+    def build(**environment):
+        notes.write_text("")
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CXX": str(compiler), "DEBIASKD_CUDA": "0", "NOTES": str(notes), **environment},
+        )
+        return done, sorted(Path(line).stem for line in notes.read_text().splitlines())
+
+    return tmp_path, build
+
+
+def test_a_source_is_compiled_again_only_if_it_or_a_header_of_it_changed(compiles):
+    folder, build = compiles
+    done, sources = build()
+    assert done.returncode == 0, done.stderr
+    assert sources == ["one", "schema", "two"]
+    assert build()[1] == []
+    (folder / "csrc/cpu/one.cpp").write_text('#include "common/a.h"\n// edited\n')
+    assert build()[1] == ["one"]
+    (folder / "csrc/common/b.h").write_text("// edited\n")
+    assert build()[1] == ["two"]
+    assert build(DEBIASKD_SANITIZE="1")[1] == ["one", "schema", "two"]  # other options, objects of their own
+    assert build()[1] == []
+
+
+def test_a_source_that_does_not_compile_is_an_error_each_time(compiles):
+    folder, build = compiles
+    (folder / "csrc/cpu/two.cpp").write_text("#error\n")
+    for _ in range(2):
+        done, sources = build()
+        assert done.returncode != 0
+        assert "two" in sources
+        assert not list(folder.glob("out/**/libdebiaskd_cpu.so"))
+    (folder / "csrc/cpu/two.cpp").write_text("\n")
+    done, sources = build()
+    assert done.returncode == 0, done.stderr
+    assert sources == ["two"]
