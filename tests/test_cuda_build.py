@@ -25,10 +25,6 @@ HOT = {
     "sum_kernelIN3c108BFloat16ELi8ELi0E": (2, 0),
     "gradient_kernelIfLi4ELi0E": (0, 8),
     "gradient_kernelIfLi4ELin2E": (4, 4),
-    "gram_kernelIfLi4E": (40, 0),
-    "gram_kernelIN3c108BFloat16ELi8E": (28, 0),
-    "combine_kernelIfLi4E": (13, 10),
-    "combine_kernelIN3c108BFloat16ELi8E": (11, 19),
 }
 
 #: Bytes of stack that are known and allowed: registers that are put aside once, before a kernel's loop.

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = {
     "localization": ("cpp", "cuda", "triton", "eager"),
     "box_overlap": ("cpp", "eager"),
     "channel_dot": ("cpp", "cuda", "triton", "eager"),
-    "class_relation": ("cpp", "cuda", "triton", "eager"),
+    "class_relation": ("cpp", "triton", "eager"),
     "backdoor": ("cpp", "cuda", "triton", "eager"),
 }
 #: The oldest Triton that compiles an op's kernels, where not every Triton does that PyTorch comes with.
