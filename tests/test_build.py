@@ -232,7 +232,8 @@ COMPILER = """#!/bin/sh
 for word; do case "$before" in -MF) rules=$word;; -o) output=$word;; esac
   case "$word" in *.cpp) source=$word;; esac; before=$word; done
 [ -z "$source" ] || echo "$source" >> "$NOTES"
-[ -z "$rules" ] || echo "$output: $source $(sed -n 's/#include "\\(.*\\)"/csrc\\/\\1/p' $source | tr '\\n' ' ')" > "$rules"
+[ -z "$rules" ] || headers=$(sed -n 's/#include "\\(.*\\)"/csrc\\/\\1/p' $source | tr '\\n' ' ')
+[ -z "$rules" ] || echo "$output: $source $headers" > "$rules"
 ! grep -qs "#error" "$source" || exit 1
 : > "$output"
 """
