@@ -9,12 +9,7 @@ cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), witho
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +17,27 @@ from torch import Tensor, nn
 from debiaskd import cifar_models
 from debiaskd.bias_free import bias_free
 from debiaskd.models import CifarResNet, SmallNet
+from debiaskd.weight_files import (
+    LastLayerWarning,
+    load_weights,
+    save_weights,
+    weights_file,
+    weights_hash,
+)
+from debiaskd.weight_reading import NetworkError, one_line
 
-
-class NetworkError(ValueError):
-    """A name or weights that no network can be made of."""
-
-
-class LastLayerWarning(UserWarning):
-    """Weights are of other classes: the last layer begins anew."""
+__all__ = [
+    "LastLayerWarning",
+    "NetworkError",
+    "build",
+    "inverse_added",
+    "load_weights",
+    "prepare",
+    "save_weights",
+    "weights_file",
+    "weights_hash",
+    "with_inverse",
+]
 
 
 def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
@@ -48,7 +56,7 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
     except OSError as error:
         if not pretrained:
             raise
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)[:300]
         raise NetworkError(
             f"{name}: its pretrained weights could not be fetched ({why}). Build it once where there is a network: "
             "they are kept in the cache of torch or of Hugging Face, which can be copied"
@@ -67,7 +75,7 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     try:
         found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except RuntimeError as error:  # such as a tag of pretrained weights that is none
-        raise NetworkError(f"{name}: {' '.join(str(error).split())}") from None
+        raise NetworkError(f"{name}: {one_line(error)}") from None
     return found
 
 
@@ -170,93 +178,10 @@ def prepare(model: nn.Module, size: tuple[int, int], *, x_dnn: bool = False, six
             logits = model.eval()(example)
         model.train(mode)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         raise NetworkError(
             f"{type(model).__name__}: does not run on {size[0]}×{size[1]} pictures ({message})"
         ) from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise NetworkError(f"{type(model).__name__}: must give logits [N,K] for {size[0]}×{size[1]} pictures")
     return model
-
-
-def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) -> None:
-    """Into `model`, all of them, from a .safetensors file, a state dict that torch.save wrote (which is loaded without
-    running any code that it might hold), or the folder of a finished run.
-
-    Args:
-        model, path: see there.
-        to_train: if nothing but the last layer's number of classes differs, that layer stays as it is in `model`.
-
-    Warns:
-        LastLayerWarning: it stays as it is.
-
-    Raises:
-        NetworkError: missing, damaged, or of another network; names the first tensors that do not fit.
-    """
-    file = weights_file(path)
-    state = _read(file)
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name.endswith(".num_batches_tracked"):  # which files of before 2018 do not have
-            state.setdefault(name, tensor)
-    wrong = [name for name in {**own, **state} if _shape(own, name) != _shape(state, name)]
-    if wrong and to_train and _is_last_layer(own, state, wrong):
-        layer, there, here = wrong[0].rpartition(".")[0], len(state[wrong[0]]), len(own[wrong[0]])
-        what = f"its last layer, {layer}, is of {there} classes and not of {here}"
-        warnings.warn(f"{file}: {what}; it begins anew, all else as in the file", LastLayerWarning, stacklevel=2)
-        state |= {name: own[name] for name in wrong}
-    elif wrong:
-        name = wrong[0]
-        raise NetworkError(
-            f"{file}: of another network: {name} is {_shape(state, name)} there and {_shape(own, name)} here"
-            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        )
-    model.load_state_dict(state)
-
-
-def weights_file(path: Path | str) -> Path:
-    """The file itself; that of the student in a run's folder, or of the stage whose folder it is."""
-    file = Path(path)
-    if not file.is_dir():
-        return file
-    return file / "student" / "model.safetensors" if (file / "student").is_dir() else file / "model.safetensors"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise NetworkError(f"{file}: there is no such file of weights") from None
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        message = " ".join(str(error).split())
-        raise NetworkError(f"{file}: neither safetensors nor a state dict without code ({message[:200]})") from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise NetworkError(f"{file}: holds no state dict")
-    return state
-
-
-def _is_last_layer(own: dict[str, Any], state: dict[str, Any], wrong: list[str]) -> bool:
-    """Whether tensors of one layer differ, in their outputs alone: another layer that read these would differ, too."""
-    one_layer = len({name.rpartition(".")[0] for name in wrong}) == 1
-    in_both = all(name in own and name in state and own[name].dim() == state[name].dim() for name in wrong)
-    return one_layer and in_both and all(own[name].shape[1:] == state[name].shape[1:] for name in wrong)
-
-
-def _shape(state: dict[str, Any], name: str) -> str:
-    return str(list(state[name].shape)) if name in state else "missing"
-
-
-def save_weights(model: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    """As .safetensors, whose metadata say what it is."""
-    from safetensors.torch import save_file
-
-    # Under one name each: safetensors stores no tensor twice.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"debiaskd": json.dumps(about, sort_keys=True)})

@@ -208,6 +208,19 @@ def test_a_teacher_from_files(data: Path, tmp_path: Path) -> None:
     assert not torch.equal(other["fc.bias"], states[0]["fc.bias"])
 
 
+def test_what_was_taken_from_a_file_is_said_once(data: Path, tmp_path: Path) -> None:
+    state = runs.Plain(2, 6).state_dict()
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "t.pth")
+    recipe = runs.read(runs.write(tmp_path / "r.yaml", data, distilled(None, weights=str(tmp_path / "t.pth"))))
+    news: list[tuple[str, str]] = []
+    made = Chain(
+        recipe, tmp_path / "run", runs.launch(recipe.compute), lambda task, done, new: news.append((task, new))
+    )
+    made.student()
+    said = [(task, new) for task, new in news if new.startswith("weights")]
+    assert said == [("teacher", f"weights {tmp_path / 't.pth'}: took 'model', took off the prefix 'module.'")]
+
+
 def test_other_weights_under_the_same_name_are_noticed(data: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     for name in ("student", "teacher"):

@@ -63,8 +63,8 @@ class Network:
         name: of timm, "resnet18"; or "torchvision/resnet18", "bcos/resnet18", "small/8,16,32" (convolutions of these
             widths, each halving the map; "8/1" keeps its size), "cifar/resnet20".
         pretrained: begin from the weights that timm or torchvision know for the name, which they download.
-        weights: begin from these: a file of safetensors or a state dict, or the folder of a run. A last layer of other
-            classes begins anew, unless the network is used as it is.
+        weights: begin from these: a file of safetensors, the index of its shards, a state dict or a checkpoint that has
+            one, or the folder of a run. A last layer of other classes begins anew, unless the network is used as it is.
         bias_free: make it an X-DNN.
         layer, head: names of its last feature map's module and of its last linear layer, where they are not found.
     """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from debiaskd import files
+from debiaskd.weight_reading import one_line
 
 KEPT = 2
 
@@ -98,7 +99,7 @@ class Checkpoints:
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, _DamagedError):
                 raise
-            raise _DamagedError(f"damaged ({' '.join(str(error).split())[:200]})") from None
+            raise _DamagedError(f"damaged ({one_line(error)[:200]})") from None
         if identity != self.identity:
             raise CheckpointError(f"{path}: of another training; choose another --out")
         return step, state
@@ -115,4 +116,4 @@ def _save(document: dict[str, Any], path: Path) -> None:
         with suppress(OSError), open(path, "ab") as file:  # a plain write says what is the matter
             file.write(b"\0" * (1 << 20))
             file.flush()
-        raise OSError(28, f"cannot be written ({' '.join(str(error).split())[:100]})", str(path)) from None
+        raise OSError(28, f"cannot be written ({one_line(error)[:100]})", str(path)) from None

@@ -49,6 +49,7 @@ class Fitting:
 
     def __init__(self, recipe: Recipe, fabric: Any, say: Say) -> None:
         self.recipe, self.fabric, self.say = recipe, fabric, say
+        self.told: set[tuple[str, str]] = set()
         self.ranks = Ranks()
         self.train = open_split(recipe.data, "train", training=True)
         self.validation = open_split(recipe.data, "validation")
@@ -90,8 +91,14 @@ class Fitting:
         model = prepare(model, self.size, x_dnn=options.bias_free, six=inverse_added(options.name))
         if options.weights is not None:
             as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
-            load_weights(model, options.weights, to_train=not as_it_is)
+            self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=not as_it_is))
         return model
+
+    def _tell(self, purpose: str, path: str, taken: str) -> None:
+        """What was taken from a file of weights, once, although a network may be made several times."""
+        if taken and (purpose, path) not in self.told:
+            self.told.add((purpose, path))
+            self.say(purpose, 0.0, f"weights {path}: {taken}")
 
     def about(self, stage: str) -> dict[str, Any]:
         """What a file of weights says of itself."""

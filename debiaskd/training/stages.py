@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import files
-from debiaskd.networks import inverse_added, load_weights, weights_file
+from debiaskd.networks import inverse_added, load_weights, weights_hash
 from debiaskd.recipe import Network, Recipe, Schedule, Teacher, to_dict
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
@@ -48,7 +48,7 @@ class Chain:
         begun = {"student": recipe.student, "teacher": recipe.teacher}
         for name, network in begun.items():
             if network is not None and network.weights is not None:
-                self.base[f"{name}.weights"] = files.sha256(weights_file(network.weights))
+                self.base[f"{name}.weights"] = weights_hash(network.weights)
 
     def _rehearse(self) -> None:
         """Networks and terms are put together once, so that what does not fit is said before hours of training."""
@@ -162,7 +162,7 @@ class Chain:
 
         model = self.fitting.network(options, "teacher")
         if options.method == "checkpoint":
-            what = "pretrained" if options.weights is None else files.sha256(weights_file(options.weights))
+            what = "pretrained" if options.weights is None else weights_hash(options.weights)
             return model, f"{options.name} {what}"
         stage = trained_teacher(self, options)
         load_weights(model, stage.model)
