@@ -13,6 +13,9 @@ pytest.importorskip("yaml")
 import yaml
 
 from debiaskd.recipe import RecipeError, check, names, read, to_dict
+from debiaskd.recipe.key_checks import refuse_null
+from debiaskd.recipe.keys import Key, keys, nullable
+from debiaskd.recipe.overrides import nested
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 PLAIN: dict[str, Any] = {"data": {"path": "x"}, "student": {"name": "small/4"}, "terms": {"supervised": {}}}
@@ -71,10 +74,10 @@ ALL = "data, student, terms, schedule, teacher, transplant, weights, pretraining
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ("a: [", "r.yaml: not YAML (while parsing a flow node"),
+        ("a: [", "r.yaml: not YAML (line 1, column 5: while parsing a flow node, expected the node content"),
         ("\x00", "r.yaml: not YAML (unacceptable character"),
         ("- 1", "r.yaml: a recipe is a mapping of keys, got list"),
-        ("", "r.yaml: a recipe is a mapping of keys, got NoneType"),
+        ("", "r.yaml: a recipe is a mapping of keys, got nothing"),
         ({"sede": 1}, "r.yaml: sede: no such key; did you mean seed, schedule?"),
         ({"nothing-like-it": 1}, f"r.yaml: nothing-like-it: no such key; did you mean {ALL}?"),
         ({7: 1}, f"r.yaml: 7: no such key; did you mean {ALL}?"),
@@ -84,7 +87,7 @@ ALL = "data, student, terms, schedule, teacher, transplant, weights, pretraining
         ({"student": {"nam": "a"}}, "r.yaml: student.nam: no such key; did you mean student.name?"),
         ({"teacher": {"name": "a", "shedule": {}}}, "teacher.shedule: no such key; did you mean teacher.schedule?"),
         ({"data": {}}, "r.yaml: the following arguments are required: data.path"),
-        ({"student": None}, "r.yaml: the following arguments are required: student.name"),
+        ({"student": None}, "r.yaml: student: must be a mapping of keys, got null"),
         ({"terms": None}, "r.yaml: terms: must be a mapping of keys, got null"),
         ({"schedule": None}, "r.yaml: schedule: must be a mapping of keys, got null"),
         ({"schedule": []}, "r.yaml: schedule: must be a mapping of keys, got []"),
@@ -93,10 +96,10 @@ ALL = "data, student, terms, schedule, teacher, transplant, weights, pretraining
         ({"schedule": {"epochs": 1.5}}, "r.yaml: schedule.epochs: must be of type int, got 1.5"),
         ({"schedule": {"epochs": "many"}}, "r.yaml: schedule.epochs: must be of type int, got many"),
         ({"schedule": {"optimizer": "lion"}}, "schedule.optimizer: must be one of 'adam', 'adamw', 'sgd', got lion"),
-        ({"schedule": {"milestones": ["a"]}}, "r.yaml: schedule.milestones: must be of type int, got a"),
+        ({"schedule": {"milestones": ["a"]}}, "r.yaml: schedule.milestones: must be a list [int, ...], got ['a']"),
         ({"data": {"path": 3}}, "r.yaml: data.path: must be of type str, got 3"),
         ({"data": {"path": "x", "flip": "maybe"}}, "r.yaml: data.flip: must be of type bool, got maybe"),
-        ({"data": {"path": "x", "crop_scale": [1]}}, "r.yaml: data.crop_scale: Expected a tuple with 2 elements"),
+        ({"data": {"path": "x", "crop_scale": [1]}}, "r.yaml: data.crop_scale: must be a list [float, float], got [1]"),
         (terms(guide={"loss": "l3"}), "terms.guide.loss: must be one of 'energy', 'l1', 'ppce', 'rrr', got l3"),
         ({"terms": {"supervised": {"weight": "x"}}}, "r.yaml: terms.supervised.weight: must be of type float, got x"),
         ({"compute": {"precision": 8}}, "r.yaml: compute.precision: must be one of '32', 'bf16', '16', got 8"),
@@ -114,12 +117,32 @@ def test_what_a_file_may_not_say(tmp_path: Path, document: Any, message: str) ->
         (["--recipe", "other.yaml"], f"--recipe: no such key; did you mean {ALL}?"),
         (["--print_config"], f"--print_config: no such key; did you mean {ALL}?"),
         (["--terms.guide.weight.x", "1"], "--terms.guide.weight.x: no such key; did you mean terms.guide.weight?"),
-        (["--seed"], "argument --seed: expected one argument"),
-        (["--seed", "x"], "seed: must be of type int, got x"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--seed", "x"], "--seed: must be of type int, got x"),
         (["--seed", "1", "2"], "unrecognized arguments: 2"),
         (["-x"], "unrecognized arguments: -x"),
         (["--schedule.learning_rate", "nan"], "schedule.learning_rate: must be of type float, got nan"),
         (["--terms.supervised.weight", "[1]"], "terms.supervised.weight: must be of type float, got [1]"),
+        (["--schedule.epochs="], "--schedule.epochs: must be of type int, got ''"),
+        (["--schedule.epochs", "{"], "--schedule.epochs: must be of type int, got '{' (not YAML (line 1, column 2: "),
+        (["--schedule.epochs", "010"], "--schedule.epochs: must be of type int, got '010' ("),
+        (["--schedule.milestones", "1,2"], "--schedule.milestones: must be a list [int, ...], got 1,2"),
+        (["--schedule", "{epochs: null}"], "--schedule.epochs: must be of type int, got null"),
+        (["--schedule", "{epochs: }"], "--schedule.epochs: has no value"),
+        (
+            ["--schedule", "{epochs: 1, epochs: 2}"],
+            "--schedule: must be a mapping of keys, got '{epochs: 1, epochs: 2}' (",
+        ),
+        (["--terms.kd", "{temprature: 1}"], "--terms.kd.temprature: no such key; did you mean terms.kd.temperature?"),
+        (["--terms.kd", "temperature"], "--terms.kd: must be a mapping of keys, got 'temperature'"),
+        (
+            ["--schedule.learning-rate", "1"],
+            "--schedule.learning-rate: no such key; did you mean schedule.learning_rate?",
+        ),
+        (["--schedule.epochs.", "1"], "--schedule.epochs.: no such key; did you mean schedule.epochs?"),
+        (["--seed", "-1"], "seed: must be >= 0 and < 2**63, got -1"),
+        (["--data.seed", "9223372036854775808"], "data.seed: must be >= 0 and < 2**63, got 9223372036854775808"),
+        (["--data.flip", "1"], "--data.flip: must be of type bool, got 1"),
         (["--selection.rule", "best"], "selection.rule: must be one of 'worst_group', 'accuracy', 'f1', 'pareto'"),
     ],
 )
@@ -153,6 +176,111 @@ def test_overrides_are_typed_like_the_file_and_come_after_it(tmp_path: Path) -> 
     assert (guided.terms.guide.loss, guided.terms.guide.weight, guided.terms.guide.layer) == ("l1", 0.5, "Final")
     begun = read(written(tmp_path, {**PLAIN, **KD}), ["--terms.kd", "{temperature: 2}"])
     assert begun.terms.kd is not None and begun.terms.kd.temperature == 2
+
+
+# -- nothing where something should be --------------------------------------------------------------------------------
+
+KEYS = keys()
+
+
+def only(key: Key, value: str) -> str:
+    """A file that says nothing but one key."""
+    *above, last = key.name.split(".")
+    return (
+        "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(above)) + f"{'  ' * len(above)}{last}:{value}\n"
+    )
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_a_key_without_a_value_is_refused_whatever_it_is(tmp_path: Path, key: Key) -> None:
+    refused(written(tmp_path, only(key, "")), (), f"r.yaml: {key.name}: has no value; ")
+    refused(written(tmp_path, only(key, "  # later")), (), f"r.yaml: {key.name}: has no value; ")
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_null_is_for_what_may_be_left_out(tmp_path: Path, key: Key) -> None:
+    base = {**PLAIN, **taught()}
+    if nullable(key.kind):
+        refuse_null(nested(key.name, None), "")  # says nothing
+    else:
+        refused(written(tmp_path, only(key, " null")), (), f"r.yaml: {key.name}: must be ")
+        refused(written(tmp_path, base), [f"--{key.name}", "null"], f"--{key.name}: must be ")
+    refused(written(tmp_path, base), [f"--{key.name}="], f"--{key.name}: must be ")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            "terms:\n  match:\n",
+            "terms.match: has no value; write `match: {}` for its defaults, or `match: null` to leave",
+        ),
+        (
+            "transplant:\n",
+            "transplant: has no value; write `transplant: {}` for its defaults, or `transplant: null` to",
+        ),
+        ("teacher:\n", "teacher: has no value; write `teacher: {name: …}`, or `teacher: null` to leave it out"),
+        ("schedule:\n", "schedule: has no value; must be a mapping of keys"),
+        ("schedule: {epochs: }", "schedule.epochs: has no value; must be of type int"),
+        ("schedule: {epochs}", "schedule.epochs: has no value; must be of type int"),
+        ("schedule:\n  clip:\n", "schedule.clip: has no value; must be of type float, or null to leave it out"),
+        (
+            "selection: {rule: }",
+            "has no value; must be one of 'worst_group', 'accuracy', 'f1', 'pareto', 'last', or null",
+        ),
+        ("schedule:\n  milestones:\n  -\n  - 3\n", "schedule.milestones: has no value; must be a list [int, ...]"),
+        ("data: &a\nschedule: *a\n", "data: has no value"),
+        ("data: {path: ''}", "data.path: must be of type str, got ''"),
+        ("student: {weights: ' '}", "student.weights: must be of type str, got ' '"),
+    ],
+)
+def test_what_a_key_without_a_value_should_have(tmp_path: Path, document: str, message: str) -> None:
+    refused(written(tmp_path, document), (), message)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("seed: 1\ndata: {}\nseed: 2\n", "r.yaml: seed: is given twice, again in line 3"),
+        ("terms:\n  kd: {}\n  kd: {}\n", "r.yaml: terms.kd: is given twice, again in line 3"),
+        ("schedule: {epochs: 1, epochs: 1}", "r.yaml: schedule.epochs: is given twice, again in line 1"),
+        ("schedule: {epochs: 010}", "r.yaml: schedule.epochs: 010 is a number in base 8 in YAML; write it in base 10"),
+        ("schedule: {epochs: 1:30}", "r.yaml: schedule.epochs: 1:30 is a number in base 60 in YAML; write it in base"),
+        (
+            "data:\n\tpath: x\n",
+            r"r.yaml: not YAML (line 2, column 1: while scanning for the next token, found character '\t'",
+        ),
+        ("seed: 1\n---\nseed: 2\n", "r.yaml: not YAML (line 2, column 1: expected a single document in the stream"),
+        ("data: !!python/name:os.system {}", "r.yaml: not YAML (line 1, column 7: could not determine a constructor"),
+    ],
+)
+def test_what_yaml_takes_in_silence(tmp_path: Path, document: str, message: str) -> None:
+    refused(written(tmp_path, document), (), message)
+
+
+def test_anchors_and_merged_keys_stay_as_yaml_has_them(tmp_path: Path) -> None:
+    file = written(tmp_path, yaml.safe_dump(PLAIN) + "pretraining: &a {epochs: 3}\nschedule:\n  <<: *a\n  batch: 8\n")
+    recipe = read(file)
+    assert (recipe.schedule.epochs, recipe.schedule.batch) == (3, 8)
+
+
+# -- what is typed over it ---------------------------------------------------------------------------------------------
+
+
+def test_a_typed_mapping_changes_the_keys_that_it_names(tmp_path: Path) -> None:
+    file = written(tmp_path, {**PLAIN, **terms(guide={"loss": "l1"}), "pretraining": {"batch": 16}})
+    recipe = read(file, ["--terms.guide", "{weight: 0.5}", "--pretraining", "{epochs: 3}", "--schedule={epochs: 4}"])
+    assert recipe.terms.guide is not None and recipe.pretraining is not None
+    assert (recipe.terms.guide.loss, recipe.terms.guide.weight) == ("l1", 0.5)
+    assert (recipe.pretraining.epochs, recipe.pretraining.batch, recipe.schedule.epochs) == (3, 16, 4)
+
+
+def test_texts_need_no_quotes(tmp_path: Path) -> None:
+    file = written(tmp_path, PLAIN)
+    assert read(file, ["--data.path", "2024-01-01", "--compute.precision", "16"]).data.path == "2024-01-01"
+    assert read(file, ["--data.train=train[:80%]"]).data.train == "train[:80%]"
+    assert read(file, ["--student.name", "small/4: #x"]).student.name == "small/4: #x"
+    assert read(file, ["--student.weights", "null"]).student.weights is None
 
 
 def test_null_removes_a_term(tmp_path: Path) -> None:
@@ -296,6 +424,8 @@ def test_there_are_recipes() -> None:
         ({"schedule": {"ema": 1}}, "schedule.ema: must lie in (0, 1), got 1"),
         ({"schedule": {"ema": 0}}, "schedule.ema: must lie in (0, 1), got 0"),
         ({"schedule": {"shape": "steps"}}, "schedule.milestones: for shape steps and only for it, got None with steps"),
+        ({"schedule": {"shape": "steps", "milestones": []}}, "schedule.milestones: must be epochs >= 1, got []"),
+        ({"schedule": {"shape": "steps", "milestones": [0]}}, "schedule.milestones: must be epochs >= 1, got [0]"),
         ({"schedule": {"milestones": [1]}}, "schedule.milestones: for shape steps and only for it, got [1] with const"),
         ({"pretraining": {"batch": 0}}, "pretraining.batch: must be >= 1, got 0"),
         ({"student": {"name": "a", "pretrained": True, "weights": "x"}}, "student.pretrained, student.weights: only"),

@@ -59,6 +59,9 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     for name, value in least.items():
         if value is not None and value < 1:
             yield f"{name}: must be >= 1, got {value}"
+    for name, seed in {"seed": recipe.seed, "data.seed": data.seed}.items():
+        if not 0 <= seed < 2**63:
+            yield f"{name}: must be >= 0 and < 2**63, got {seed}"
     for name, number in {"data.dilate": data.dilate, "compute.workers": compute.workers}.items():
         yield from _number(name, number, zero=True)
     if data.crop_scale is not None and not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
@@ -184,6 +187,8 @@ def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
     yield from _number(f"{name}.clip", schedule.clip)
     if (schedule.milestones is not None) != (schedule.shape == "steps"):
         yield f"{name}.milestones: for shape steps and only for it, got {schedule.milestones} with {schedule.shape}"
+    if schedule.milestones is not None and (not schedule.milestones or min(schedule.milestones) < 1):
+        yield f"{name}.milestones: must be epochs >= 1, got {schedule.milestones}"
     if schedule.batch % schedule.accumulate:
         yield f"{name}.batch: must be a multiple of accumulate={schedule.accumulate}, got {schedule.batch}"
     if schedule.ema is not None and not 0 < schedule.ema < 1:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from debiaskd.recipe.checking import RecipeError, check
+from debiaskd.recipe.key_checks import refuse_null, refuse_unknown, without_value
+from debiaskd.recipe.keys import expected, keys, shown
 from debiaskd.recipe.options import Recipe
+from debiaskd.recipe.overrides import parse, put
 
 __all__ = ["RecipeError", "names", "read", "to_dict"]
 
@@ -38,26 +41,39 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a file, or one of `names`; see `debiaskd.recipe.options.Recipe` for what it may say.
-        overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1".
+        overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1". A mapping changes the keys that it names
+            and leaves the others of its section; null leaves a section or an optional key out.
 
     Raises:
-        RecipeError: no such name; unknown keys, values of another type, unused options, impossible combinations.
+        RecipeError: no such name; unknown keys, keys without a value or given twice, values of another type, unused
+            options, impossible combinations.
         OSError: the file cannot be read.
         ModuleNotFoundError: jsonargparse is not installed (`pip install 'debiaskd[train]'`).
     """
-    import yaml
+    document, typed = _document(path), parse(overrides)
+    for key, value in typed.items():
+        put(document, key, value)
+    _precision(document)
+    return check(_typed(document, list(typed), path))
+
+
+def _document(path: Path | str) -> dict[str, Any]:
+    from debiaskd.recipe.document import DocumentError, load
 
     try:
-        document = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        document, empty = load(_text(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not YAML ({error})") from None
+    except DocumentError as error:
+        raise RecipeError(f"{path}: {error}") from None
     if not isinstance(document, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(document).__name__}")
-    unknown(Recipe, document, f"{path}: ")
-    _precision(document)
-    for key in _keys(overrides):
-        unknown(Recipe, _nested(key), "--", key)
-    return check(_typed(document, overrides, path))
+        got = "nothing" if document is None else type(document).__name__
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {got}")
+    refuse_unknown(document, f"{path}: ")
+    for key in empty:
+        raise RecipeError(f"{path}: {without_value(key)}")
+    refuse_null(document, f"{path}: ")
+    return document
 
 
 def _precision(document: dict[str, Any]) -> None:
@@ -67,30 +83,31 @@ def _precision(document: dict[str, Any]) -> None:
         compute["precision"] = str(compute["precision"])
 
 
-def _typed(document: dict[str, Any], overrides: Sequence[str], path: Path | str) -> Recipe:
-    from jsonargparse import ArgumentError, ArgumentParser
+def _typed(document: dict[str, Any], overridden: Sequence[str], path: Path | str) -> Recipe:
+    import yaml
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(exit_on_error=False, prog="debiaskd train")
-    parser.add_class_arguments(Recipe, None)
+    parser = _parser()
     try:
         instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called
-        parsed = _parse(parser, document, overrides)
-        for name, kind in get_type_hints(Recipe).items():
-            if dataclasses.is_dataclass(kind) and parsed.get(name) is None:
-                raise RecipeError(f"{path}: {name}: must be a mapping of keys, got null")
+        parsed = parser.parse_args(["--recipe", yaml.safe_dump(document)])
+        parsed.pop("recipe")
         made = instantiate(parsed)
     except ArgumentError as error:
-        raise RecipeError(f"{path}: {_one_line(str(error))}") from None
+        message = _in_our_words(_one_line(str(error)), document)
+        typed = any(re.match(rf"{re.escape(key)}[.:]", message) for key in overridden)
+        raise RecipeError(f"--{message}" if typed else f"{path}: {message}") from None
     return Recipe(**{field.name: made[field.name] for field in dataclasses.fields(Recipe)})
 
 
-def _parse(parser: Any, document: dict[str, Any], overrides: Sequence[str]) -> Any:
-    import yaml
+@cache
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
 
+    parser = ArgumentParser(exit_on_error=False, prog="debiaskd train")
+    parser.add_class_arguments(Recipe, None)
     parser.add_argument("--recipe", action="config")
-    parsed = parser.parse_args(["--recipe", yaml.safe_dump(document), *overrides])
-    parsed.pop("recipe")
-    return parsed
+    return parser
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -101,47 +118,23 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def unknown(cls: type, document: Mapping[str, Any], where: str, shown: str | None = None, prefix: str = "") -> None:
-    """Refuses a key that is none, naming the ones that are close to it."""
-    hints = get_type_hints(cls)
-    for key, value in document.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 3) or list(hints)
-            raise RecipeError(
-                f"{where}{shown or name}: no such key; did you mean {', '.join(prefix + n for n in near)}?"
-            )
-        inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
-        if isinstance(inner, type) and isinstance(value, Mapping):
-            unknown(inner, value, where, shown, f"{name}.")
-        elif shown and value:
-            raise RecipeError(f"{where}{shown}: no such key; did you mean {name}?")
-        elif inner is not None and value is not None:
-            raise RecipeError(f"{where}{name}: must be a mapping of keys, got {value!r}")
-
-
-def _keys(overrides: Sequence[str]) -> list[str]:
-    found = []
-    for text in overrides:
-        if text.startswith("--"):
-            found.append(text[2:].partition("=")[0])
-    return found
-
-
-def _nested(key: str) -> dict[str, Any]:
-    head, _, rest = key.partition(".")
-    return {head: _nested(rest) if rest else {}}
+def _in_our_words(message: str, document: Any) -> str:
+    """What a key must be and what it is, where jsonargparse says so of one; its own words otherwise."""
+    name = message.partition(":")[0]
+    key = next((key for key in keys() if key.name == name), None)
+    if key is None or key.section is not None:
+        return message
+    for part in name.split("."):
+        document = document[part]
+    return f"{name}: must be {expected(key.kind)}, got {shown(document)}"
 
 
 def _one_line(text: str) -> str:
-    """jsonargparse's message without its account of every alternative that it tried."""
+    """jsonargparse's message, the key in front, without its account of every alternative that it tried."""
     text = re.sub(r"^Parser key \"([^\"]*)\":", r"\1:", text.strip())
     text = re.sub(r"Does not validate against any of the Union subtypes\s+Subtypes:.*?Errors:\s*", "", text, flags=re.S)
     text = re.sub(r"\s+Given value type:.*", "", text, flags=re.S)
     text = re.sub(r"\s+- Expected a <class 'NoneType'>", "", text)
     text = re.sub(r"Problem with given class_path '[^']*':", "", text)
     text = " ".join(text.split()).replace(": - ", ": ")
-    text = re.sub(r": Parser key \"([^\"]*)\":", r".\1:", text)
-    text = re.sub(r"Expected a <class '(\w+)'>", r"must be of type \1", text)
-    text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"must be one of \1", text)
-    return text.replace(". Got value:", ", got")
+    return re.sub(r": Parser key \"([^\"]*)\":", r".\1:", text)

@@ -1,0 +1,75 @@
+"""What a recipe's keys may be called and must hold, before any of it is typed. Refusals name the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from debiaskd.recipe.checking import RecipeError
+from debiaskd.recipe.keys import expected, keys, nullable, section
+from debiaskd.recipe.options import Recipe
+
+
+def refuse_unknown(
+    document: Mapping[Any, Any], where: str, *, cls: type = Recipe, prefix: str = "", shown: str | None = None
+) -> None:
+    """Refuse a key that does not exist, and a section that is no mapping.
+
+    Args:
+        document: values by key, of `cls`.
+        where: what the message begins with.
+        cls: the dataclass of the section.
+        prefix: name of the section, with a dot behind.
+        shown: what the message calls the key instead of its own name.
+
+    Raises:
+        RecipeError: names the keys that are close to it.
+    """
+    hints = get_type_hints(cls)
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 3) or list(hints)
+            raise RecipeError(
+                f"{where}{shown or name}: no such key; did you mean {', '.join(prefix + n for n in near)}?"
+            )
+        inner = section(hints[key])
+        if inner is not None and isinstance(value, Mapping):
+            refuse_unknown(value, where, cls=inner, prefix=f"{name}.", shown=shown)
+        elif shown and value:
+            raise RecipeError(f"{where}{shown}: no such key; did you mean {name}?")
+        elif inner is not None and value is not None:
+            raise RecipeError(f"{where}{name}: must be a mapping of keys, got {value!r}")
+
+
+def refuse_null(document: Mapping[str, Any], where: str, *, cls: type = Recipe, prefix: str = "") -> None:
+    """Refuse null and empty texts where the type has no such value; jsonargparse 4.53.0 takes null for any type.
+
+    Args:
+        document, where, cls, prefix: as for `refuse_unknown`, which comes first.
+
+    Raises:
+        RecipeError: says what was expected.
+    """
+    hints = get_type_hints(cls)
+    for key, value in document.items():
+        inner = section(hints[key])
+        if value is None and not nullable(hints[key]):
+            raise RecipeError(f"{where}{prefix}{key}: must be {expected(hints[key])}, got null")
+        if isinstance(value, str) and not value.strip():
+            raise RecipeError(f"{where}{prefix}{key}: must be {expected(hints[key])}, got {value!r}")
+        if inner is not None and isinstance(value, Mapping):
+            refuse_null(value, where, cls=inner, prefix=f"{prefix}{key}.")
+
+
+def without_value(name: str) -> str:
+    """The message for `name:` with nothing behind it: null to YAML, but its writer may have meant the defaults."""
+    key = next(key for key in keys() if key.name == name)
+    last, inner = name.rpartition(".")[2], key.section
+    if inner is None or not nullable(key.kind):
+        or_null = ", or null to leave it out" if nullable(key.kind) else ""
+        return f"{name}: has no value; must be {expected(key.kind)}{or_null}"
+    given = next((k.name for k in keys(inner) if k.required), None)
+    what = f"`{last}: {{}}` for its defaults" if given is None else f"`{last}: {{{given}: …}}`"
+    return f"{name}: has no value; write {what}, or `{last}: null` to leave it out"
