@@ -90,7 +90,7 @@ class Schedule:
         shape: of the learning rate over the epochs; "steps" multiplies it by 0.1 at `milestones`.
         milestones: epochs, for "steps" alone.
         warmup: epochs of linear rise before.
-        accumulate: passes a step.
+        accumulate: forward and backward passes a step, of batch / accumulate pictures each; saves memory.
         clip: largest norm of the gradient; not clipped if it is left out.
         ema: decay of a moving average of the weights, which is what is evaluated and saved; none if it is left out.
     """

@@ -10,7 +10,7 @@ from debiaskd.terms.distil import Kd, KdOptions, Relation, RelationOptions, Samp
 from debiaskd.terms.guidance import GuideOptions, GuideTerm, make_guide
 from debiaskd.terms.match import Match, MatchOptions
 from debiaskd.terms.robust import GroupDro, GroupDroOptions
-from debiaskd.terms.state import Draws, Outputs, Ranks, Setting, State, Term, TermOptions
+from debiaskd.terms.state import Draws, Outputs, Ranks, Setting, State, StepInputs, StepTotals, Term, TermOptions
 from debiaskd.terms.supervised import Supervised, SupervisedOptions
 
 #: By name, all that are built from their options and the setting alone. `guide` also needs the student.
@@ -46,6 +46,8 @@ __all__ = [
     "SampleOptions",
     "Setting",
     "State",
+    "StepInputs",
+    "StepTotals",
     "Supervised",
     "SupervisedOptions",
     "Term",

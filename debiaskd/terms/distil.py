@@ -74,7 +74,11 @@ class Sample(Term):
 
 @dataclass
 class RelationOptions(TermOptions):
-    """CID's class loss: cosines between samples of a class, student's against teacher's, over all ranks' samples."""
+    """CID's class loss: cosines between samples of a class, student's against teacher's, over all ranks' samples.
+
+    Pairs are counted within a forward pass. `schedule.accumulate` therefore changes this loss, as no other: a step of
+    several passes has the mean of their losses, over the fewer pairs that meet in one.
+    """
 
 
 class Relation(Term):

@@ -13,7 +13,7 @@ from debiaskd.depths import DEPTHS
 from debiaskd.guide import Guide
 from debiaskd.ignoring import judged
 from debiaskd.terms.backdoor import Intervened
-from debiaskd.terms.state import State, Term, TermOptions
+from debiaskd.terms.state import State, StepInputs, Term, TermOptions
 
 
 @dataclass
@@ -24,7 +24,7 @@ class GuideOptions(TermOptions):
         layer: Input, Mid1, Mid2, Mid3, Final, or a module's name.
         attribution: how the map is made; left out, bcos for networks of B-cos layers, else input_x_gradient.
         loss: how it is compared with the boxes.
-        reduction: "mean" over annotated images, or "sum", as the public code of the paper has it.
+        reduction: "mean" over the step's annotated images, or "sum", as the public code of the paper has it.
         steps: of integrated gradients; 32 if it is left out.
     """
 
@@ -37,23 +37,37 @@ class GuideOptions(TermOptions):
 
 class GuideTerm(Term):
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+    tallied = "inputs"
 
     def __init__(self, options: GuideOptions, guide: Guide) -> None:
         super().__init__(options)
         self.guide = guide
         self.reduction = options.reduction
 
+    def tally(self, inputs: StepInputs, logits: Tensor | None) -> dict[str, Tensor]:
+        return {"guide.annotated": _annotated(inputs, _target(inputs))}
+
     def forward(self, state: State) -> Tensor:
         assert state.seen is not None
-        target = state.target
-        if target.is_floating_point():
-            target = draw_target(target, noise=state.draws.rand(tuple(target.shape)))
+        target = _target(state)
         loss = self.guide.guide(state.seen, target, state.boxes, state.ignore).loss
         if self.reduction == "sum":
-            return loss * state.ranks.world_size  # gradients are averaged over ranks
-        # The guide sums: how many images are annotated is a matter of all ranks.
-        annotated = judged(state.boxes, target, state.ignore)[0].annotated.sum()
-        return loss / state.ranks.mean(annotated.to(torch.float32)).clamp(min=1 / state.ranks.world_size)
+            return loss * state.parts  # which are averaged
+        # The guide sums: how many images are annotated is a matter of the whole step.
+        annotated = state.total("guide.annotated", _annotated(state, target)) / state.parts
+        return loss / annotated.clamp(min=1 / state.parts)
+
+
+def _target(inputs: StepInputs) -> Tensor:
+    """The class that is guided in each image, drawn where it shows several; int64 [N], -1 for none."""
+    target = inputs.target
+    if not target.is_floating_point():
+        return target
+    return draw_target(target, noise=inputs.draws.rand(tuple(target.shape)))
+
+
+def _annotated(inputs: StepInputs, target: Tensor) -> Tensor:
+    return judged(inputs.boxes, target, inputs.ignore)[0].annotated.sum().to(torch.float32)
 
 
 def make_guide(options: GuideOptions, model: torch.nn.Module) -> Guide:

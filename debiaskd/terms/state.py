@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,7 @@ class Outputs(NamedTuple):
 
 
 class Ranks:
-    """The processes that train together; this one alone unless torch.distributed is initialised.
-
-    Every rank's gradients are averaged afterwards. A mean over all ranks' samples of quantities that not every sample
-    has, such as weights, is therefore a sum over this rank's, divided by `mean` of the denominator.
-    """
+    """The processes that train together; this one alone unless torch.distributed is initialised."""
 
     def __init__(self) -> None:
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -66,24 +63,48 @@ class Ranks:
 class Draws:
     """A step's random numbers: of the seed, the step and a sample's place in the step alone.
 
-    Ranks take turns in the samples of a step, and so do they in its random numbers: two ranks draw together what one
-    process would. Nothing has to be remembered for a run to go on where it was interrupted.
+    The samples of a step are split into equal passes, and ranks take turns in the samples of each pass. Random numbers
+    are split in the same way, so that a sample gets the same ones in however many passes and ranks its step is run.
+    Nothing has to be remembered for a run to go on where it was interrupted.
+
+    Args:
+        seed, step: of which the numbers are a function.
+        ranks, device: the processes; where the numbers are wanted.
+        passes: forward passes in the step (`schedule.accumulate`).
+        number: which of them this is, from 0.
     """
 
-    def __init__(self, seed: int, step: int, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, step: int, ranks: Ranks, device: torch.device, *, passes: int = 1, number: int = 0
+    ) -> None:
         # Far apart for neighbouring steps, whatever the seed.
         self.generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
-        self.ranks, self.device = ranks, device
+        self.ranks, self.device, self.passes, self.number = ranks, device, passes, number
 
     def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-        """Uniform in [0,1), `shape[0]` rows for the samples of this rank."""
-        everyone = torch.rand(shape[0] * self.ranks.world_size, *shape[1:], generator=self.generator)
-        return everyone[self.ranks.rank :: self.ranks.world_size].to(device or self.device, non_blocking=True)
+        """Uniform in [0,1), `shape[0]` rows for this rank's samples of this pass."""
+        count = shape[0] * self.ranks.world_size
+        everyone = torch.rand(count * self.passes, *shape[1:], generator=self.generator)
+        mine = everyone[self.number * count : (self.number + 1) * count][self.ranks.rank :: self.ranks.world_size]
+        return mine.to(device or self.device, non_blocking=True)
 
 
-@dataclass
-class State:
-    """One step.
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over all forward passes and ranks of an optimizer step, known before the first of these passes.
+
+    Attributes:
+        passes: forward passes of each rank in the step (`schedule.accumulate`).
+        values: the sums, by name. Empty for a step of one pass, in which terms sum over the ranks themselves.
+    """
+
+    passes: int = 1
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class StepInputs:
+    """What a forward pass begins with.
 
     Attributes:
         images: [N,3,H,W], augmented and normalised.
@@ -91,8 +112,6 @@ class State:
         boxes, ignore: of N pictures; areas that count neither as inside nor as outside, or None.
         groups: int64 [N], or None where the data has none.
         weight: float32 [N], the samples' weights, or None without reweighting.
-        student, teacher: what they gave; `teacher` is None where no term asked for it.
-        seen: what the guide watched, or None without one.
         epoch: from 0.
         draws, ranks: random numbers, and the other processes.
     """
@@ -103,15 +122,46 @@ class State:
     ignore: Boxes | None
     groups: Tensor | None
     weight: Tensor | None
-    student: Outputs
-    teacher: Outputs | None
-    seen: Seen | None
     epoch: int
     draws: Draws
     ranks: Ranks
 
+
+@dataclass(kw_only=True)
+class State(StepInputs):
+    """One forward pass of a step, which has as many as `schedule.accumulate` on every rank.
+
+    The losses of all passes and ranks are averaged. A mean over the samples of the step is therefore this pass's sum
+    of terms, divided by `total(denominator) / parts`.
+
+    Attributes:
+        student, teacher: what they gave; `teacher` is None where no term asked for it.
+        seen: what the guide watched, or None without one.
+        totals: sums over the whole step.
+        number: which of the step's passes this is, from 0.
+    """
+
+    student: Outputs
+    teacher: Outputs | None
+    seen: Seen | None
+    totals: StepTotals = field(default_factory=StepTotals)
+    number: int = 0
+
+    @property
+    def parts(self) -> int:
+        """How many losses are averaged: one for each pass of each rank."""
+        return self.totals.passes * self.ranks.world_size
+
+    def total(self, name: str, own: Tensor) -> Tensor:
+        """The step's sum of what a term's `tally` calls `name` and what is `own` in this pass; a constant.
+
+        Raises:
+            KeyError: the step has several passes, and no tally gave it.
+        """
+        return self.ranks.sum(own) if self.totals.passes == 1 else self.totals.values[name]
+
     def shares(self, weighted: bool) -> Tensor | None:
-        """[N] of which the sum over this rank's samples, averaged over ranks, makes a mean by the samples' weights.
+        """[N] of which the sum over this pass's samples, averaged over all parts, makes a mean by the samples' weights.
 
         None where all count alike: not `weighted`, or no weights. Factors of the samples, and not of their sum, leave
         nothing to scale in the gradient of a whole feature map.
@@ -120,8 +170,10 @@ class State:
 
     @cached_property
     def _shares(self) -> Tensor | None:
-        """Once a step: ranks have to wait for each other."""
-        return None if self.weight is None else self.weight / self.ranks.mean(self.weight.sum())
+        """Once a pass: ranks have to wait for each other."""
+        if self.weight is None:
+            return None
+        return self.weight / (self.total("weight", self.weight.sum()) / self.parts)
 
     def mean(self, each: Tensor, weighted: bool) -> Tensor:
         """Of each sample's loss [N]; by the samples' weights if `weighted` and there are any."""
@@ -172,11 +224,13 @@ class Term(nn.Module):
             "groups", "boxes".
         undecayed: the optimiser's weight decay leaves its parameters alone.
         own: names of buffers in which every rank sums up by itself.
+        tallied: what `tally` reads, "inputs" or "logits"; None: there is nothing to tally.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     undecayed: ClassVar[bool] = False
     own: ClassVar[frozenset[str]] = frozenset()
+    tallied: ClassVar[Literal["inputs", "logits"] | None] = None
 
     def __init__(self, options: TermOptions) -> None:
         super().__init__()
@@ -186,8 +240,20 @@ class Term(nn.Module):
         """Whether it has something to do in an epoch."""
         return self.options.factor(epoch) > 0
 
+    def tally(self, inputs: StepInputs, logits: Tensor | None) -> dict[str, Tensor]:
+        """What one pass adds to sums that the loss needs of the whole step (`State.total`), by name.
+
+        Called for every pass of a step before its first loss, where the step has several. Random numbers have to be
+        drawn in the same order as in `forward`.
+
+        Args:
+            inputs: of the pass.
+            logits: the student's, [N,K], if `tallied` is "logits": that costs a forward pass without gradients.
+        """
+        return {}
+
     def forward(self, state: State) -> Tensor:
-        """The loss, without its weight: a scalar."""
+        """The loss of one pass, without its weight: a scalar."""
         raise NotImplementedError
 
     def end_epoch(self, epoch: int, ranks: Ranks) -> None:

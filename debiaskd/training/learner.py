@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debiaskd.data import Batch
+from debiaskd.depths import statistics_kept
 from debiaskd.guide import Guide
-from debiaskd.terms import Draws, Ranks, State, Term
+from debiaskd.terms import Draws, Ranks, State, StepInputs, StepTotals, Term
 from debiaskd.training.teaching import Teaching
 from debiaskd.training.watched import Watched
 
 
 class Step:
-    """What a step is of. Opaque, since Fabric looks for tensors to convert in whatever it can look into.
+    """What a forward pass of a step is of. Opaque, since Fabric looks for tensors to convert in whatever it can look
+    into.
 
     Attributes:
         batch: augmented pictures of this process.
         epoch: from 0.
         draws, ranks: random numbers, and the other processes.
         numbers: int64 [N], the pictures' on the host, or None.
+        totals: sums over the whole step, from `Learner.totals`.
+        number: which of the step's passes this is, from 0.
     """
 
-    def __init__(self, batch: Batch, epoch: int, draws: Draws, ranks: Ranks, numbers: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        epoch: int,
+        draws: Draws,
+        ranks: Ranks,
+        numbers: Tensor | None = None,
+        totals: StepTotals | None = None,
+        number: int = 0,
+    ) -> None:
         self.batch, self.epoch, self.draws, self.ranks, self.numbers = batch, epoch, draws, ranks, numbers
+        self.totals, self.number = totals or StepTotals(), number
 
 
 class Learner(nn.Module):
@@ -73,24 +88,17 @@ class Learner(nn.Module):
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """(what is to be minimised, each term's own loss without its factor)."""
-        teacher, guide, weight = self._outside
-        batch, epoch = step.batch, step.epoch
-        active = {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
+        teacher, guide, _ = self._outside
+        batch, epoch, active = step.batch, step.epoch, self._active(step.epoch)
         taught = any(need.startswith("teacher.") for term in active.values() for need in term.needs)
         student, seen = self.watched(batch.images, guide if "guide" in active else None)
         state = State(
-            images=batch.images,
-            target=batch.target.float() if batch.target.dim() == 2 else batch.target,
-            boxes=batch.boxes,
-            ignore=batch.ignore,
-            groups=batch.groups,
-            weight=None if weight is None or batch.index is None else weight[batch.index],
+            **self._inputs(step),
             student=student,
             teacher=teacher(batch, epoch, step.numbers) if taught and teacher is not None else None,
             seen=seen,
-            epoch=epoch,
-            draws=step.draws,
-            ranks=step.ranks,
+            totals=step.totals,
+            number=step.number,
         )
         losses = {name: term(state) for name, term in active.items()}
         factors = {name: term.options.factor(epoch) for name, term in active.items()}
@@ -104,6 +112,57 @@ class Learner(nn.Module):
         ]
         total = total + sum(0.0 * part.float().sum() for part in idle if part.requires_grad)
         return total, {name: loss.detach().float() for name, loss in losses.items() if factors[name]}
+
+    def tallied(self, epoch: int) -> bool:
+        """Whether terms need more of a whole step than its samples' weights; `totals` then reads augmented pictures."""
+        return any(term.tallied for term in self._active(epoch).values())
+
+    @torch.no_grad()
+    def totals(self, passes: Iterable[Step]) -> StepTotals:
+        """What the losses of a step divide by, summed over its passes and over ranks.
+
+        Args:
+            passes: all that this process has in the step, one at a time. Each comes with random numbers of its own that
+                begin where those of its `forward` will, and is made with the seed that dropout begins from there.
+        """
+        count, sums, ranks = 0, dict[str, Tensor](), Ranks()
+        for step in passes:
+            count, ranks, found = count + 1, step.ranks, self._tally(step)
+            sums = {name: sums[name] + value for name, value in found.items()} if sums else found
+        if count == 1 or not sums:
+            return StepTotals(count)
+        flat = ranks.sum(torch.cat([value.flatten() for value in sums.values()]))  # ranks wait for each other once
+        parts = flat.split([value.numel() for value in sums.values()])
+        return StepTotals(count, {name: part.view_as(sums[name]) for name, part in zip(sums, parts)})
+
+    def _tally(self, step: Step) -> dict[str, Tensor]:
+        inputs = StepInputs(**self._inputs(step))
+        found = {} if inputs.weight is None else {"weight": inputs.weight.sum()}
+        terms = [term for term in self._active(step.epoch).values() if term.tallied]
+        logits = None
+        if any(term.tallied == "logits" for term in terms):
+            with statistics_kept(self.watched.model):
+                logits = self.watched(inputs.images)[0].logits
+        for term in terms:
+            found |= term.tally(inputs, logits)
+        return found
+
+    def _active(self, epoch: int) -> dict[str, Term]:
+        return {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
+
+    def _inputs(self, step: Step) -> dict[str, Any]:
+        batch, weight = step.batch, self._outside[2]
+        return {
+            "images": batch.images,
+            "target": batch.target.float() if batch.target.dim() == 2 else batch.target,
+            "boxes": batch.boxes,
+            "ignore": batch.ignore,
+            "groups": batch.groups,
+            "weight": None if weight is None or batch.index is None else weight[batch.index],
+            "epoch": step.epoch,
+            "draws": step.draws,
+            "ranks": step.ranks,
+        }
 
     def end_epoch(self, epoch: int, ranks: Ranks) -> None:
         for name in self.names:

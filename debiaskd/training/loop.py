@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from debiaskd.data import Batch
 from debiaskd.recipe import Compute, Schedule
-from debiaskd.terms import Draws, Ranks
+from debiaskd.terms import Draws, Ranks, StepTotals
 from debiaskd.training.caching import Views
 from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.keeping import Keeper
@@ -124,20 +124,18 @@ class Training:
         schedule, compute = self.plan.schedule, self.plan.compute
         for group in self.optimizer.param_groups:
             group["lr"] = rate(schedule, self.step, self.steps)
-        for number, batch in enumerate(passes):
-            draws = Draws(self.plan.seed, self.step * schedule.accumulate + number, self.ranks, self.fabric.device)
-            torch.manual_seed(draws.generator.initial_seed() + self.ranks.rank)  # for dropout
-            placed = self.plan.pictures.placed(batch, self._augmentation(batch, epoch, draws))
+        totals, found = self._totals(passes, epoch), []
+        for number, part in enumerate(self._parts(passes, epoch)):
+            part.totals = totals
             last = number + 1 == len(passes)
             with self.fabric.no_backward_sync(self.module, enabled=not last):
-                total, losses = self.module(Step(placed, epoch, draws, self.ranks, batch.index))
+                total, losses = self.module(part)
                 self.fabric.backward(total / len(passes))
-            self.moments.append(
-                Moment(
-                    self.step, batch.index, ("loss", *losses), torch.stack([total.detach().float(), *losses.values()])
-                )
-            )
-            self.seen += len(batch) * self.ranks.world_size
+            found.append(torch.stack([total.detach().float(), *losses.values()]))
+            self.seen += len(part.batch) * self.ranks.world_size
+        indices = [batch.index for batch in passes if batch.index is not None]
+        numbers = torch.cat(indices) if indices else None
+        self.moments.append(Moment(self.step, numbers, ("loss", *losses), torch.stack(found).mean(0)))
         if schedule.clip is not None:
             # Gradients that float16 does not hold make a loss scaler leave the step out; others show in the next loss.
             self.fabric.clip_gradients(self.module, self.optimizer, max_norm=schedule.clip, error_if_nonfinite=False)
@@ -155,6 +153,23 @@ class Training:
                 self._check_weights()
                 self._save()
         self._tell()
+
+    def _parts(self, passes: list[Batch], epoch: int, *, placed: bool = True) -> Iterator[Step]:
+        """The passes of a step, one at a time; `placed` on the device, as the network reads them."""
+        for number, batch in enumerate(passes):
+            draws = Draws(self.plan.seed, self.step, self.ranks, self.fabric.device, passes=len(passes), number=number)
+            place = self.ranks.rank + self.ranks.world_size * number
+            torch.manual_seed(draws.generator.initial_seed() + place)  # for dropout
+            shown = self.plan.pictures.placed(batch, self._augmentation(batch, epoch, draws)) if placed else batch
+            yield Step(shown, epoch, draws, self.ranks, batch.index, number=number)
+
+    def _totals(self, passes: list[Batch], epoch: int) -> StepTotals:
+        """What the step's losses divide by. Pictures are augmented twice where a term looks at them for it: to hold all
+        of them would take the memory that several passes are to save."""
+        if len(passes) == 1:
+            return StepTotals()
+        with self.fabric.autocast():
+            return self.learner.totals(self._parts(passes, epoch, placed=self.learner.tallied(epoch)))
 
     def _augmentation(self, batch: Batch, epoch: int, draws: Draws) -> Draws | Views:
         views = self.plan.views
