@@ -242,7 +242,7 @@ def _progress(console: Console) -> Iterator[Callable[..., None]]:
         bar = bars.add_task("data", total=1.0, news="")
 
         def show(task: str, done: float, news: str = "") -> None:
-            if news.startswith(("epoch", "weights")):
+            if news.startswith(("epoch", "input", "weights")):
                 bars.console.print(f"{task}, {news}", highlight=False, soft_wrap=True)
             elif news:
                 bars.update(bar, news=news)

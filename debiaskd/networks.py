@@ -10,12 +10,14 @@ cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), witho
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debiaskd import cifar_models
 from debiaskd.bias_free import bias_free
+from debiaskd.inputs import InputContract, accepts
 from debiaskd.models import CifarResNet, SmallNet
 from debiaskd.weight_files import (
     LastLayerWarning,
@@ -30,29 +32,38 @@ __all__ = [
     "LastLayerWarning",
     "NetworkError",
     "build",
-    "inverse_added",
     "load_weights",
     "prepare",
     "save_weights",
     "weights_file",
     "weights_hash",
-    "with_inverse",
 ]
 
 
-def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
+def build(name: str, num_classes: int, *, pretrained: bool = False, size: tuple[int, int] | None = None) -> nn.Module:
     """A network with a head for `num_classes`; its random weights come from torch's global generator.
 
+    Args:
+        name, num_classes, pretrained: see there.
+        size: (height, width) that it is to read. Networks built for one size alone (a ViT's position embeddings) are
+            built for this one. None: as they are built by default.
+
     Raises:
-        NetworkError: no such network, or none that has pretrained weights; they could not be fetched.
+        NetworkError: no such network, or none that has pretrained weights; they could not be fetched; it cannot be
+            built for images of this size.
         ModuleNotFoundError: the package that has it is not installed.
     """
     family, slash, rest = name.partition("/")
     make = _FAMILIES.get(family) if slash else None
     if pretrained and make not in (None, _torchvision, _bcos):
         raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
+    other = size is not None and not accepts(name, size, pretrained=pretrained)
     try:
-        return _timm(name, num_classes, pretrained) if make is None else make(rest, num_classes, pretrained)
+        if make is None:
+            return _timm(name, num_classes, pretrained, size if other else None)
+        if make is _torchvision:
+            return _torchvision(rest, num_classes, pretrained, size if other else None)
+        return make(rest, num_classes, pretrained)
     except OSError as error:
         if not pretrained:
             raise
@@ -63,7 +74,7 @@ def build(name: str, num_classes: int, *, pretrained: bool = False) -> nn.Module
         ) from None
 
 
-def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+def _timm(name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
@@ -72,20 +83,31 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
             f"{name}: timm has no such network{f'; it has {near}' if near else ''} "
             f"(others are named {', '.join(f'{family}/…' for family in _FAMILIES)})"
         )
+    options: dict[str, Any] = {} if size is None else {"img_size": size[0] if size[0] == size[1] else size}
     try:
-        found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+        found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        if size is None:
+            raise
+        why = " ".join(str(error).split())
+        raise NetworkError(f"{name}: cannot be built for images of {size[0]}×{size[1]} pixels ({why})") from None
     except RuntimeError as error:  # such as a tag of pretrained weights that is none
         raise NetworkError(f"{name}: {one_line(error)}") from None
     return found
 
 
-def _torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+def _torchvision(name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None = None) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models(module=models):
         raise NetworkError(f"torchvision/{name}: torchvision has no such classifier")
+    if size is not None and (pretrained or size[0] != size[1]):
+        raise NetworkError(f"torchvision/{name}: cannot be built for images of {size[0]}×{size[1]} pixels")
     if not pretrained:
-        return models.get_model(name, num_classes=num_classes)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {}
+        if size is not None:
+            options = {"input_size": size} if name.startswith("maxvit_") else {"image_size": size[0]}
+        return models.get_model(name, num_classes=num_classes, **options)  # type: ignore[no-any-return]
     model: nn.Module = models.get_model(name, weights="DEFAULT")
     last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     parent, _, attribute = last.rpartition(".")
@@ -153,23 +175,13 @@ _CIFAR = {
 _FAMILIES = {"torchvision": _torchvision, "bcos": _bcos, "small": _small, "cifar": _cifar}
 
 
-def inverse_added(name: str) -> bool:
-    """Whether the network reads six channels, each picture with its inverse, and pixels in 0..1 (B-cos)."""
-    return name.startswith("bcos/")
-
-
-def with_inverse(images: Tensor) -> Tensor:
-    """[N,3,H,W] in 0..1 to [N,6,H,W]."""
-    return torch.cat([images, 1 - images], 1)
-
-
-def prepare(model: nn.Module, size: tuple[int, int], *, x_dnn: bool = False, six: bool = False) -> nn.Module:
-    """Tries the network on pictures of `size` before anything is trained.
+def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False) -> nn.Module:
+    """Tries the network on what it `reads` before anything is trained.
 
     Raises:
         NetworkError: it does not run on them, or cannot be made bias-free.
     """
-    example = torch.rand(2, 6 if six else 3, *size, generator=torch.Generator().manual_seed(0))
+    size, example = reads.size, reads.example(2)
     try:
         if x_dnn:
             model = bias_free(model, example)

@@ -48,7 +48,7 @@ def drawn(data: Path, folder: Path, seed: int) -> dict[str, torch.Tensor]:
     still = frozen(fitting.network(options, "teacher"), options, fitting.example(options))
     student: Any = chain._transplanted(still, networks["student"])
     learner = fitting._learner(student, chain._terms(), Live(still), None, recipe.student)
-    pictures = fitting.pictures(fitting.train, training=True, batch=12, six=False)
+    pictures = fitting.pictures(fitting.train, recipe.student, training=True, batch=12)
     found = {f"networks.{name}": model.fc.weight for name, model in networks.items()}
     found |= {"teacher": still.get_classifier().weight, "projector": student.projector.weight}
     found |= {f"terms.{name}": tensor for name, tensor in learner.terms.named_parameters() if name.endswith("weight")}

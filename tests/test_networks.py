@@ -15,17 +15,16 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
+from debiaskd.inputs import InputContract, inverse_added, with_inverse
 from debiaskd.models import CifarResNet, SmallNet
 from debiaskd.networks import (
     LastLayerWarning,
     NetworkError,
     build,
-    inverse_added,
     load_weights,
     prepare,
     save_weights,
     weights_file,
-    with_inverse,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,11 +147,11 @@ def test_pretrained_torchvision_networks_get_a_new_last_layer(monkeypatch: pytes
 
 def test_a_network_that_does_not_run_on_the_pictures() -> None:
     with pytest.raises(NetworkError, match=r"^Conv2d: does not run on 8×8 pictures "):
-        prepare(nn.Conv2d(3, 4, 33), (8, 8))
+        prepare(nn.Conv2d(3, 4, 33), InputContract((8, 8)))
     with pytest.raises(NetworkError, match=r"^Conv2d: must give logits \[N,K\] for 8×8 pictures$"):
-        prepare(nn.Conv2d(3, 4, 3), (8, 8))
+        prepare(nn.Conv2d(3, 4, 3), InputContract((8, 8)))
     with pytest.raises(NetworkError, match=r"^Sequential: does not run on 8×8 pictures .*positively homogeneous"):
-        prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.GELU()), (8, 8), x_dnn=True)
+        prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.GELU()), InputContract((8, 8)), x_dnn=True)
 
     class Choosy(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -160,15 +159,15 @@ def test_a_network_that_does_not_run_on_the_pictures() -> None:
             return images
 
     with pytest.raises(NetworkError, match=r"^Choosy: does not run on 8×8 pictures \(Input height doesn't match"):
-        prepare(Choosy(), (8, 8))
+        prepare(Choosy(), InputContract((8, 8)))
 
 
 def test_preparing_leaves_mode_and_statistics_as_they_were() -> None:
     model = SmallNet((4,), (2,), 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert prepare(model, (8, 8)) is model and model.training
+    assert prepare(model, InputContract((8, 8))) is model and model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    free = prepare(SmallNet((4,), (2,), 2), (8, 8), x_dnn=True)
+    free = prepare(SmallNet((4,), (2,), 2), InputContract((8, 8)), x_dnn=True)
     assert not any("bias" in name for name in free.state_dict())
 
 

@@ -369,13 +369,27 @@ def test_there_are_recipes() -> None:
         (TEACHER, "teacher: nothing uses it; none of the terms match, kd, sample, relation, backdoor, and no"),
         ({**TEACHER, "terms": {"match": {}}}, "terms.match: needs transplant, whose projector gives the maps"),
         (
-            {"terms": {"kd": {}}, "teacher": {"name": "bcos/resnet18", "weights": "x"}},
-            "teacher.name: B-cos networks read other pictures, got bcos/resnet18 for student small/4",
+            {"student": {"name": "bcos/resnet18", "input": {"mean": [0.5, 0.5, 0.5]}}},
+            "student.input.mean: not for bcos/resnet18: B-cos networks read pixels in 0..1 with their inverses",
+        ),
+        ({"student": {"name": "small/4", "input": {"size": 0}}}, "student.input.size: must be >= 1, got 0"),
+        (
+            {"student": {"name": "small/4", "input": {"mean": [123.7, 116.3, 103.5]}}},
+            "student.input.mean: must be three numbers in [0, 1], of red, green and blue pixels in 0..1, got [123.7",
         ),
         (
-            {**KD, "student": {"name": "bcos/resnet18"}},
-            "teacher.name: B-cos networks read other pictures, got",
+            {**KD, "teacher": {"name": "a", "weights": "x", "input": {"std": [0.5]}}},
+            "teacher.input.std: must be three numbers in [0, 1], of red, green and blue pixels in 0..1, got [0.5]",
         ),
+        (
+            {"student": {"name": "small/4", "input": {"std": [0.5, 0.0, 0.5]}}},
+            "student.input.std: must be three numbers > 0, got [0.5, 0.0, 0.5]",
+        ),
+        (
+            {"student": {"name": "small/4", "input": {"interpolation": "lanczos"}}},
+            "student.input.interpolation: must be one of 'nearest', 'bilinear', 'bicubic'",
+        ),
+        ({"student": {"name": "small/4", "input": {"means": [0.5]}}}, "student.input.means: no such key"),
         (
             {"terms": {"kd": {}}, "teacher": {"name": "a", "weights": "x", "pretrained": True}},
             "teacher.pretrained, teacher.weights: only one of them can be begun from",

@@ -281,5 +281,5 @@ def test_b_cos_networks_see_pictures_and_their_inverses(data: Path, tmp_path: Pa
     }
     stage = run(data, tmp_path, document)
     loaded = Loaded(tmp_path / "run")
-    assert loaded.six and stage.facts["figures"]["epg"] is not None
+    assert loaded.contract.channels == 6 and stage.facts["figures"]["epg"] is not None
     assert loaded.model(torch.rand(1, 6, 16, 16)).shape == (1, 2)

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from debiaskd import checks
 from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
+from debiaskd.inputs import IMAGENET_MEAN as MEAN
+from debiaskd.inputs import IMAGENET_STD as STD
+from debiaskd.inputs import INTERPOLATIONS, resize
 
-#: Of ImageNet's pixels in 0..1, what most weights were trained with.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TRIES = 10
 
 Random: TypeAlias = Callable[[tuple[int, ...], torch.device], Tensor]
@@ -30,7 +31,7 @@ class Augment:
     """Random resized crop, flip, resize and normalisation of a `Batch` of uint8 pictures, on their device.
 
     Args:
-        size: side of the result in pixels, or (height, width).
+        size: side of the result in pixels, or (height, width); None: pictures that are not cropped keep their size.
         flip: mirror each picture left to right with probability one half.
         crop_scale: smallest and largest share of the picture's area that a random crop takes, such as (0.08, 1);
             None: no crop.
@@ -39,9 +40,11 @@ class Augment:
         dtype: of the result.
         generator: whose device draws the random numbers; None: that device's own. A generator on the CPU draws the
             same crops for every device.
+        interpolation: of a picture of another size that is not cropped: "nearest", "bilinear" or "bicubic", the latter
+            two with antialiasing.
+        box_size: (height, width) whose pixels the result's boxes are in; None: those of the result.
 
-    Crops are interpolated bilinearly. Where nothing is cropped, a picture of another size is resized with
-    antialiasing. Memory order stays.
+    Crops are interpolated bilinearly. Memory order stays.
 
     Raises:
         TypeError, ValueError: arguments out of range.
@@ -56,7 +59,7 @@ class Augment:
 
     def __init__(
         self,
-        size: int | tuple[int, int],
+        size: int | tuple[int, int] | None,
         *,
         flip: bool = True,
         crop_scale: tuple[float, float] | None = None,
@@ -65,9 +68,16 @@ class Augment:
         std: Sequence[float] | None = STD,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        interpolation: str = "bilinear",
+        box_size: tuple[int, int] | None = None,
     ) -> None:
         checks.flag("flip", flip)
-        self.size = checks.size("size", (size, size) if isinstance(size, int) else size)
+        checks.option("interpolation", interpolation, INTERPOLATIONS)
+        if size is None and crop_scale is not None:
+            raise ValueError("size must be given for random crops, got None")
+        self.size = None if size is None else checks.size("size", (size, size) if isinstance(size, int) else size)
+        self.box_size = None if box_size is None else checks.size("box_size", box_size)
+        self.interpolation = interpolation
         self.flip = flip
         self.crop_scale = None if crop_scale is None else _interval("crop_scale", crop_scale)
         if self.crop_scale is not None and self.crop_scale[1] > 1:
@@ -104,20 +114,23 @@ class Augment:
             torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
         pixels = images.float()
+        size = self.size or (height, width)
+        box_size = self.box_size or size
         draw = random or self._random
         flipped = draw((count,), images.device) < 0.5 if self.flip else None
         if self.crop_scale is not None:
             windows = self._windows(draw((count, 2 * _TRIES + 2), images.device), height, width)
-            pixels = crop_resize(pixels, windows, self.size, flipped)
-            every = [crop_resize_boxes(boxes, windows, self.size) for boxes in every]
+            pixels = crop_resize(pixels, windows, size, flipped)
+            every = [crop_resize_boxes(boxes, windows, box_size) for boxes in every]
         else:
-            if (height, width) != self.size:
-                pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
-                every = [boxes.resize((height, width), self.size) for boxes in every]
+            if (height, width) != size:
+                pixels = resize(pixels, size, self.interpolation, top=255)
+            if (height, width) != box_size:
+                every = [boxes.resize((height, width), box_size) for boxes in every]
             if flipped is not None:
                 pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
         if flipped is not None:
-            every = [flip_boxes(boxes, flipped, self.size[1]) for boxes in every]
+            every = [flip_boxes(boxes, flipped, box_size[1]) for boxes in every]
         images = self._normalized(pixels).contiguous(memory_format=order)
         return dataclasses.replace(batch, images=images, boxes=every[0], ignore=every[1] if len(every) > 1 else None)
 

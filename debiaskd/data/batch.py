@@ -25,6 +25,7 @@ class Batch:
         groups: int64 [N], or None where there are none.
         index: int64 [N], each picture's number in its data set, or None.
         ignore: areas to be left out of any judgement of where the model looks (crowds under `--crowd mask`), or None.
+        teacher_images: [N,C,H,W], the same pictures as the teacher reads them; None: it reads `images`.
 
     Example:
         >>> batch = collate([(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, [[0, 0, 4, 4]])] * 2)
@@ -38,6 +39,7 @@ class Batch:
     groups: Tensor | None = None
     index: Tensor | None = None
     ignore: Boxes | None = None
+    teacher_images: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -4,6 +4,7 @@ from debiaskd.recipe.checking import check
 from debiaskd.recipe.options import (
     Compute,
     Data,
+    Input,
     Network,
     Recipe,
     Schedule,
@@ -18,6 +19,7 @@ from debiaskd.recipe.reading import RecipeError, names, read, to_dict
 __all__ = [
     "Compute",
     "Data",
+    "Input",
     "Network",
     "Recipe",
     "RecipeError",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from debiaskd.networks import inverse_added
-from debiaskd.recipe.options import Network, Recipe, Schedule, Teacher
+from debiaskd.inputs import inverse_added
+from debiaskd.recipe.options import Input, Network, Recipe, Schedule, Teacher
 from debiaskd.terms import TermOptions
 
 OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor")
@@ -123,8 +123,6 @@ def _teacher(recipe: Recipe) -> Iterator[str]:
         yield f"teacher: nothing uses it; none of the terms {', '.join(OF_TEACHER)}, and no transplant"
     if recipe.terms.match is not None and recipe.transplant is None:
         yield "terms.match: needs transplant, whose projector gives the maps to match"
-    if inverse_added(teacher.name) != inverse_added(recipe.student.name):
-        yield f"teacher.name: B-cos networks read other pictures, got {teacher.name} for student {recipe.student.name}"
     yield from _network("teacher", teacher)
     yield from _method(teacher)
 
@@ -175,6 +173,22 @@ def _weights(recipe: Recipe) -> Iterator[str]:
 def _network(name: str, network: Network) -> Iterator[str]:
     if network.pretrained and network.weights is not None:
         yield f"{name}.pretrained, {name}.weights: only one of them can be begun from"
+    if network.input is not None:
+        yield from _input(f"{name}.input", network.input, network.name)
+
+
+def _input(name: str, asked: Input, network: str) -> Iterator[str]:
+    if asked.size is not None and asked.size < 1:
+        yield f"{name}.size: must be >= 1, got {asked.size}"
+    for key, numbers in {"mean": asked.mean, "std": asked.std}.items():
+        if numbers is None:
+            continue
+        if inverse_added(network):
+            yield f"{name}.{key}: not for {network}: B-cos networks read pixels in 0..1 with their inverses"
+        if len(numbers) != 3 or not all(0 <= number <= 1 for number in numbers):
+            yield f"{name}.{key}: must be three numbers in [0, 1], of red, green and blue pixels in 0..1, got {numbers}"
+    if asked.std is not None and 0 in asked.std:
+        yield f"{name}.std: must be three numbers > 0, got {asked.std}"
 
 
 def _schedule(name: str, schedule: Schedule) -> Iterator[str]:

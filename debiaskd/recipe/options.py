@@ -36,7 +36,8 @@ class Data:
         annotated_fraction: share of the training pictures whose boxes are known.
         dilate: training boxes are larger by this share of their size on every side.
         seed: decides which parts of a split, and which annotated pictures, are meant.
-        size: side of the pictures that the networks see; as prepared if it is left out.
+        size: side of the pictures that the networks read, unless their `input.size` says otherwise or they read one
+            size only; as prepared if it is left out.
         flip: mirror half of the training pictures.
         crop_scale: smallest and largest share of its area that a random crop of a training picture takes; no crop if it
             is left out.
@@ -56,6 +57,23 @@ class Data:
 
 
 @dataclass
+class Input:
+    """What a network reads. What is left out comes from its weights: from the run that trained them, from timm's
+    `pretrained_cfg` or from torchvision's `transforms()`; else mean and std are ImageNet's.
+
+    Args:
+        size: side in pixels; if it is left out, `data.size`, or the size of a network that reads one size only.
+        mean, std: of red, green and blue pixels in 0..1, three numbers each.
+        interpolation: how pictures of another size are resized to it.
+    """
+
+    size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+
+
+@dataclass
 class Network:
     """A network.
 
@@ -67,6 +85,7 @@ class Network:
             one, or the folder of a run. A last layer of other classes begins anew, unless the network is used as it is.
         bias_free: make it an X-DNN.
         layer, head: names of its last feature map's module and of its last linear layer, where they are not found.
+        input: what it reads, where that is not what its weights were trained with.
     """
 
     name: str
@@ -75,6 +94,7 @@ class Network:
     bias_free: bool = False
     layer: str | None = None
     head: str | None = None
+    input: Input | None = None
 
 
 @dataclass

@@ -219,7 +219,7 @@ def _example(split: Split, place: int, key: int, grouped: bool) -> Example:
 
 def _looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
     stored = split.whole.__getitems__([example.number for example in examples])
-    batch = Intake(loaded.size, loaded.device, six=loaded.six)(stored)
+    batch = Intake(loaded.contract, loaded.device)(stored)
     target = torch.tensor([example.target for example in examples], device=loaded.device)
     maps = make_guide(options, loaded.model).attribute(batch.images, target)
     with torch.no_grad():

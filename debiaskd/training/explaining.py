@@ -170,7 +170,7 @@ def _targets(shown: Shown, loaded: Loaded) -> list[int]:
 
 def _placed(loaded: Loaded, shown: Shown) -> Batch:
     batch = Batch(shown.image[None].contiguous(memory_format=torch.channels_last), torch.zeros(1).long(), shown.boxes)
-    return Intake(loaded.size, loaded.device, six=loaded.six)(batch)
+    return Intake(loaded.contract, loaded.device)(batch)
 
 
 def _look(heading: str, loaded: Loaded, shown: Shown, k: int, options: GuideOptions) -> Seen:

@@ -13,7 +13,8 @@ from debiaskd import files
 from debiaskd.depths import find
 from debiaskd.features import has_protocol
 from debiaskd.guide import Guide
-from debiaskd.networks import build, inverse_added, load_weights, prepare
+from debiaskd.inputs import InputContract, default_contract, resolve
+from debiaskd.networks import build, load_weights, prepare, weights_file
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.training.evaluation import Evaluation, looked_at, selectable
@@ -55,8 +56,7 @@ class Fitting:
         self.validation = open_split(recipe.data, "validation")
         self._check_data()
         self._names(self._rule(guided=recipe.terms.guide is not None))
-        side = recipe.data.size or self.train.whole.size[0]
-        self.size = (side, side)
+        self.contracts = self._contracts()
 
     def _check_data(self) -> None:
         recipe, split = self.recipe, self.train
@@ -83,12 +83,52 @@ class Fitting:
                 found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
                 raise RecipeError(f"{name}.batch: {found}")
 
+    def _contracts(self) -> dict[str, InputContract]:
+        """What student and teacher read, which is said once."""
+        prepared, found = self.train.whole.size, {}
+        for key, network in (("student", self.recipe.student), ("teacher", self.recipe.teacher)):
+            if network is None:
+                continue
+            contract, source = resolve(
+                network.name,
+                prepared,
+                asked=None if network.input is None else vars(network.input),
+                data_size=self.recipe.data.size,
+                pretrained=network.pretrained,
+                weights=None if network.weights is None else weights_file(network.weights),
+            )
+            self.say(key, 0.0, f"input {contract} ({source})")
+            found[key] = contract
+        return found
+
+    def contract(self, network: Network) -> InputContract:
+        """What one of the recipe's networks reads."""
+        return self.contracts["teacher" if isinstance(network, Teacher) else "student"]
+
+    def inputs(self, *networks: Network) -> dict[str, Any]:
+        """What decides a stage's outcome of what networks read: nothing where that is the default, as it was before
+        there were other contracts."""
+        prepared = self.train.whole.size
+        side = self.recipe.data.size or prepared[0]
+        found = {}
+        for network in networks:
+            contract, name = self.contract(network), "teacher" if isinstance(network, Teacher) else "student"
+            default = default_contract(network.name, (side, side))
+            if not contract.same_as(default, resized=contract.size != prepared):
+                found[f"{name}.input"] = contract.to_dict()
+        return found
+
     def network(self, options: Network, purpose: str) -> nn.Module:
         """With initial weights of the recipe's seed and this purpose alone, or with those it begins from."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/{purpose}".encode()))
-            model = build(options.name, self.train.num_classes, pretrained=options.pretrained)
-        model = prepare(model, self.size, x_dnn=options.bias_free, six=inverse_added(options.name))
+            model = build(
+                options.name,
+                self.train.num_classes,
+                pretrained=options.pretrained,
+                size=self.contract(options).size,
+            )
+        model = prepare(model, self.contract(options), x_dnn=options.bias_free)
         if options.weights is not None:
             as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
             self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=not as_it_is))
@@ -100,9 +140,14 @@ class Fitting:
             self.told.add((purpose, path))
             self.say(purpose, 0.0, f"weights {path}: {taken}")
 
-    def about(self, stage: str) -> dict[str, Any]:
+    def about(self, stage: str, network: Network) -> dict[str, Any]:
         """What a file of weights says of itself."""
-        return {"stage": stage, "classes": list(self.train.whole.classes), "size": self.size[0]}
+        contract, teacher = self.contract(network), self.contracts.get("teacher")
+        found = {"stage": stage, "classes": list(self.train.whole.classes), "size": contract.size[0]}
+        found["input"] = contract.to_dict()
+        if stage == "student" and teacher is not None:  # whose head the student may have
+            found["teacher_input"] = teacher.to_dict()
+        return found
 
     def rehearse(self, model: nn.Module, terms: dict[str, TermOptions], teacher: Teaching | None) -> None:
         """Raises RecipeError if the student cannot be trained so; `model` is of no use afterwards."""
@@ -124,19 +169,18 @@ class Fitting:
         network: Network | None = None,
     ) -> dict[str, Any]:
         recipe, network = self.recipe, network or self.recipe.student
-        six = inverse_added(network.name)
         learner = self._learner(model, terms, teacher, weight, network)
         if recipe.compute.compile:
             model.compile()
         share = schedule.batch // schedule.accumulate // self.ranks.world_size
         if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
             raise RecipeError(f"schedule.batch: {schedule.batch} is no multiple of {self.ranks.world_size} processes")
-        pictures = self.pictures(self.train, training=True, batch=share, six=six, sampling=sampling)
-        validation = self.pictures(self.validation, training=False, batch=share, six=six)
+        pictures = self.pictures(self.train, network, training=True, batch=share, sampling=sampling, teaching=teacher)
+        validation = self.pictures(self.validation, network, training=False, batch=share)
         evaluation = Evaluation(validation, self.train.groups, looked_at(recipe, name))
         rule = rule or self._rule(guided="guide" in terms)
         names = self._names(rule)
-        keeper = Keeper(folder, rule, names, self.about(name))
+        keeper = Keeper(folder, rule, names, self.about(name, network))
         plan = Plan(
             folder=folder,
             identity=fingerprint,
@@ -219,13 +263,15 @@ class Fitting:
     def pictures(
         self,
         split: Split,
+        network: Network,
         *,
         training: bool,
         batch: int,
-        six: bool,
         sampling: Tensor | None = None,
+        teaching: Teaching | None = None,
         alone: bool = False,
     ) -> Pictures:
+        """Of a split, as a network reads them, with a teacher's input where it looks at them beside it."""
         ranks = Ranks()
         if alone:  # every process reads all of it
             ranks.rank, ranks.world_size = 0, 1
@@ -238,7 +284,9 @@ class Fitting:
             device=self.fabric.device,
             seed=self.recipe.seed,
             workers=self.recipe.compute.workers,
-            six=six,
+            contract=self.contract(network),
+            teacher=None if teaching is None else self.contracts["teacher"],
+            taught=teaching is not None and teaching.views is None,
             sampling=sampling,
         )
 
@@ -260,8 +308,7 @@ class Fitting:
         return wanted
 
     def example(self, options: Network) -> Tensor:
-        channels = 6 if inverse_added(options.name) else 3
-        return torch.rand(1, channels, *self.size, generator=torch.Generator().manual_seed(0))
+        return self.contract(options).example()
 
     def places(self, model: nn.Module, options: Network) -> Places:
         try:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from debiaskd import files
 from debiaskd.features import has_protocol
-from debiaskd.networks import build, inverse_added, load_weights, prepare
+from debiaskd.inputs import InputContract, of_weights
+from debiaskd.networks import build, load_weights, prepare
 from debiaskd.recipe import Network, Recipe, RecipeError
 from debiaskd.terms import BackdoorOptions, Ranks
 from debiaskd.terms.backdoor import Intervened, Intervention
@@ -36,7 +37,8 @@ class Loaded:
         recipe, stage: the run's.
         network: how it is built.
         classes: names.
-        size: (height, width) of the pictures that it reads.
+        contract: what it reads.
+        size: (height, width) of that.
     """
 
     def __init__(self, folder: Path, stage: str = "student", data: str | None = None) -> None:
@@ -50,27 +52,29 @@ class Loaded:
             raise RunError(f"{self.stage.folder}: has no model; try one of student, pretraining, teacher")
         about = _about(self.stage)
         self.classes: list[str] = about["classes"]
-        self.size: tuple[int, int] = (about["size"], about["size"])
         teaching = stage.startswith("teacher") and self.recipe.teacher is not None
         self.network: Network = self.recipe.teacher if teaching else self.recipe.student  # type: ignore[assignment]
-        self.six = inverse_added(self.network.name)
+        self.about = about
+        self.contract = of_weights(about, self.network.name)
+        self.size = self.contract.size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = self._bare(self.network)
+        model = self._bare(self.network, self.contract)
         if stage == "student":
             model = self._student(model)
         load_weights(model, self.stage.model)
         self.model = model.to(self.device).eval()
 
-    def _bare(self, network: Network) -> nn.Module:
+    def _bare(self, network: Network, contract: InputContract) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            model = build(network.name, len(self.classes))
-        return prepare(model, self.size, x_dnn=network.bias_free, six=inverse_added(network.name))
+            model = build(network.name, len(self.classes), size=contract.size)
+        return prepare(model, contract, x_dnn=network.bias_free)
 
     def _student(self, model: nn.Module) -> nn.Module:
         """What training made around the student's network: the transplanted head, the intervention."""
-        recipe, example = self.recipe, self._example(self.network)
+        recipe, example = self.recipe, self.contract.example()
         if recipe.transplant is not None and recipe.teacher is not None:
-            teacher = frozen(self._bare(recipe.teacher), recipe.teacher, self._example(recipe.teacher))
+            reads = of_weights(self.about, recipe.teacher.name, "teacher_input")
+            teacher = frozen(self._bare(recipe.teacher, reads), recipe.teacher, reads.example())
             model = transplanted(recipe, teacher, model, example)
         if recipe.terms.backdoor is not None and self._intervened():
             width = places(model, example, recipe.student.layer, recipe.student.head).pooled_width
@@ -85,19 +89,15 @@ class Loaded:
         with safe_open(self.stage.model, "pt") as file:
             return any(name.startswith("intervention.") for name in file.keys())  # noqa: SIM118
 
-    def _example(self, network: Network) -> Tensor:
-        channels = 6 if inverse_added(network.name) else 3
-        return torch.rand(1, channels, *self.size, generator=torch.Generator().manual_seed(0))
-
     def pictures(self, split: Split, batch: int = 64) -> Pictures:
         return Pictures(
             split,
-            dataclasses.replace(self.recipe.data, size=self.size[0]),
+            self.recipe.data,
             training=False,
             batch=batch,
             ranks=Ranks(),
             device=self.device,
-            six=self.six,
+            contract=self.contract,
         )
 
 

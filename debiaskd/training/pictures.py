@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from debiaskd.data import Augment, Batch, ChunkedDataset, DataError, EpochSampler, PackedDataset, loader, manifest
-from debiaskd.networks import with_inverse
+from debiaskd.inputs import InputContract, Preprocess, default_contract, with_inverse
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.terms import Ranks
 
@@ -98,32 +98,60 @@ class Intake:
     """The way of stored pixels into a network.
 
     Args:
-        size: of the pictures that it reads.
+        contract: of what it reads.
         device: where it is.
-        six: with inverses, in 0..1, for B-cos networks; else as ImageNet's are normalised.
         flip, crop_scale: see `Augment`.
+        teacher: contract of the network that teaches it; None: there is none.
+        taught: whether the teacher's input is made as well, as `Batch.teacher_images`.
+        stored: (height, width) of the stored pictures; None: of several sizes.
+
+    Both networks read the same augmented picture: a random crop is made at the larger of the two sizes, and each
+    network resizes and normalises its own input from it. Where nothing is cropped, each resizes the stored picture.
+    Boxes are in pixels of this network's input. Where both contracts are the same, the picture is normalised once.
     """
 
     def __init__(
         self,
-        size: tuple[int, int],
+        contract: InputContract,
         device: torch.device,
         *,
-        six: bool = False,
         flip: bool = False,
         crop_scale: tuple[float, float] | None = None,
+        teacher: InputContract | None = None,
+        taught: bool = False,
+        stored: tuple[int, int] | None = None,
     ) -> None:
-        self.size, self.device, self.six = size, device, six
-        normal: dict[str, Any] = {"mean": None, "std": None} if six else {}
-        self.augment = Augment(size, flip=flip, crop_scale=crop_scale, **normal)
+        self.contract, self.device = contract, device
+        self.own = self.teacher = None
+        same_crop = crop_scale is None or teacher is None or teacher.size == contract.size
+        resized = crop_scale is None and contract.size != stored
+        two = taught and teacher is not None and not teacher.same_as(contract, resized=resized)
+        if same_crop and not two:
+            normal: dict[str, Any] = {"mean": contract.mean, "std": contract.std}
+            self.augment = Augment(
+                contract.size, flip=flip, crop_scale=crop_scale, interpolation=contract.interpolation, **normal
+            )
+            return
+        assert teacher is not None
+        size = None if crop_scale is None else max(contract.size, teacher.size, key=lambda s: s[0] * s[1])
+        self.augment = Augment(size, flip=flip, crop_scale=crop_scale, mean=None, std=None, box_size=contract.size)
+        self.own = Preprocess(contract).to(device)
+        self.teacher = Preprocess(teacher).to(device) if taught else None
 
     def __call__(self, batch: Batch, draws: Random | None = None) -> Batch:
         """On the device, as the network reads it."""
         batch = self.augment(batch.to(self.device, non_blocking=True), None if draws is None else draws.rand)
-        if self.six:
-            images = with_inverse(batch.images).contiguous(memory_format=torch.channels_last)
-            return replace(batch, images=images)
-        return batch
+        if self.own is None:
+            if self.contract.channels == 6:
+                return replace(batch, images=_channels_last(with_inverse(batch.images)))
+            return batch
+        pixels = batch.images
+        taught = None if self.teacher is None else _channels_last(self.teacher(pixels))
+        return replace(batch, images=_channels_last(self.own(pixels)), teacher_images=taught)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class Pictures:
@@ -133,7 +161,8 @@ class Pictures:
         split, data: see there.
         training: shuffled and augmented, or in order and only normalised.
         batch: pictures of this process a step.
-        six: with inverses, for B-cos networks.
+        contract: what the network reads; None: the default of three channels, at the data's size.
+        teacher, taught: see `Intake`.
         sampling: float [N], probabilities up to a factor that an epoch's N pictures are drawn with; None: each once.
     """
 
@@ -148,14 +177,20 @@ class Pictures:
         device: torch.device,
         seed: int = 0,
         workers: int = 0,
-        six: bool = False,
+        contract: InputContract | None = None,
+        teacher: InputContract | None = None,
+        taught: bool = False,
         sampling: Tensor | None = None,
     ) -> None:
         self.split, self.device = split, device
         size = data.size or split.whole.size[0]
-        self.size = (size, size)
+        contract = contract or default_contract("", (size, size))
+        self.size = contract.size
         crop = data.crop_scale if training else None
-        self.placed = Intake(self.size, device, six=six, flip=training and data.flip, crop_scale=crop)
+        flip = training and data.flip
+        self.placed = Intake(
+            contract, device, flip=flip, crop_scale=crop, teacher=teacher, taught=taught, stored=split.whole.size
+        )
         self.batches = loader(
             split.dataset,
             batch,

@@ -65,7 +65,7 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
 
 
 def _features(loaded: Loaded, split: Split) -> NDArray[np.float64]:
-    example = torch.rand(1, 6 if loaded.six else 3, *loaded.size, device=loaded.device)
+    example = loaded.contract.example().to(loaded.device)
     options = loaded.network
     at = places(loaded.model, example, options.layer, options.head)
     watched = Watched(loaded.model, at, ("pooled",)).eval()

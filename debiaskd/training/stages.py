@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import files
-from debiaskd.networks import inverse_added, load_weights, weights_hash
+from debiaskd.networks import load_weights, weights_hash
 from debiaskd.recipe import Network, Recipe, Schedule, Teacher, to_dict
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
@@ -104,7 +104,8 @@ class Chain:
             if needs:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
                 teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
-        inputs = {**before, "recipe": decisive(to_dict(recipe))}
+        networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
+        inputs = {**before, **self.fitting.inputs(*networks), "recipe": decisive(to_dict(recipe))}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             return self.fitting.fit(
@@ -123,10 +124,12 @@ class Chain:
         seed = zlib.crc32(f"{self.recipe.seed}/student/steps".encode())
         inputs = {**self.base, "pictures": self.common()["pictures"], "teacher": fingerprint, "seed": seed}
         inputs |= {"parts": parts, "dtype": options.cache, "views": views}
+        # Of both networks: the student's size, too, decides how large the crop is that the teacher's input is made of.
+        inputs |= fitting.inputs(self.recipe.student, options)
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             pictures = fitting.pictures(
-                fitting.train, training=True, batch=64, six=inverse_added(options.name), alone=True
+                fitting.train, self.recipe.student, training=True, batch=64, teaching=live, alone=True
             )
             share = (fitting.ranks.rank, fitting.ranks.world_size)
             with self.fabric.autocast():
@@ -146,7 +149,8 @@ class Chain:
         recipe = self.recipe
         assert recipe.pretraining is not None
         schedule = recipe.pretraining
-        inputs = {**self.base, **self.common(), "student": vars(recipe.student), "schedule": vars(schedule)}
+        inputs = {**self.base, **self.common(), **self.fitting.inputs(recipe.student)}
+        inputs |= {"student": dataclasses.asdict(recipe.student), "schedule": vars(schedule)}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             model = self.fitting.network(recipe.student, "student")
@@ -196,8 +200,10 @@ class Chain:
 
     def identified(self, name: str, network: Network, schedule: Schedule) -> tuple[Any, str]:
         """Which training pictures a briefly and plainly trained network gets right, once it is trained."""
-        plain = {field.name: getattr(network, field.name) for field in dataclasses.fields(Network)}  # of a teacher, too
-        inputs = {**self.base, **self.common(), "network": plain, "schedule": vars(schedule)}
+        said = dataclasses.asdict(network)
+        plain = {field.name: said[field.name] for field in dataclasses.fields(Network)}  # of a teacher, too
+        inputs = {**self.base, **self.common(), **self.fitting.inputs(network)}
+        inputs |= {"network": plain, "schedule": vars(schedule)}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             model = self.fitting.network(network, name)
@@ -210,8 +216,7 @@ class Chain:
         def correct() -> Tensor:
             model = self.fitting.network(network, name).to(self.fabric.device).eval()
             load_weights(model, stage.model)
-            six = inverse_added(network.name)
-            pictures = self.fitting.pictures(self.fitting.train, training=False, batch=256, six=six, alone=True)
+            pictures = self.fitting.pictures(self.fitting.train, network, training=False, batch=256, alone=True)
             found = []
             with torch.no_grad():
                 for batch in pictures.batches:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import files
-from debiaskd.networks import inverse_added, load_weights, save_weights
+from debiaskd.networks import load_weights, save_weights
 from debiaskd.recipe import RecipeError, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
@@ -37,7 +37,8 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     terms: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
-    inputs = {**chain.base, **chain.common(), "teacher": dataclasses.asdict(options)}
+    inputs = {**chain.base, **chain.common(), **chain.fitting.inputs(options)}
+    inputs["teacher"] = dataclasses.asdict(options)
     if options.method in ("balanced", "group_dro"):
         assert groups is not None
         sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)
@@ -83,7 +84,7 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
         classifier: Any = model.get_submodule(chain.fitting.places(model, options).classifier)
         facts = _refit(chain, options, model, classifier)
         if chain.fabric.is_global_zero:
-            about = chain.fitting.about("teacher")
+            about = chain.fitting.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
         chain.fabric.barrier()
         return facts
@@ -117,9 +118,7 @@ def _features(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.L
     """What the last layer reads, of all validation pictures, in float64."""
     caught: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0].double().cpu()))
-    pictures = chain.fitting.pictures(
-        chain.fitting.validation, training=False, batch=256, six=inverse_added(options.name), alone=True
-    )
+    pictures = chain.fitting.pictures(chain.fitting.validation, options, training=False, batch=256, alone=True)
     with torch.no_grad():
         for batch in pictures.batches:
             model(pictures.placed(batch).images)

@@ -36,7 +36,8 @@ class Live:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
-        feature = self.teacher.forward_features(batch.images)
+        images = batch.images if batch.teacher_images is None else batch.teacher_images
+        feature = self.teacher.forward_features(images)
         pooled = self.teacher.forward_head(feature, pre_logits=True)
         return Outputs(feature, pooled, self.teacher.get_classifier()(pooled))
 

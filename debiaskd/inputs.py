@@ -1,0 +1,296 @@
+"""Input contracts: the channels, size, mean, std and interpolation of what a network reads.
+
+A contract comes, part by part, from the first of these that says something:
+
+1. the recipe's keys (`student.input`, `teacher.input`);
+2. the weights: the contract saved in a run, timm's `pretrained_cfg`, torchvision's `weights.transforms()`;
+3. ImageNet's mean and std, bilinear interpolation.
+
+The size differs: weights alone do not enlarge the images of a data set. It is the recipe's `input.size`, else the size
+of a network that runs on no other (a ViT's position embeddings), else `data.size`, else the size that a run's student
+was trained on, else the size of the prepared images.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Of ImageNet's pixels in 0..1, what most weights were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """What a network reads.
+
+    Attributes:
+        size: (height, width) in pixels.
+        mean, std: of the pixels in 0..1, one number for each of red, green, blue.
+        interpolation: how an image of another size is resized: "nearest", "bilinear", "bicubic", the latter two with
+            antialiasing.
+        channels: 3, or 6: the pixels, then 1 minus the pixels (B-cos networks).
+
+    Example:
+        >>> contract = InputContract((224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        >>> str(contract)
+        '3×224×224, mean 0.5, std 0.5, bilinear'
+        >>> InputContract.from_dict(contract.to_dict()) == contract
+        True
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    channels: int = 3
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "channels": self.channels,
+            "size": list(self.size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> InputContract:
+        height, width = document["size"]
+        mean, std = tuple(document["mean"]), tuple(document["std"])
+        return cls((height, width), mean, std, document["interpolation"], document["channels"])
+
+    def same_as(self, other: InputContract, *, resized: bool = True) -> bool:
+        """Whether two networks read the same tensor. Interpolation matters only where images are `resized`."""
+        mine = self if resized else replace(self, interpolation=other.interpolation)
+        return mine == other
+
+    def example(self, count: int = 1) -> Tensor:
+        """Random input [count, channels, *size] in 0..1, the same every time, for trial runs."""
+        return torch.rand(count, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
+
+    def __str__(self) -> str:
+        normalisation = "in 0..1 with their inverses" if self.channels == 6 else ""
+        if not normalisation:
+            normalisation = f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+        return f"{self.channels}×{self.size[0]}×{self.size[1]}, {normalisation}, {self.interpolation}"
+
+
+class Preprocess(nn.Module):
+    """Turn images into what a network with this contract reads. It can be exported with the network.
+
+    Args:
+        contract: see there.
+
+    Its input is [N,3,H,W], uint8 in 0..255 or floating point in 0..1; its output is floating point
+    [N,channels,*size]. Where H×W is the contract's size already, nothing is resized.
+
+    Example:
+        >>> preprocess = Preprocess(InputContract((32, 32)))
+        >>> preprocess(torch.zeros(2, 3, 48, 64, dtype=torch.uint8)).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, contract: InputContract) -> None:
+        super().__init__()
+        self.contract = contract
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(contract, name))[:, None, None]
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images if images.is_floating_point() else images.float() / 255
+        if pixels.shape[-2:] != self.contract.size:
+            pixels = resize(pixels, self.contract.size, self.contract.interpolation)
+        pixels = (pixels - self.mean) / self.std
+        return with_inverse(pixels) if self.contract.channels == 6 else pixels
+
+
+def resize(pixels: Tensor, size: tuple[int, int], interpolation: str = "bilinear", *, top: float = 1.0) -> Tensor:
+    """Images [N,C,H,W] with values in [0, top] resized to [N,C,*size]; what bicubic interpolation overshoots is
+    clipped, as by PIL."""
+    if interpolation == "nearest":
+        return F.interpolate(pixels, size, mode="nearest-exact")
+    found = F.interpolate(pixels, size, mode=interpolation, antialias=True)
+    return found.clamp(0, top) if interpolation == "bicubic" else found
+
+
+def inverse_added(name: str) -> bool:
+    """Whether the network reads six channels, each image with its inverse, and pixels in 0..1 (B-cos)."""
+    return name.startswith("bcos/")
+
+
+def with_inverse(images: Tensor) -> Tensor:
+    """[N,3,H,W] in 0..1 to [N,6,H,W]."""
+    return torch.cat([images, 1 - images], 1)
+
+
+# -- where a contract comes from ----------------------------------------------------------------------------------
+
+
+def default_contract(name: str, size: tuple[int, int]) -> InputContract:
+    """ImageNet's, or that of B-cos networks: what a network reads when nothing says otherwise, and what the networks of
+    runs without a saved contract were trained with."""
+    if inverse_added(name):
+        return InputContract(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), channels=6)
+    return InputContract(size)
+
+
+def resolve(
+    name: str,
+    prepared: tuple[int, int],
+    *,
+    asked: Mapping[str, Any] | None = None,
+    data_size: int | None = None,
+    pretrained: bool = False,
+    weights: Path | None = None,
+) -> tuple[InputContract, str]:
+    """The contract of a network of a recipe.
+
+    Args:
+        name: of the network, as in recipes.
+        prepared: (height, width) of the prepared images.
+        asked: the recipe's `input`; None or absent values are left to the other sources.
+        data_size: the recipe's `data.size`.
+        pretrained: whether it begins from the weights that timm or torchvision know under the name.
+        weights: a file that it begins from.
+
+    Returns:
+        The contract, and in words where mean and std come from.
+    """
+    own = {key: value for key, value in (asked or {}).items() if value is not None}
+    found, source = default_contract(name, prepared).to_dict(), "ImageNet's mean and std by default"
+    if inverse_added(name):
+        source = "B-cos"
+    known = None
+    if weights is not None:
+        known, origin = saved(weights, name), str(weights)
+    saved_size = None if known is None else tuple(known.size)
+    if known is None and (pretrained or weights is not None) and not inverse_added(name):
+        known, origin = published(name, prepared), f"the pretrained weights of {name}"
+    if known is not None:
+        found, source = known.to_dict(), origin
+    wanted = (data_size, data_size) if data_size is not None else saved_size or prepared
+    if "size" in own:
+        own["size"] = (own["size"], own["size"])
+    elif accepts(name, wanted, pretrained=pretrained):
+        found["size"] = wanted
+    else:
+        found["size"] = saved_size or fixed_size(name, pretrained=pretrained)
+    if "mean" in own or "std" in own:
+        source = "the recipe"
+    return InputContract.from_dict({**found, **own}), source
+
+
+def saved(file: Path, name: str) -> InputContract | None:
+    """The contract that was saved with weights by `debiaskd train`; the default's of a run of before there were any;
+    None for weights that come from elsewhere, or that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get("debiaskd")
+        return None if text is None else of_weights(json.loads(text), name)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def of_weights(about: Mapping[str, Any], name: str, key: str = "input") -> InputContract:
+    """The contract in what a run's weights say of themselves (`metadata()["debiaskd"]`)."""
+    if about.get(key) is not None:
+        return InputContract.from_dict(about[key])
+    return default_contract(name, (about["size"], about["size"]))
+
+
+def published(name: str, size: tuple[int, int]) -> InputContract | None:
+    """What the authors of a name's pretrained weights trained with, at another size; None where nothing is known."""
+    family, slash, rest = name.partition("/")
+    if slash and family == "torchvision":
+        made = _torchvision_transforms(rest)
+        if made is None:
+            return None
+        return InputContract(size, tuple(made.mean), tuple(made.std), _known(str(made.interpolation.value)))
+    config = None if slash else timm_config(name)
+    if config is None:
+        return None
+    return InputContract(size, tuple(config.mean), tuple(config.std), _known(config.interpolation))
+
+
+def fixed_size(name: str, *, pretrained: bool = False) -> tuple[int, int] | None:
+    """(height, width) that a network is said to be built for, None for one that is not; see `accepts`."""
+    family, slash, rest = name.partition("/")
+    if slash and family == "torchvision":
+        if not rest.startswith(("vit_", "maxvit_")):
+            return None
+        made = _torchvision_transforms(rest) if pretrained else None
+        side = 224 if made is None else int(made.crop_size[0])
+        return side, side
+    config = None if slash else timm_config(name)
+    if config is None or not config.fixed_input_size:
+        return None
+    height, width = config.input_size[-2:]
+    return height, width
+
+
+@functools.lru_cache(maxsize=64)
+def accepts(name: str, size: tuple[int, int], *, pretrained: bool = False) -> bool:
+    """Whether a network runs on images of this size as it is built by default; True for those that say nothing of it.
+
+    timm marks as fixed some that run on others, too (XCiT, Twins): those that are marked are tried, without memory.
+    """
+    fixed = fixed_size(name, pretrained=pretrained)
+    if fixed is None or fixed == size:
+        return True
+    if "/" in name:
+        return False
+    import timm
+
+    try:
+        with torch.device("meta"), torch.no_grad():
+            timm.create_model(name, num_classes=2).eval()(torch.zeros(1, 3, *size))
+    except (RuntimeError, ValueError, TypeError, AssertionError):
+        return False
+    return True
+
+
+def timm_config(name: str) -> Any:
+    """timm's `PretrainedCfg` of a name, with or without a tag; None if timm has no such network or tag."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not timm.is_model(name.partition(".")[0]):
+        return None
+    return get_pretrained_cfg(name, allow_unregistered=True)
+
+
+def _torchvision_transforms(name: str) -> Any:
+    from torchvision import models
+
+    try:
+        return models.get_model_weights(name)["DEFAULT"].transforms()
+    except (ValueError, KeyError):  # no such network, or none with weights
+        return None
+
+
+def _known(interpolation: str) -> str:
+    return interpolation if interpolation in INTERPOLATIONS else "bicubic"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = [f"{value:.4g}" for value in values]
+    return shown[0] if len(set(shown)) == 1 else f"({', '.join(shown)})"
