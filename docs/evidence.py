@@ -154,6 +154,8 @@ class Shortcut:
             recipe = {**copy.deepcopy(STUDENT), "terms": {"kd": {}}}  # its student learns nothing to speak of
             recipe["schedule"] = {**SCHEDULE, "epochs": 1, "warmup": 0}
             recipe["teacher"] = {**copy.deepcopy(TEACHER), "method": method}
+            if method == "dfr":  # the other half selects the student's epoch
+                recipe["teacher"]["validation_share"] = 0.5
             yield {"method": "teacher", "teacher": teacher}, self._taught(seed, method), stage, recipe
         for name, (added, teachers) in METHODS.items():
             for teacher in teachers:

@@ -16,11 +16,13 @@ pytest.importorskip("safetensors")
 
 import training_runs as runs
 
+from debiaskd.recipe import RecipeError
 from debiaskd.reweight import group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions
-from debiaskd.training import teachers
+from debiaskd.training import dfr, teachers
 from debiaskd.training.fitting import Fitting
 from debiaskd.training.loaded import Loaded
+from debiaskd.training.run import digest
 from debiaskd.training.stages import Chain
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
@@ -32,8 +34,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.birds(tmp_path_factory.mktemp("teachers"))
 
 
-def chain(data: Path, folder: Path, seed: int = 0, **teacher: Any) -> Chain:
+def chain(
+    data: Path,
+    folder: Path,
+    seed: int = 0,
+    selection: dict[str, Any] | None = None,
+    parts: dict[str, str] | None = None,
+    **teacher: Any,
+) -> Chain:
+    folder.mkdir(exist_ok=True)
     document = {
+        "data": parts or {},
+        "selection": selection or {},
         "teacher": {"name": "plain/6", "schedule": FAST, **teacher},
         "student": {"name": "plain/4"},
         "schedule": FAST,
@@ -82,63 +94,112 @@ def test_what_each_method_is_of(
     assert torch.equal(more["weight"], torch.where(correct(), 1.0, 6.0)) and not correct().all()
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_dfr_leaves_the_layer_behind_that_it_fitted_and_measured(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+def last_layer(made: Chain, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the finished teacher's last layer reads and gives of validation, and what it reads of training, [N,D]."""
+    loaded, found = Loaded(folder / "run", "teacher"), []
+    model: Any = loaded.model
+    for split in (made.fitting.validation, made.fitting.train):
+        batch = loaded.pictures(split).placed(split.dataset.__getitems__(range(len(split))))
+        with torch.no_grad():
+            found.append(model.forward_head(model.forward_features(batch.images), pre_logits=True).double())
+            found.append(model(batch.images).double())
+    return found[0], found[1], found[2], found[3]
+
+
+@pytest.mark.parametrize(("seed", "bias_free"), [(0, False), (3, False), (0, True)])
+def test_dfr_leaves_the_layer_behind_that_was_fitted_to_all_of_validation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, bias_free: bool
 ) -> None:
     pytest.importorskip("sklearn")
-    fits: list[tuple[int, int, Any]] = []
-    inner = teachers._fit
+    monkeypatch.setattr(dfr, "STRENGTHS", (100.0,))  # fits what it is fitted to all too well
+    monkeypatch.setattr(dfr, "DRAWS", 3)
+    made = chain(data, tmp_path, seed, method="dfr", name="small/4,6", bias_free=bias_free)  # of batch norm
+    assert made.recipe.teacher is not None and made.fitting.validation.groups is not None
+    made.teacher(made.recipe.teacher)
+    feature, logits, training, _ = last_layer(made, tmp_path)
+    split = made.fitting.validation
+    scale = dfr.Scale.of(training, centred=not bias_free)
+    expected = dfr.refit(feature, split.target, split.groups, scale, intercept=not bias_free, seed=seed)
+    torch.testing.assert_close(logits, feature @ expected.weight.T + expected.bias, rtol=1e-3, atol=1e-3)
+    if bias_free:
+        assert Loaded(tmp_path / "run", "teacher").model.get_classifier().bias is None
+    facts = json.loads((tmp_path / "run" / "teacher" / "stage.json").read_text())["facts"]
+    assert facts["worst_group_accuracy_of_the_other_half"] == pytest.approx(expected.tuned[100.0])
+    draw = int(split.groups.unique(return_counts=True)[1].min()) * len(split.groups.unique())
+    assert (facts["fitted_on"], facts["strength"], facts["pictures_a_draw"]) == (16, 100.0, draw)
 
-    def noted(feature: torch.Tensor, *arguments: Any, **more: Any) -> Any:
-        fits.append((len(feature), more["fits"], inner(feature, *arguments, **more)))
-        return fits[-1][2]
 
-    monkeypatch.setattr(teachers, "_fit", noted)
-    monkeypatch.setattr(teachers, "STRENGTHS", (100.0,))  # fits what it is fitted to all too well
-    made = chain(data, tmp_path, seed, method="dfr", name="small/4,6")  # of batch norm
+def test_validation_that_fitted_the_teacher_does_not_select_the_student(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    inner, asked = Fitting.fit, {}
+
+    def noted(self: Fitting, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
+        asked[name] = more
+        return inner(self, name, *arguments, **more)
+
+    monkeypatch.setattr(Fitting, "fit", noted)
+    stage = chain(data, tmp_path, method="dfr").student()
+    assert asked["student"]["rule"] == "last" and asked["teacher-erm"].get("rule") is None
+    text = "the last epoch: the validation pictures fitted the teacher's last layer"
+    assert (stage.facts["rule"], stage.facts["selection"]) == ("last", text)
+
+    made = chain(data, tmp_path / "half", method="dfr", validation_share=0.5)
+    assert made.recipe.teacher is not None and made.fitting.validation.groups is not None
+    stage = made.student()
+    assert stage.facts["rule"] == "worst_group" and stage.facts["selection"].startswith("worst-group accuracy on valid")
+    fitted, rest = teachers.shares(made.fitting, made.recipe.teacher)
+    chosen = asked["student"]["validation"]
+    assert sorted(fitted.tolist() + rest.tolist()) == list(range(16))
+    assert torch.equal(chosen.numbers, rest) and torch.equal(chosen.target, made.fitting.validation.target[rest])
+    groups = made.fitting.validation.groups
+    assert (groups[fitted].bincount() - groups[rest].bincount()).abs().max() <= 1
+    read = chosen.dataset.__getitems__(range(len(rest)))
+    assert torch.equal(read.target, chosen.target) and torch.equal(read.index, rest)
+    facts = json.loads((tmp_path / "half" / "run" / "teacher" / "stage.json").read_text())["facts"]
+    assert facts["fitted_on"] == len(fitted)
+
+    stage = chain(data, tmp_path / "reuse", method="dfr", selection={"rule": "accuracy", "reuse": True}).student()
+    assert stage.facts["rule"] == "accuracy" and "validation" not in asked["student"]
+
+
+def test_a_rule_that_would_select_on_what_fitted_the_teacher_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^selection\.rule: worst_group would select .*validation_share: 0\.5.*reuse"
+    ):
+        chain(data, tmp_path, method="dfr", selection={"rule": "worst_group"})
+    assert not (tmp_path / "run").exists()
+    chain(data, tmp_path, method="dfr", selection={"rule": "last"})
+
+
+@pytest.mark.parametrize(
+    ("validation", "share", "message"),
+    [
+        ("val[:60%]", None, "dfr needs 2 pictures of every group at least, and waterbird on water has 1"),
+        ("val[:5%]", None, "dfr needs pictures of every class, and there are none of (land|water)bird"),
+        ("val", 0.9, "dfr needs pictures of every (class|group), .*the share of 0.1 that selects the student's epoch"),
+    ],
+)
+def test_what_dfr_has_too_few_of_is_told_before_anything_is_trained(
+    data: Path, tmp_path: Path, validation: str, share: float | None, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=r"^teacher\.method: dfr .*validation pictures") as error:
+        chain(data, tmp_path, method="dfr", validation_share=share, parts={"validation": validation})
+    assert error.match(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_the_last_layer_of_an_earlier_version_goes_on(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    made = chain(data, tmp_path, method="dfr")
     assert made.recipe.teacher is not None
     made.teacher(made.recipe.teacher)
-    assert [(count, of) for count, of, _ in fits] == [(8, 1), (8, teachers.FITS)]
-    loaded, split = Loaded(tmp_path / "run", "teacher"), made.fitting.validation
-    model: Any = loaded.model
-    batch = loaded.pictures(split).placed(split.dataset.__getitems__(range(16)))
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        feature = model.forward_head(model.forward_features(batch.images), pre_logits=True).double()
-        logits = model(batch.images).double()
-    mean, deviation = feature[order[:8]].mean(0), feature[order[:8]].std(0).clamp(min=1e-6)
-    weight, bias = fits[-1][2]
-    expected = ((feature - mean) / deviation) @ weight.T + bias
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-
-    def worst(half: torch.Tensor) -> float:
-        assert split.groups is not None
-        right, groups = (logits.argmax(1) == split.target)[half].double(), split.groups[half]
-        return min(float(right[groups == g].mean()) for g in groups.unique())
-
-    facts = json.loads((tmp_path / "run" / "teacher" / "stage.json").read_text())["facts"]
-    found = facts["worst_group_accuracy_of_the_other_half"]
-    assert found == pytest.approx(worst(order[8:])) and found != pytest.approx(worst(order[:8]))
-
-
-def test_dfr_averages_fits_to_as_many_of_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = pytest.importorskip("sklearn.linear_model")
-    seen: list[torch.Tensor] = []
-
-    class Noting(linear.LogisticRegression):  # type: ignore[misc, name-defined]
-        def fit(self, feature: Any, target: Any) -> Any:
-            seen.append(torch.from_numpy(feature[:, 0]).long())
-            return super().fit(feature, target)
-
-    monkeypatch.setattr(linear, "LogisticRegression", Noting)
-    groups = torch.tensor([0] * 20 + [1] * 3 + [2] * 7 + [3] * 5)
-    target = (groups >= 2).long()
-    feature = torch.stack([torch.arange(35.0), torch.randn(35) + 3 * target], 1).double()
-    weight, bias = teachers._fit(feature, target, groups, 1.0, fits=4)
-    assert [groups[rows].bincount().tolist() for rows in seen] == [[3, 3, 3, 3]] * 4
-    assert len({tuple(rows.tolist()) for rows in seen}) == 4, "of other pictures each time"
-    assert weight.shape == (2, 2) and bias.shape == (2,) and weight[1, 1] > 0 > weight[0, 1]
-    found = teachers._worst((weight, bias), feature, target, groups)
-    right = ((feature @ weight.T + bias).argmax(1) == target).double()
-    assert found == min(float(right[groups == g].mean()) for g in range(4)) < 1
+    file = tmp_path / "run" / "teacher" / "stage.json"
+    document = json.loads(file.read_text())
+    older = {"erm": document["inputs"]["erm"], "method": "dfr", "fits": 10}
+    document |= {"inputs": older, "fingerprint": digest({"format": 1, **older})}
+    file.write_text(json.dumps(document))
+    made = chain(data, tmp_path, method="dfr")
+    assert made.recipe.teacher is not None
+    assert made.teacher(made.recipe.teacher)[1] == document["fingerprint"]

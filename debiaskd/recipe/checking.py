@@ -36,6 +36,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _teacher(recipe)
     yield from _weights(recipe)
     yield from _network("student", recipe.student)
+    fitted = recipe.teacher is not None and recipe.teacher.method == "dfr" and recipe.teacher.validation_share is None
+    if recipe.selection.reuse and not fitted:
+        yield "selection.reuse: only where teacher.method is dfr and all of validation fits its last layer"
     if recipe.compute.compile and recipe.terms.guide is not None:
         yield "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to"
     if recipe.pretraining is not None and recipe.transplant is not None:
@@ -136,7 +139,8 @@ def _method(teacher: Teacher) -> Iterator[str]:
             yield "teacher.schedule: method checkpoint trains nothing"
     elif teacher.schedule is None:
         yield f"teacher.schedule: is needed by method {method}"
-    for key, user in {"up": "jtt", "identification_epochs": "jtt", "step_size": "group_dro"}.items():
+    users = {"up": "jtt", "identification_epochs": "jtt", "step_size": "group_dro", "validation_share": "dfr"}
+    for key, user in users.items():
         if getattr(teacher, key) is not None and method != user:
             yield f"teacher.{key}: only for method {user}, got {method}"
     if teacher.views is not None and (teacher.cache is None or teacher.views < 1):
@@ -145,6 +149,8 @@ def _method(teacher: Teacher) -> Iterator[str]:
         yield "teacher.up: is needed by method jtt"
     yield from _number("teacher.up", teacher.up)
     yield from _number("teacher.step_size", teacher.step_size)
+    if teacher.validation_share is not None and not 0 < teacher.validation_share < 1:
+        yield f"teacher.validation_share: must lie in (0, 1), got {teacher.validation_share}"
     if teacher.identification_epochs is not None and teacher.identification_epochs < 1:
         yield f"teacher.identification_epochs: must be >= 1, got {teacher.identification_epochs}"
 

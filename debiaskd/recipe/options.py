@@ -135,12 +135,14 @@ class Teacher(Network):
     Args:
         method: "checkpoint": it is given by `weights` or `pretrained`. Trained here on the labels: "erm" plainly;
             "balanced" with its groups drawn alike; "group_dro", which draws them alike, too; "jtt",
-            which needs `up`; "dfr", erm with its last layer fitted anew on half of the validation pictures, groups
-            alike.
+            which needs `up`; "dfr", erm with its last layer fitted anew on validation pictures, groups alike.
         schedule: of its training.
         up: weight of a briefly trained model's mistakes, for jtt.
         identification_epochs: of that model, for jtt.
         step_size: for group_dro; 0.01 if it is left out.
+        validation_share: for dfr: the share of each group's validation pictures that the last layer is fitted on; the
+            others select the student's epoch. Left out, all of them fit it, and the student's last epoch is kept,
+            unless `selection.reuse`.
         cache: what it says of the training pictures is computed once and kept on disk, as "fp32" or "bf16"; computed
             in every step if it is left out.
         views: with a cache, each picture has so many fixed augmentations, taken in turns; 1 if it is left out.
@@ -151,6 +153,7 @@ class Teacher(Network):
     up: float | None = None
     identification_epochs: int | None = None
     step_size: float | None = None
+    validation_share: float | None = None
     cache: Literal["fp32", "bf16"] | None = None
     views: int | None = None
 
@@ -207,10 +210,12 @@ class Selection:
             class), EPG and IoU, all of which is kept, with the highest sum of the three in front; "last". Left out:
             worst_group where groups are known, else pareto for guided students, else accuracy or f1.
         every: epochs between validations. The last epoch is always validated.
+        reuse: select the student's epoch on the very validation pictures that a dfr teacher's last layer was fitted on.
     """
 
     rule: Literal["worst_group", "accuracy", "f1", "pareto", "last"] | None = None
     every: int = 1
+    reuse: bool = False
 
 
 @dataclass

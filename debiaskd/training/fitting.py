@@ -167,6 +167,7 @@ class Fitting:
         rule: str | None = None,
         sampling: Tensor | None = None,
         network: Network | None = None,
+        validation: Split | None = None,
     ) -> dict[str, Any]:
         recipe, network = self.recipe, network or self.recipe.student
         learner = self._learner(model, terms, teacher, weight, network)
@@ -176,8 +177,8 @@ class Fitting:
         if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
             raise RecipeError(f"schedule.batch: {schedule.batch} is no multiple of {self.ranks.world_size} processes")
         pictures = self.pictures(self.train, network, training=True, batch=share, sampling=sampling, teaching=teacher)
-        validation = self.pictures(self.validation, network, training=False, batch=share)
-        evaluation = Evaluation(validation, self.train.groups, looked_at(recipe, name))
+        validated = self.pictures(validation or self.validation, network, training=False, batch=share)
+        evaluation = Evaluation(validated, self.train.groups, looked_at(recipe, name))
         rule = rule or self._rule(guided="guide" in terms)
         names = self._names(rule)
         keeper = Keeper(folder, rule, names, self.about(name, network))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,6 +71,15 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def part(self, rows: Tensor) -> Split:
+        """Some of these N pictures: int64 [M], in 0…N-1, rising."""
+        found = copy.copy(self)
+        found.numbers = self.numbers[rows]
+        found.dataset = Slice(self.whole, found.numbers)
+        found.target, found.boxes = self.target[rows], self.boxes[rows]
+        found.groups = None if self.groups is None else self.groups[rows]
+        return found
 
 
 def _opened(data: Data, name: str, **options: Any) -> PackedDataset:

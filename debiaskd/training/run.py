@@ -69,20 +69,29 @@ class Run:
             key, old, new = difference
             raise RunError(f"{self.folder}: was begun with {key}: {old}, not {new}; choose another --out")
 
-    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, str], dict[str, Any]]) -> Stage:
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Path, str], dict[str, Any]],
+        *,
+        older: Mapping[str, Any] | None = None,
+    ) -> Stage:
         """The finished stage: as it was found, or made now.
 
         Args:
             name: of its folder.
             inputs: everything that decides what comes out; JSON.
             make: (folder, fingerprint of the inputs) to facts; leaves its files in the folder.
+            older: the inputs that an earlier version gave to the same stage; a finished one of these is used, too.
 
         Raises:
             RunError: the folder holds the stage of other inputs, or a damaged one.
         """
         folder, fingerprint = self.folder / name, digest({"format": FORMAT, **inputs})
         found = Stage.read(folder)
-        if found is not None and found.fingerprint == fingerprint:
+        known = {fingerprint, *([] if older is None else [digest({"format": FORMAT, **older})])}
+        if found is not None and found.fingerprint in known:
             found.verify()
             return found
         if found is not None:

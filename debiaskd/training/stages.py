@@ -21,6 +21,7 @@ from debiaskd.training.fitting import Fitting
 from debiaskd.training.loaded import frozen, transplanted
 from debiaskd.training.run import Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
+from debiaskd.training.teachers import check_dfr, selecting, trained_teacher
 from debiaskd.training.teaching import Live, Teaching
 from debiaskd.transplant import FrozenTeacher
 
@@ -42,7 +43,7 @@ class Chain:
         self.recipe, self.fabric = recipe, fabric
         self.fitting = Fitting(recipe, fabric, say)
         self.student_network = self.fitting.network(recipe.student, "student")
-        self._rehearse()
+        self._rehearse(begun=(folder / "recipe.yaml").exists())
         self.run = Run(folder, recipe, write=fabric.is_global_zero)
         self.base = {"data": data_fingerprint(recipe.data.path)}
         begun = {"student": recipe.student, "teacher": recipe.teacher}
@@ -50,11 +51,14 @@ class Chain:
             if network is not None and network.weights is not None:
                 self.base[f"{name}.weights"] = weights_hash(network.weights)
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, *, begun: bool) -> None:
         """Networks and terms are put together once, so that what does not fit is said before hours of training."""
         recipe, model, teacher = self.recipe, copy.deepcopy(self.student_network), None
         if recipe.teacher is not None:
             source = self.fitting.network(recipe.teacher, "teacher")
+            if recipe.teacher.method == "dfr":
+                check_dfr(self.fitting, recipe.teacher, begun=begun)
+                self.fitting.places(source, recipe.teacher)
             teacher = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
             if recipe.transplant is not None:
                 model = self._transplanted(teacher, model)
@@ -107,10 +111,15 @@ class Chain:
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
         inputs = {**before, **self.fitting.inputs(*networks), "recipe": decisive(to_dict(recipe))}
 
+        chosen = selecting(self.fitting)
+
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            return self.fitting.fit(
-                "student", folder, fingerprint, model, terms, recipe.schedule, teacher=teacher, weight=weight
+            facts = self.fitting.fit(
+                "student", folder, fingerprint, model, terms, recipe.schedule, teacher=teacher, weight=weight, **chosen
             )
+            if "rule" in chosen:
+                facts["selection"] += ": the validation pictures fitted the teacher's last layer"
+            return facts
 
         return self.run.stage("student", inputs, make)
 
@@ -162,8 +171,6 @@ class Chain:
 
     def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
         """The teacher, trained here if need be, and a fingerprint of its weights."""
-        from debiaskd.training.teachers import trained_teacher
-
         model = self.fitting.network(options, "teacher")
         if options.method == "checkpoint":
             what = "pretrained" if options.weights is None else weights_hash(options.weights)

@@ -1,14 +1,14 @@
 """Debiased teachers that are trained here: erm, balanced, group_dro, jtt, dfr.
 
-`dfr` is debiased in its last layer alone, its features stay what the labels made of them (Kirichenko et al. 2023,
-arXiv 2204.02937): the layer is fitted anew on half of the validation pictures, with as many of each group.
+`dfr` is debiased in its last layer alone, its features stay what the labels made of them: the layer is fitted anew on
+validation pictures, with as many of each group (`debiaskd.training.dfr`). What fitted it says too much good of students
+that follow it, so that those pictures do not select the student's epoch unless the recipe says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,14 @@ from debiaskd.networks import load_weights, save_weights
 from debiaskd.recipe import RecipeError, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
+from debiaskd.training.dfr import DRAWS, Scale, parts, refit, too_small
 from debiaskd.training.schedule import brief
 
 if TYPE_CHECKING:
+    from debiaskd.training.fitting import Fitting
+    from debiaskd.training.pictures import Split
     from debiaskd.training.run import Stage
     from debiaskd.training.stages import Chain
-
-#: Of DFR: balanced samples whose fits are averaged, and the strengths of L1 regularisation that are tried.
-FITS, STRENGTHS = 10, (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
 
 
 def trained_teacher(chain: Chain, options: Teacher) -> Stage:
@@ -89,72 +89,110 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
         chain.fabric.barrier()
         return facts
 
-    return chain.run.stage("teacher", {"erm": erm.fingerprint, "method": "dfr", "fits": FITS}, make)
+    inputs = {"erm": erm.fingerprint, "method": "dfr", "draws": DRAWS, "share": options.validation_share or 1.0}
+    # As it was before there were shares: a run that was begun then goes on with the teacher that it has.
+    older = {"erm": erm.fingerprint, "method": "dfr", "fits": 10}
+    return chain.run.stage("teacher", inputs, make, older=older)
 
 
 def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear) -> dict[str, Any]:
-    feature, target, groups = _features(chain, options, model, classifier)
-    if len(target.unique()) < max(classifier.out_features, 2):
-        raise RecipeError("teacher.method: dfr needs validation pictures of every class, and two classes")
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(chain.recipe.seed))
-    fitted, held = order[: len(order) // 2], order[len(order) // 2 :]
-    mean, deviation = feature[fitted].mean(0), feature[fitted].std(0).clamp(min=1e-6)
-    feature = (feature - mean) / deviation
-    strength = max(
-        STRENGTHS,
-        key=lambda c: _worst(
-            _fit(feature[fitted], target[fitted], groups[fitted], c, fits=1), feature[held], target[held], groups[held]
-        ),
+    intercept, split = classifier.bias is not None, chain.fitting.validation
+    assert split.groups is not None
+    feature = torch.cat(list(_read(chain, options, model, classifier, split)))
+    # By the training pictures, as the authors' code does it: of the few that are fitted to, moments are uncertain.
+    sums = [feature.new_zeros(()), feature.new_zeros(feature.shape[1]), feature.new_zeros(feature.shape[1])]
+    for part in _read(chain, options, model, classifier, chain.fitting.train):
+        for total, more in zip(sums, (part.new_tensor(float(len(part))), part.sum(0), part.square().sum(0))):
+            total += more
+    rows, _ = shares(chain.fitting, options)
+    made = refit(
+        feature[rows],
+        split.target[rows],
+        split.groups[rows],
+        Scale.from_sums(*sums, centred=intercept),
+        intercept=intercept,
+        seed=chain.recipe.seed,
     )
-    weight, bias = _fit(feature[fitted], target[fitted], groups[fitted], strength, fits=FITS)
     with torch.no_grad():
-        classifier.weight.copy_(weight / deviation)
-        classifier.bias.copy_(bias - (weight / deviation) @ mean)
-    worst = _worst((weight, bias), feature[held], target[held], groups[held])
-    return {"strength": strength, "fitted_on": len(fitted), "worst_group_accuracy_of_the_other_half": worst}
+        classifier.weight.copy_(made.weight)
+        if intercept:
+            classifier.bias.copy_(made.bias)
+    return {
+        "strength": made.strength,
+        "worst_group_accuracy_of_the_other_half": made.tuned[made.strength],
+        "fitted_on": len(rows),
+        "draws": DRAWS,
+        "pictures_a_draw": made.draw,
+    }
 
 
-def _features(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """What the last layer reads, of all validation pictures, in float64."""
+def _read(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear, split: Split) -> Iterator[Tensor]:
+    """What the last layer reads of a split's pictures, [n,D] of each batch, in float64."""
     caught: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0].double().cpu()))
-    pictures = chain.fitting.pictures(chain.fitting.validation, options, training=False, batch=256, alone=True)
-    with torch.no_grad():
+    pictures = chain.fitting.pictures(split, options, training=False, batch=256, alone=True)
+    try:
         for batch in pictures.batches:
-            model(pictures.placed(batch).images)
-    handle.remove()
-    groups = chain.fitting.validation.groups
+            with torch.no_grad():
+                model(pictures.placed(batch).images)
+            yield caught.pop()
+    finally:
+        handle.remove()
+
+
+# -- validation that fitted a last layer ------------------------------------------------------------------------------
+
+
+def shares(fitting: Fitting, options: Teacher) -> tuple[Tensor, Tensor]:
+    """Numbers of the validation pictures that dfr fits the last layer to, and of the rest: of each group as large a
+    part, drawn by `data.seed`."""
+    groups = fitting.validation.groups
     assert groups is not None
-    return torch.cat(caught), chain.fitting.validation.target, groups
+    generator = torch.Generator().manual_seed(fitting.recipe.data.seed)
+    return parts(groups, options.validation_share or 1.0, generator)
 
 
-def _fit(feature: Tensor, target: Tensor, groups: Tensor, strength: float, fits: int) -> tuple[Tensor, Tensor]:
-    from sklearn.linear_model import LogisticRegression
+def check_dfr(fitting: Fitting, options: Teacher, *, begun: bool = False) -> None:
+    """Refuse what dfr cannot do with the validation pictures, before hours of training.
 
-    least = int(groups.bincount()[groups.unique()].min())
-    weights, biases = [], []
-    for number in range(fits):
-        generator = torch.Generator().manual_seed(number)
-        chosen = []
-        for group in groups.unique():
-            members = (groups == group).nonzero()[:, 0]
-            chosen.append(members[torch.randperm(len(members), generator=generator)[:least]])
-        rows = torch.cat(chosen)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of scikit-learn, whose names for L1 change; and of fits that end early
-            solver = LogisticRegression(
-                penalty="l1", C=strength, solver="saga", max_iter=300, tol=1e-3, random_state=number
-            )
-            solver.fit(feature[rows].numpy(), target[rows].numpy())
-        weight, bias = torch.from_numpy(solver.coef_), torch.from_numpy(solver.intercept_)
-        if len(weight) == 1:  # of two classes, scikit-learn keeps the second's
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        weights.append(weight)
-        biases.append(bias)
-    return torch.stack(weights).mean(0), torch.stack(biases).mean(0)
+    Args:
+        fitting, options: of the recipe.
+        begun: the run was begun before; how it selects the student's epoch is not asked again.
+
+    Raises:
+        RecipeError: too few pictures of a class or a group; a rule that would select on what fitted the layer.
+    """
+    split, selection = fitting.validation, fitting.recipe.selection
+    if split.groups is None:
+        raise RecipeError("teacher.method: dfr needs groups of the validation pictures, and they have none")
+    fitted, rest = shares(fitting, options)
+    names = (split.whole.classes, split.whole.groups)
+    problem = too_small(split.target[fitted], split.groups[fitted], split.num_classes, names=names)
+    where = "validation pictures"
+    if problem is None and options.validation_share is not None:
+        where = f"validation pictures, the share of {1 - options.validation_share:g} that selects the student's epoch"
+        problem = too_small(split.target[rest], split.groups[rest], split.num_classes, least=1, names=names)
+        lost = sorted(set(split.groups[fitted].tolist()) - set(split.groups[rest].tolist()))
+        if problem is None and lost:
+            problem = f"needs pictures of every group, and there are none of {split.whole.groups[lost[0]]}"
+    if problem is not None:
+        raise RecipeError(f"teacher.method: dfr {problem} ({where})")
+    if options.validation_share is None and selection.rule not in (None, "last") and not selection.reuse and not begun:
+        raise RecipeError(
+            f"selection.rule: {selection.rule} would select the student's epoch on the validation pictures that the "
+            "dfr teacher's last layer is fitted on; say teacher.validation_share: 0.5, which keeps half of them for "
+            "the selection, or selection.reuse: true, or leave the rule out, which keeps the last epoch"
+        )
 
 
-def _worst(fitted: tuple[Tensor, Tensor], feature: Tensor, target: Tensor, groups: Tensor) -> float:
-    weight, bias = fitted
-    right = (feature @ weight.T + bias).argmax(1) == target
-    return min(float(right[groups == group].double().mean()) for group in groups.unique())
+def selecting(fitting: Fitting) -> dict[str, Any]:
+    """By which rule, and on which pictures, the student's epoch is selected: what `Fitting.fit` is told of it.
+
+    Empty where validation fitted nothing.
+    """
+    recipe = fitting.recipe
+    if recipe.teacher is None or recipe.teacher.method != "dfr" or recipe.selection.reuse:
+        return {}
+    if recipe.teacher.validation_share is not None:
+        return {"validation": fitting.validation.part(shares(fitting, recipe.teacher)[1])}
+    return {"rule": "last"} if recipe.selection.rule is None else {}
