@@ -32,8 +32,8 @@ def add(commands: Any) -> None:
         "evaluate",
         help="measure a run's student on a split",
         description="Measures the student that RUN kept on a split of its data, by default the one that the recipe "
-        "calls test, prints the figures and writes RUN/evaluation-SPLIT.json. The threshold of the IoU is the one that "
-        "was best on validation.",
+        "calls test, prints the figures and writes RUN/evaluation-SPLIT.json (of other data than the run's own: "
+        "evaluation-SPLIT-NAME-FINGERPRINT.json). The threshold of the IoU is the one that was best on validation.",
     )
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument(
@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--stage", default="student", metavar="NAME", help="another of the run's models; default: %(default)s"
     )
-    evaluate.add_argument("--data", metavar="DIR", help="where the prepared data lies now, if it was moved")
+    evaluate.add_argument(
+        "--data", metavar="DIR", help="other prepared pictures of the same classes, or where the run's own lie now"
+    )
     evaluate.add_argument(
         "--probe",
         metavar="DATA",
@@ -107,9 +109,13 @@ def train(options: argparse.Namespace, overrides: Sequence[str], progress: Calla
     if not fabric.is_global_zero:
         return []
     facts = stage.facts
-    lines = [f"{name}: {value:.4f}" for name, value in facts["figures"].items() if value is not None]
+    lines = [f"{name}: {_number(value)}" for name, value in facts["figures"].items() if value is not None]
     kept = f"epoch {facts['epoch'] + 1} of {facts['epochs']}, by {facts['selection']}"
     return [f"validation figures of {kept}", *lines, str(stage.model)]
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 @contextmanager
@@ -123,19 +129,20 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     Raises:
         as `train`.
     """
-    from debiaskd.training.evaluation import HEADINGS
+    from debiaskd.training.evaluation import COUNTS, HEADINGS
     from debiaskd.training.loaded import evaluate_run
 
     if options.probe is not None:
         return _probe(options)
     document, path = evaluate_run(options.run, options.stage, options.split, options.data)
-    figures, headings = document["figures"], dict(HEADINGS)
+    figures, headings = document["figures"], dict([*HEADINGS, *COUNTS])
     headings |= {f"group_{g}_accuracy": name for g, name in enumerate(document["groups"])}
     epoch = "" if document["epoch"] is None else f", epoch {document['epoch'] + 1}"
-    lines = [f"{options.stage} of {options.run}{epoch}, on {document['split']} ({document['pictures']} pictures)"]
+    where = document["split"] + ("" if options.data is None else f" of {options.data}")
+    lines = [f"{options.stage} of {options.run}{epoch}, on {where} ({document['pictures']} pictures)"]
     for name, value in figures.items():
         if value is not None:
-            lines.append(f"{headings.get(name, name):>24} {value:.4f}")
+            lines.append(f"{headings.get(name, name):>24} {_number(value)}")
     return [*lines, str(path)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from debiaskd import checks
 
@@ -124,7 +124,13 @@ def _samples(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must have at least one sample, got shape [0]")
 
 
-def predict_correct(model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None) -> Tensor:
+def predict_correct(
+    model: nn.Module,
+    batches: Iterable[Any],
+    device: torch.device | str | None = None,
+    *,
+    indices: int | None = None,
+) -> Tensor:
     """Whether the trained `model` predicts each sample rightly: the `correct` of `error_weights`.
 
     Call it after the identification model's training, over the training set in its own order and without random
@@ -133,17 +139,23 @@ def predict_correct(model: nn.Module, batches: Iterable[Any], device: torch.devi
 
     Args:
         model: images to logits [n,K], K ≥ 2.
-        batches: sequences that start with (images, labels), labels [n] int64. A `DataLoader` must not shuffle and
-            not drop the last batch, because weights are matched to samples by position.
+        batches: sequences that start with (images, labels), labels [n] int64. Without `indices`, weights are matched
+            to samples by position: a loader must then read all of its data set in order. A `DataLoader`, torchdata's
+            `StatefulDataLoader` included, is refused unless it is seen to: with any sampler or batch sampler but
+            torch's sequential ones and a `DistributedSampler` of one rank without shuffling, with `drop_last`, with
+            workers and `in_order=False`, and over an `IterableDataset`. Of other iterables nothing is known: their
+            order is the caller's.
         device: where batches are sent; None: the device of the model's first parameter. The model is not moved.
+        indices: place within each batch of the samples' numbers int64 [n] in the data set, such as 2 for (images,
+            labels, numbers). Answers then go to these places, and any loader will do that gives every sample once.
 
     Returns:
-        [N] bool on the CPU, in the order of `batches`.
+        [N] bool on the CPU, in the order of the data set.
 
     Raises:
-        TypeError: not a module, a batch that is no such sequence, labels that are not int64.
-        ValueError: a shuffling or dropping loader, no batch, logits that are not [n,K] for the labels or are NaN,
-            a label outside [0,K).
+        TypeError: not a module, a batch that is no such sequence, labels or numbers that are not int64.
+        ValueError: a loader that may not keep the order, no batch, logits that are not [n,K] for the labels or are NaN,
+            a label outside [0,K), numbers that are not each of 0..N - 1 once.
 
     Example:
         >>> import torch
@@ -155,7 +167,10 @@ def predict_correct(model: nn.Module, batches: Iterable[Any], device: torch.devi
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _in_order(batches)
+    if indices is None:
+        _in_order(batches)
+    elif checks.integer("indices", indices) < 2:
+        raise ValueError(f"indices must be >= 2, after images and labels, got {indices}")
     if device is None:
         tensor = next(chain(model.parameters(), model.buffers()), None)
         device = torch.device("cpu") if tensor is None else tensor.device
@@ -163,21 +178,87 @@ def predict_correct(model: nn.Module, batches: Iterable[Any], device: torch.devi
     model.eval()
     try:
         with torch.no_grad():
-            found = [_correct(model, batch, device) for batch in batches]
+            numbers: list[Tensor] = []
+            found = []
+            for batch in batches:
+                found.append(_correct(model, batch, device))
+                if indices is not None:
+                    numbers.append(_numbers(batch, indices))
     finally:
         for module, training in modes:
             module.training = training
     if not found:
         raise ValueError("batches must give at least one batch, got none (an iterator is used up after one pass)")
-    return torch.cat(found).cpu()
+    correct = torch.cat(found).cpu()
+    return correct if indices is None else _placed(correct, torch.cat(numbers))
+
+
+#: What a user who is refused may do instead.
+_INSTEAD = "leave out sampler and shuffle, or let batches hold the samples' numbers and say where (indices)"
 
 
 def _in_order(batches: object) -> None:
-    if isinstance(batches, DataLoader):
-        if isinstance(batches.sampler, RandomSampler):
-            raise ValueError("batches must keep the order of the data set, got a DataLoader with shuffle=True")
-        if batches.drop_last:
-            raise ValueError("batches must cover every sample, got a DataLoader with drop_last=True")
+    """Refuses what looks like a DataLoader, or wraps one, and is not seen to read all of its data set in order."""
+    dataset, sampler = getattr(batches, "dataset", None), getattr(batches, "sampler", None)
+    batched = getattr(batches, "batch_sampler", None)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "batches must keep the order of the data set, got a DataLoader of an IterableDataset, which has none; let "
+            "batches hold the samples' numbers and say where (indices)"
+        )
+    if sampler is None and batched is None and not isinstance(batches, DataLoader):
+        return
+    name = type(batches).__name__
+    if getattr(batches, "drop_last", False) or getattr(batched, "drop_last", False):
+        raise ValueError(f"batches must cover every sample, got a {name} with drop_last=True")
+    if getattr(batches, "num_workers", 0) and not getattr(batches, "in_order", True):
+        raise ValueError(f"batches must keep the order of the data set, got a {name} with in_order=False")
+    if batched is not None and not _is_plain(batched, "BatchSampler", BatchSampler):
+        blamed = batched
+    else:
+        blamed = sampler if batched is None else getattr(batched, "sampler", None)
+        if _sequential(blamed, dataset):
+            return
+    what = type(blamed).__name__ + (", shuffle=True" if type(blamed).__name__ == "RandomSampler" else "")
+    raise ValueError(f"batches must keep the order of the data set, got a {name} with a {what}: {_INSTEAD}")
+
+
+def _is_plain(value: object, name: str, kind: type) -> bool:
+    """Exactly torch's, or torchdata's of the same name: a class of somebody's own may do anything."""
+    same = type(value).__name__ == name and type(value).__module__ == "torchdata.stateful_dataloader.sampler"
+    return type(value) is kind or same
+
+
+def _sequential(sampler: object, dataset: object) -> bool:
+    if type(sampler) is SequentialSampler:
+        return sampler.data_source is dataset or len(sampler.data_source) == len(dataset)  # type: ignore[arg-type]
+    if isinstance(sampler, DistributedSampler):
+        from debiaskd.data.loading import EpochSampler
+
+        known = type(sampler) is DistributedSampler or (type(sampler) is EpochSampler and not sampler.start)
+        return known and sampler.num_replicas == 1 and not sampler.shuffle
+    return False
+
+
+def _numbers(batch: Any, place: int) -> Tensor:
+    if len(batch) <= place:
+        raise TypeError(f"batches must hold the samples' numbers at {place} (indices), got {len(batch)} parts")
+    numbers = checks.tensor(f"batch[{place}]", batch[place])
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"batch[{place}] must be int64, the samples' numbers (indices), got {numbers.dtype}")
+    checks.shape(f"batch[{place}]", numbers, "[n]", [len(batch[1])])
+    return numbers.cpu()
+
+
+def _placed(correct: Tensor, numbers: Tensor) -> Tensor:
+    if not torch.equal(numbers.sort().values, torch.arange(len(numbers))):
+        raise ValueError(
+            f"batches must give each sample's number once, 0 to {len(numbers) - 1}, "
+            f"got {len(numbers.unique())} different ones in [{int(numbers.min())}, {int(numbers.max())}]"
+        )
+    placed = torch.empty_like(correct)
+    placed[numbers] = correct
+    return placed
 
 
 def _correct(model: nn.Module, batch: Any, device: torch.device | str) -> Tensor:

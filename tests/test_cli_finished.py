@@ -101,6 +101,58 @@ def test_other_stages_splits_and_places(capsys: pytest.CaptureFixture[str], run:
     assert command(capsys, "evaluate", run, "--data", moved)[0] == 0
 
 
+def test_other_data_is_measured_without_a_training_split_and_has_a_file_of_its_own(
+    capsys: pytest.CaptureFixture[str], run: Path, data: Path
+) -> None:
+    assert command(capsys, "evaluate", run)[0] == 0
+    own = (run / "evaluation-test.json").read_text()
+    adjusted = json.loads(own)["figures"]["adjusted_accuracy"]
+    assert json.loads(own)["data"]["path"] == str(data)
+    for name in ("alone", "other/alone"):  # other data of the same name has another fingerprint
+        alone = Path(shutil.copytree(data, run.parent / name))
+        manifest = json.loads((alone / "manifest.json").read_text())
+        manifest["splits"] = {"test": manifest["splits"]["test"]}
+        if "/" in name:
+            manifest["groups"] = [f"other {group}" for group in manifest["groups"]]
+        (alone / "manifest.json").write_text(json.dumps(manifest))
+        code, out, _ = command(capsys, "evaluate", run, "--data", alone)
+        assert code == 0 and out.splitlines()[0].endswith(f", on test of {alone} (16 pictures)")
+        document = json.loads(Path(out.splitlines()[-1]).read_text())
+        assert document["data"]["path"] == str(alone)
+        assert Path(out.splitlines()[-1]).name == f"evaluation-test-alone-{document['data']['fingerprint'][:8]}.json"
+        # From what the run remembers of its own training pictures' groups, by their names.
+        assert document["figures"]["adjusted_accuracy"] == (None if "/" in name else adjusted)
+        assert document["figures"]["smallest_group_pictures"] == 4
+    assert len(list(run.glob("evaluation-*.json"))) == 3
+    assert (run / "evaluation-test.json").read_text() == own
+    moved = Path(shutil.copytree(data, run.parent / "moved"))
+    assert command(capsys, "evaluate", run, "--data", moved)[0] == 0
+    again = json.loads((run / "evaluation-test.json").read_text())
+    assert again["figures"] == json.loads(own)["figures"] and again["data"]["path"] == str(moved)
+
+
+def test_a_run_that_did_not_save_its_groups_reads_them_from_its_data(
+    capsys: pytest.CaptureFixture[str], run: Path
+) -> None:
+    def adjusted() -> float | None:
+        assert command(capsys, "evaluate", run)[0] == 0
+        return json.loads((run / "evaluation-test.json").read_text())["figures"]["adjusted_accuracy"]
+
+    expected = adjusted()
+    for path in run.glob("*/stage.json"):
+        stage = json.loads(path.read_text())
+        del stage["facts"]["training_groups"]
+        path.write_text(json.dumps(stage))
+    assert adjusted() == expected
+
+
+def test_parts_of_a_split_have_files_of_their_own(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    for part in ("[:50%]", "[50%:]", "[:12.5%]", "[12%:50%]"):
+        assert command(capsys, "evaluate", run, "--split", f"train{part}")[0] == 0
+    names = ["evaluation-train-12-50.json", "evaluation-train-12.5.json", "evaluation-train-50-100.json"]
+    assert sorted(path.name for path in run.glob("evaluation-*.json")) == [*names, "evaluation-train-50.json"]
+
+
 def test_runs_that_cannot_be_evaluated(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     found = failed(*command(capsys, "evaluate", tmp_path / "nothing"))
     assert "nothing: is no run's folder, it has no recipe.yaml" in found

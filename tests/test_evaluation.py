@@ -13,17 +13,19 @@ pytest.importorskip("torchdata")
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("jsonargparse")
 
+import data_trees as trees
 import training_runs as runs
+from sklearn.metrics import average_precision_score
 
 from debiaskd import Boxes
-from debiaskd.data import Batch
+from debiaskd.data import Batch, prepare
 from debiaskd.guide import Guide
 from debiaskd.metrics import box_size_bins, energy_pointing_game, group_accuracy, iou_with_boxes
 from debiaskd.models import SmallNet
-from debiaskd.recipe import Data, Network, Recipe, Teacher, Terms, Transplant
+from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
 from debiaskd.terms import GuideOptions, Ranks
-from debiaskd.training.evaluation import SIZES, Evaluation, attributions, looked_at
-from debiaskd.training.pictures import Pictures, open_split
+from debiaskd.training.evaluation import SIZES, Evaluation, attributions, looked_at, selectable
+from debiaskd.training.pictures import Pictures, Split, open_split
 
 
 def several(ignore: Boxes | None) -> Batch:
@@ -87,6 +89,7 @@ def test_figures_are_those_of_all_pictures_together(tmp_path: Path) -> None:
     for key in ("worst_group", "unbiased", "adjusted"):
         assert 100 * found[f"{key}_accuracy"] == pytest.approx(getattr(expected, key)), key
     assert 100 * found["accuracy"] == pytest.approx(expected.average)
+    assert found["smallest_group_pictures"] == batch.groups.unique(return_counts=True)[1].min()
     assert [100 * found[f"group_{g}_accuracy"] for g in range(4)] == pytest.approx(expected.groups, nan_ok=True)
     maps = Guide(model).attribute(batch.images, batch.target)
     share, defined = (part.double() for part in energy_pointing_game(maps, batch.boxes, (12, 12)))
@@ -114,3 +117,56 @@ def test_where_the_model_of_each_stage_is_looked_at() -> None:
     assert layers(named) == ["Input", "Input", "body"] + ["stage"] * 3
     assert looked_at(named, "student").attribution == "grad_cam" and looked_at(named, "teacher").attribution is None
     assert layers(Recipe(Data("x"), Network("a"), Terms())) == ["Final"] * 6
+
+
+def labelled(folder: Path, shows: dict[str, list[tuple[int, ...]]]) -> Path:
+    """Prepared pictures of three classes; of each split, the classes that each picture shows, with a box of each."""
+    for split, pictures in shows.items():
+        boxes = [
+            {"image_id": 10 + i, "bbox": [4 * k, 3, 12, 16], "category_id": (3, 7, 90)[k]}
+            for i, classes in enumerate(pictures)
+            for k in classes
+        ]
+        trees.coco(folder / "src", len(pictures), split=split, boxes=boxes)
+    prepare("coco", folder / "src", folder / "data", size=12, workers=1)
+    return folder / "data"
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_that_a_split_lacks_are_left_out_of_the_mean(tmp_path: Path) -> None:
+    shows = {"train": [(0,), (1,), (2,), (0, 1)], "val": [(0,), (), (0, 2), (2,), ()], "test": [(), (), ()]}
+    data = Data(str(labelled(tmp_path, shows)), size=12)
+    torch.manual_seed(0)
+    model = SmallNet((4, 6), (2, 2), num_classes=3).eval()
+
+    def measured(key: str) -> tuple[Split, dict[str, float]]:
+        split = open_split(data, key)
+        pictures = Pictures(split, data, training=False, batch=2, ranks=Ranks(), device=torch.device("cpu"))
+        return split, Evaluation(pictures, None, GuideOptions())(model)
+
+    validation, found = measured("validation")
+    batch = validation.dataset.__getitems__(range(5))
+    pictures = Pictures(validation, data, training=False, batch=5, ranks=Ranks(), device=torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(pictures.placed(batch).images)
+    each = [average_precision_score(batch.target[:, k], logits[:, k]) for k in (0, 2)]
+    assert found["map"] == pytest.approx(sum(each) / 2) and found["map_classes"] == 2
+    assert selectable(validation) == ("f1", "epg", "iou")
+    test, found = measured("test")
+    assert found["map"] != found["map"] and found["map_classes"] == 0
+    assert not {"epg", "iou", "accuracy"} & found.keys()
+    assert selectable(test) == ()
+
+
+def test_selection_by_what_validation_cannot_tell_is_refused_by_name(tmp_path: Path) -> None:
+    shows = {"train": [(0,), (1,), (2,), (0, 1)], "val": [(), ()]}
+    document = {**runs.PLAIN, "schedule": {"epochs": 1, "batch": 2}, "data": {"size": 12}}
+    recipe = runs.write(tmp_path / "recipe.yaml", labelled(tmp_path, shows), document)
+    for rule in ("f1", "pareto", "worst_group", "accuracy"):
+        with pytest.raises(RecipeError, match=rf"selection.rule: {rule} needs \w+, and the validation .* give none"):
+            runs.train(recipe, tmp_path / rule, "--selection.rule", rule)
+        assert not (tmp_path / rule / "student").exists()
+    with pytest.raises(RecipeError, match=r"selection.rule: f1 needs f1"):
+        runs.train(recipe, tmp_path / "default")
+    stage = runs.train(recipe, tmp_path / "last", "--selection.rule", "last")
+    assert stage.facts["figures"]["map"] is None and stage.facts["training_groups"] is None

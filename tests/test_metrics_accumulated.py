@@ -94,6 +94,7 @@ def test_nothing_seen_is_nan_and_has_no_threshold():
     assert metrics.EnergyPointingGame().compute()["epg"].isnan()
     with pytest.raises(ValueError, match=r"best_threshold\(\) needs maps without NaN, got 0 maps"):
         metrics.BoxIoU().best_threshold()
+    assert metrics.BoxIoU().compute()["threshold"].isnan() and metrics.BoxIoU(0.5).compute()["threshold"] == 0.5
     with pytest.raises(ValueError, match="GroupAccuracy needs at least one sample"):
         metrics.GroupAccuracy(torch.tensor([0])).compute()
 
@@ -131,6 +132,160 @@ def test_average_precision_against_the_sum_over_ranks():
         assert float(metric.compute()[k]) == pytest.approx(float(precision[ranked == 1].mean()), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_classes_without_a_picture_have_no_average_precision_and_are_not_counted_as_zero():
+    """torchmetrics counts each of them as 0: 4 of 20 classes would give a fifth of what the mean over the four is."""
+    generator = torch.Generator().manual_seed(8)
+    logits, targets = torch.randn(40, 20, generator=generator), torch.zeros(40, 20, dtype=torch.int64)
+    shown = [1, 4, 5, 17]
+    targets[:, shown] = torch.randint(2, (40, 4), generator=generator)
+    four = metrics.MultilabelMeanAveragePrecision(4, "none")
+    four.update(logits[:, shown], targets[:, shown])
+    expected = four.compute()
+    found = {name: metrics.MultilabelMeanAveragePrecision(20, name) for name in ("macro", "weighted", "none")}
+    for metric in found.values():
+        metric.update(logits[:25], targets[:25])
+        metric.update(logits[25:], targets[25:])
+        assert metric.classes() == 4
+    torch.testing.assert_close(found["macro"].compute(), expected.mean())
+    support = targets[:, shown].sum(0)
+    torch.testing.assert_close(found["weighted"].compute(), (expected * support).sum() / support.sum())
+    each = found["none"].compute()
+    torch.testing.assert_close(each[shown], expected)
+    assert int(each.isnan().sum()) == 16
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
+def test_without_a_single_positive_picture_there_is_no_average_precision(average):
+    metric = metrics.MultilabelMeanAveragePrecision(3, average)
+    metric.update(torch.randn(4, 3), torch.zeros(4, 3))
+    assert metric.compute().isnan() and metric.classes() == 0
+
+
+def test_f1_of_classes_that_nothing_is_known_of():
+    logits = torch.tensor([[1.0, -1, -1, 1], [1, -1, -1, -1]])
+    targets = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]])  # F1: 2/3, none, 0, 0
+    found = {}
+    for average in ("none", "macro", "weighted", "micro"):
+        metric = metrics.MultilabelF1(4, average)
+        metric.update(logits, targets)
+        found[average] = metric.compute()
+    torch.testing.assert_close(found["none"], torch.tensor([2 / 3, math.nan, 0, 0]), equal_nan=True)
+    assert float(found["macro"]) == pytest.approx(2 / 9) and float(found["weighted"]) == pytest.approx(1 / 3)
+    assert float(found["micro"]) == pytest.approx(2 / 5)
+    nothing = metrics.MultilabelF1(4)
+    nothing.update(torch.full((2, 4), -1.0), torch.zeros(2, 4))
+    assert nothing.compute().isnan()
+
+
+def test_group_accuracy_where_nothing_is_known_of_training():
+    metric = metrics.GroupAccuracy(None, num_groups=3)
+    metric.update(torch.tensor([True, False, True]), torch.tensor([1, 1, 2]))
+    found = metric.compute()
+    assert found["adjusted"].isnan() and found["worst_group"] == 50 and found["smallest"] == 1
+    with pytest.raises(ValueError, match="num_groups must be given where training_groups is None"):
+        metrics.GroupAccuracy(None)
+
+
+def every_metric():
+    """(metric, what one update takes) for each."""
+    generator = torch.Generator().manual_seed(9)
+    maps, boxes = torch.randn(6, 5, 5, generator=generator), Boxes.from_lists([[[0, 0, 2, 3]]] * 6)
+    logits, targets = torch.randn(6, 3, generator=generator), torch.randint(2, (6, 3), generator=generator)
+    correct, groups = torch.rand(6, generator=generator) < 0.5, torch.tensor([0, 1, 2, 0, 1, 2])
+    yield lambda: metrics.EnergyPointingGame(bins=(0.1,)), (maps, boxes)
+    yield metrics.BoxIoU, (maps, boxes)
+    yield lambda: metrics.MultilabelF1(3), (logits, targets)
+    yield lambda: metrics.MultilabelF1(3, "none"), (logits, targets)
+    yield lambda: metrics.MultilabelMeanAveragePrecision(3), (logits, targets)
+    yield lambda: metrics.GroupAccuracy(torch.tensor([0, 1, 2])), (correct, groups)
+
+
+def parts(given):
+    return [tuple(one[part] for one in given) for part in (slice(0, 4), slice(4, 6))]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", range(6))
+def test_what_was_computed_before_is_not_given_again(number):
+    make, given = list(every_metric())[number]
+    first, second = parts(given)
+    whole = make()
+    whole.update(*given)
+    expected = whole.compute()
+    one, other = make(), make()
+    one.update(*first)
+    other.update(*second)
+    before = one.compute()
+    assert not same(before, expected), "or nothing is shown"
+    one.merge_state(other)
+    assert same(one.compute(), expected)
+    state, dictionary = make(), other.metric_state
+    state.update(*first)
+    state.compute()
+    state.merge_state(dictionary)
+    assert same(state.compute(), expected)
+    empty = make()
+    empty.merge_state(whole)  # which has seen nothing itself, and does not warn of that
+    assert same(empty.compute(), expected)
+    stepwise = make()
+    stepwise(*first)
+    assert same(stepwise.compute(), before)
+    stepwise(*second)
+    assert same(stepwise.compute(), expected)
+    stepwise.reset()
+    stepwise.update(*first)
+    assert same(stepwise.compute(), before)
+    saved = make()
+    saved.persistent(True)
+    saved.update(*given)
+    content = {name: value.clone() for name, value in saved.state_dict().items() if isinstance(value, torch.Tensor)}
+    one.persistent(True)
+    one.reset()
+    one.update(*first)
+    one.compute()
+    one.load_state_dict(saved.state_dict())
+    assert same(one.compute(), expected)
+    one.update(*first)
+    for name, value in content.items():
+        assert torch.equal(saved.state_dict()[name], value), "of the caller"
+
+
+def same(found, expected):
+    if isinstance(expected, dict):
+        return all(same(found[name], value) for name, value in expected.items())
+    return torch.allclose(found.double(), expected.double(), rtol=1e-6, equal_nan=True)
+
+
+def test_what_was_computed_before_synchronising_is_not_given_after_it():
+    """With `sync_on_compute=False`, `sync` decides whose states `compute` sees."""
+    metric = metrics.MultilabelF1(2, sync_on_compute=False)
+    metric.update(torch.tensor([[1.0, -1.0]]), torch.tensor([[1, 1]]))
+    alone = metric.compute()
+    metric.sync(dist_sync_fn=lambda state, group=None: [state, state + 1], distributed_available=lambda: True)
+    assert metric.compute() != alone
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (lambda: metrics.BoxIoU(0.3), lambda: metrics.BoxIoU(0.5), "must be of threshold=0.3, as this metric, got 0.5"),
+        (lambda: metrics.BoxIoU(0.3), metrics.BoxIoU, "must be of threshold=0.3"),
+        (
+            lambda: metrics.EnergyPointingGame(size=(4, 4)),
+            metrics.EnergyPointingGame,
+            r"must be of size=\(4, 4\), as this metric, got None",
+        ),
+        (lambda: metrics.MultilabelF1(3, "none"), lambda: metrics.MultilabelF1(3), "must be of average=none"),
+        (lambda: metrics.BoxIoU(0.3), lambda: metrics.BoxIoU().metric_state, r"\['ious'\] must have shape \[1\]"),
+    ],
+)
+def test_metrics_of_other_settings_do_not_add_up(one, other, message):
+    with pytest.raises(ValueError, match=message):
+        one().merge_state(other())
+
+
 def test_group_accuracy_over_batches():
     generator = torch.Generator().manual_seed(7)
     groups, correct = torch.randint(3, (50,), generator=generator), torch.rand(50, generator=generator) < 0.7
@@ -139,7 +294,7 @@ def test_group_accuracy_over_batches():
     for part in (slice(0, 20), slice(20, 20), slice(20, 50)):
         metric.update(correct[part], groups[part])
     found, expected = metric.compute(), group_accuracy(correct, groups, training)
-    for name in ("average", "worst_group", "unbiased", "adjusted"):
+    for name in ("average", "worst_group", "unbiased", "adjusted", "smallest"):
         assert float(found[name]) == pytest.approx(getattr(expected, name))
     assert_same(found["groups"][:5], torch.tensor(expected.groups, dtype=torch.float64))
     metric.reset()

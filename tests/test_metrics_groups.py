@@ -37,6 +37,20 @@ def test_adjusted_is_the_average_where_test_is_distributed_like_training():
     assert accuracy.adjusted == pytest.approx(accuracy.average)
 
 
+@pytest.mark.parametrize("training", [torch.tensor([0, 0, 3]), None])
+def test_without_a_group_in_common_only_the_adjusted_accuracy_is_undefined(training):
+    correct, groups = torch.tensor([True, False, True, True, True]), torch.tensor([1, 1, 2, 2, 2])
+    accuracy = group_accuracy(correct, groups, training)
+    assert math.isnan(accuracy.adjusted)
+    assert (accuracy.average, accuracy.worst_group, accuracy.unbiased, accuracy.smallest) == (80, 50, 75, 2)
+    assert math.isnan(accuracy.groups[0]) and accuracy.groups[1:3] == (50, 100)
+
+
+def test_a_group_without_training_samples_has_no_share():
+    accuracy = group_accuracy(torch.tensor([True, False, True]), torch.tensor([0, 1, 3]), torch.tensor([0, 0, 3, 3]))
+    assert accuracy.adjusted == 100 and accuracy.worst_group == 0 and accuracy.smallest == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -44,7 +58,6 @@ def test_adjusted_is_the_average_where_test_is_distributed_like_training():
         (([True], [0, 1], [0]), ValueError, r"groups must have shape \[N\]=\[1\], got \[2\]"),
         (([True], [0.0], [0]), TypeError, "groups must be int64, got torch.float32"),
         (([True], [-1], [0]), ValueError, "groups must hold ids >= 0"),
-        (([True], [1], [0]), ValueError, "training_groups must have a group in common"),
     ],
 )
 def test_bad_groups(arguments, error, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -27,9 +28,11 @@ from debiaskd import cli
 from debiaskd.data import prepare
 from debiaskd.ignoring import of_class
 from debiaskd.reports import comparison
+from debiaskd.reports.measured import _looks, choose, measure
+from debiaskd.reports.sections import Section
 from debiaskd.terms import make_guide
 from debiaskd.training.evaluation import looked_at
-from debiaskd.training.loaded import Loaded, evaluate_run, measured_on
+from debiaskd.training.loaded import Evaluated, Loaded, evaluate_run, measured_on
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("reports")]
 
@@ -274,9 +277,8 @@ def test_an_evaluation_of_the_same_is_used_again_and_of_another_not(run: Path, r
     assert accuracy(str(root / "birds8")) != "12.3"
     accuracy(split="test[:50%]")
     mark(run / "evaluation-test-50.json")
-    assert accuracy(split="test[:50%]") == "12.3" != accuracy(split="test[50%:]")  # whose file has the same name
-    assert accuracy() == measured
-    mark(file)
+    assert accuracy(split="test[:50%]") == "12.3" != accuracy(split="test[50%:]")
+    assert accuracy() == "12.3"  # other pictures have files of their own
     # Another threshold of the IoU, as validation would have chosen it.
     stage = json.loads((run / "student" / "stage.json").read_text())
     stage["facts"]["figures"]["iou_threshold"] = 0.9
@@ -292,3 +294,27 @@ def test_an_evaluation_of_the_same_is_used_again_and_of_another_not(run: Path, r
     other = json.loads((root / "erm-1" / "student" / "stage.json").read_text())
     (run / "student" / "stage.json").write_text(json.dumps({**stage, "outputs": {model: other["outputs"][model]}}))
     assert accuracy() == percent(figures(root / "erm-1")["accuracy"])
+
+
+def test_pictures_without_any_label_are_a_page_too(tmp_path: Path) -> None:
+    trees.coco(tmp_path / "src", 4)
+    shows = [{"image_id": 10, "bbox": [4, 3, 10, 6], "category_id": 7}]
+    trees.coco(tmp_path / "src", 4, split="val2017", boxes=shows)
+    trees.coco(tmp_path / "src", 3, split="test2017", boxes=shows)
+    prepare("coco", tmp_path / "src", tmp_path / "data", size=12, workers=1)
+    document = {**runs.PLAIN, "schedule": {"epochs": 1, "batch": 2}}
+    names = {"train": "train2017", "validation": "val2017", "test": "test2017"}
+    run = tmp_path / "run"
+    runs.train(runs.write(tmp_path / "r.yaml", tmp_path / "data", {**document, "data": names}), run)
+    loaded = Loaded(run)
+    split = measured_on(loaded, None)
+    for hidden in (split.whole.target, split.target):
+        hidden.zero_()
+    figures = Evaluated(loaded, split).measure()["figures"]
+    assert figures["map"] is None and figures["map_classes"] == 0 and "epg" not in figures
+    assert choose(split) == [] == _looks(loaded, split, looked_at(loaded.recipe, "student"), [])
+    found = dataclasses.replace(measure(run, "run"), figures=dict.fromkeys(figures), examples=[], looks=[])
+    html = comparison.page([Section([found])])
+    assert "nothing that accuracy can be measured by" in html and "Where each run looks" not in html
+    shown = comparison.page([Section([measure(run, "run")])])
+    assert "Classes in the mAP: 1." in shown

@@ -66,7 +66,8 @@ def test_data_and_logs_that_do_not_fit(capsys: pytest.CaptureFixture[str], root:
     others = Path(shutil.copytree(root / "birds16", run.parent / "others"))
     manifest = json.loads((others / "manifest.json").read_text())
     (others / "manifest.json").write_text(json.dumps({**manifest, "classes": ["gull", "tern"]}))
-    assert refused("--data", others) == f"debiaskd: {run}: knows other classes than {others}"
+    found = refused("--data", others)
+    assert found == f"debiaskd: {run}: knows other classes than {others}: landbird, waterbird; not gull, tern"
     for text in ("step,loss\n1,much\n", "step,loss\n1\n", "step,loss\n\xff1,\0\n"):
         (run / "student" / "log.csv").write_text(text, encoding="latin-1")
         assert f"debiaskd: {run / 'student' / 'log.csv'}: damaged" in refused()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils import data
 from torch.utils.data import DataLoader, TensorDataset
 
+from debiaskd.data import EpochSampler
 from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
 
 CORRECT = torch.tensor([True, True, False, True, True])
@@ -164,3 +167,103 @@ def test_predict_correct_refuses_single_logits_and_functions() -> None:
         predict_correct(nn.Linear(2, 1), [(INPUTS, LABELS)])
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         predict_correct(lambda x: x, [(INPUTS, LABELS)])  # type: ignore[arg-type]
+
+
+KNOWN = TensorDataset(INPUTS, LABELS, torch.arange(5))
+
+
+class Stream(data.IterableDataset):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        return iter(KNOWN)
+
+
+class Mine(data.SequentialSampler):
+    """May do anything, since it is not torch's own."""
+
+
+def shuffling() -> dict[str, tuple[object, str]]:
+    """Loaders that do not keep the order, or of which that is not known, and what the error has to name."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    whole = data.SequentialSampler(KNOWN)
+    ones = torch.ones(5)
+    return {
+        "weighted": (DataLoader(KNOWN, 2, sampler=data.WeightedRandomSampler(ones, 5)), "WeightedRandomSampler"),
+        "subset": (DataLoader(KNOWN, 2, sampler=data.SubsetRandomSampler(range(5))), "SubsetRandomSampler"),
+        "distributed": (DataLoader(KNOWN, 2, sampler=data.DistributedSampler(KNOWN, 1, 0)), "DistributedSampler"),
+        "a rank's share": (
+            DataLoader(KNOWN, 2, sampler=data.DistributedSampler(KNOWN, 2, 0, shuffle=False)),
+            "DistributedSampler",
+        ),
+        "one's own": (DataLoader(KNOWN, 2, sampler=Mine(KNOWN)), "Mine"),
+        "numbers": (DataLoader(KNOWN, 2, sampler=[4, 3, 2, 1, 0]), "list"),
+        "of another data set": (DataLoader(KNOWN, 2, sampler=data.SequentialSampler(range(3))), "SequentialSampler"),
+        "shuffled batches": (
+            DataLoader(KNOWN, batch_sampler=data.BatchSampler(data.RandomSampler(KNOWN), 2, False)),
+            r"RandomSampler, shuffle=True",
+        ),
+        "dropped batches": (DataLoader(KNOWN, batch_sampler=data.BatchSampler(whole, 2, True)), "drop_last=True"),
+        "batches of one's own": (DataLoader(KNOWN, batch_sampler=[[4, 0], [1, 2, 3]]), "list"),
+        "no batches": (DataLoader(KNOWN, batch_size=None, shuffle=True), "RandomSampler"),
+        "torchdata's": (stateful(KNOWN, 2, shuffle=True), r"StatefulDataLoader with a RandomSampler, shuffle=True"),
+        "torchdata's, dropping": (stateful(KNOWN, 2, drop_last=True), "drop_last=True"),
+        "a stream": (DataLoader(Stream(), 2), "IterableDataset"),
+        "whoever is first": (DataLoader(KNOWN, 2, num_workers=2, in_order=False), "in_order=False"),
+    }
+
+
+def test_loaders_that_may_not_keep_the_order_are_refused() -> None:
+    for name, (batches, named) in shuffling().items():
+        with pytest.raises(ValueError, match=named):
+            pytest.fail(f"{name}: {predict_correct(Biased(), batches)}")  # type: ignore[arg-type]
+
+
+def test_what_wraps_such_a_loader_is_refused_too() -> None:
+    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    with pytest.raises(ValueError, match="RandomSampler"):
+        predict_correct(Biased(), fabric.setup_dataloaders(loader(shuffle=True)))
+    assert predict_correct(Biased(), fabric.setup_dataloaders(loader())).tolist() == [True, True, False, True, True]
+
+
+def test_loaders_in_order_are_read() -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    for batches in (
+        DataLoader(KNOWN, 2, sampler=data.SequentialSampler(KNOWN)),
+        DataLoader(KNOWN, 2, sampler=data.DistributedSampler(KNOWN, 1, 0, shuffle=False)),
+        DataLoader(KNOWN, 2, sampler=EpochSampler(KNOWN, shuffle=False)),
+        DataLoader(KNOWN, batch_sampler=data.BatchSampler(data.SequentialSampler(KNOWN), 2, False)),
+        torchdata.StatefulDataLoader(KNOWN, 2),
+    ):
+        assert predict_correct(Biased(), batches).tolist() == [True, True, False, True, True]
+    begun = EpochSampler(KNOWN, shuffle=False)
+    begun.start_at(0, 2)
+    with pytest.raises(ValueError, match="EpochSampler"):
+        predict_correct(Biased(), DataLoader(KNOWN, 2, sampler=begun))
+
+
+def test_with_their_numbers_samples_may_come_in_any_order() -> None:
+    expected = [True, True, False, True, True]
+    for batches, _ in (shuffling()[name] for name in ("subset", "shuffled batches", "torchdata's", "a stream")):
+        assert predict_correct(Biased(), batches, indices=2).tolist() == expected  # type: ignore[arg-type]
+    reverse = DataLoader(KNOWN, 2, sampler=[4, 3, 2, 1, 0])
+    assert predict_correct(Biased(), reverse, indices=2).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("batches", "indices", "error", "message"),
+    [
+        (DataLoader(KNOWN, 2, sampler=[0, 1, 1, 3, 4]), 2, ValueError, r"number once, 0 to 4, got 4 different ones in"),
+        (
+            DataLoader(KNOWN, 2, sampler=[0, 1, 3]),
+            2,
+            ValueError,
+            r"got 3 different ones in \[0, 3\]",
+        ),
+        ([(INPUTS, LABELS)], 2, TypeError, "must hold the samples' numbers at 2"),
+        ([(INPUTS, LABELS, torch.zeros(5))], 2, TypeError, "must be int64, the samples' numbers"),
+        ([(INPUTS, LABELS, LABELS[:3])], 2, ValueError, r"batch\[2\] must have shape \[n\]"),
+        ([(INPUTS, LABELS, LABELS)], 1, ValueError, "indices must be >= 2"),
+    ],
+)
+def test_numbers_that_do_not_fit(batches: object, indices: int, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        predict_correct(Biased(), batches, indices=indices)  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from debiaskd import checks
 from debiaskd.boxes import Boxes
@@ -22,13 +21,14 @@ from debiaskd.metrics.localization import (
     energy_pointing_game,
     iou_with_boxes,
 )
+from debiaskd.metrics.merging import Mergeable
 from debiaskd.ops.box_overlap import check_thresholds
 
 #: Where `BoxIoU` looks for a threshold: 0.05, 0.10, …, 0.95.
 GRID = tuple(step / 20 for step in range(1, 20))
 
 
-class EnergyPointingGame(Metric):
+class EnergyPointingGame(Mergeable):
     """Mean of `energy_pointing_game` over all maps of annotated images.
 
     Args:
@@ -74,6 +74,9 @@ class EnergyPointingGame(Metric):
         self.add_state("images", torch.zeros(places, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("defined", torch.zeros(places, dtype=torch.int64), dist_reduce_fx="sum")
 
+    def settings(self) -> dict[str, Any]:
+        return {"bins": self.edges, "size": self.size}
+
     def update(self, attribution: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> None:
         share, defined = energy_pointing_game(attribution, boxes, self.size, ignore)
         if self.edges is None:
@@ -100,7 +103,7 @@ class EnergyPointingGame(Metric):
         return found
 
 
-class BoxIoU(Metric):
+class BoxIoU(Mergeable):
     """Mean of `iou_with_boxes` over all maps of annotated images, at a fixed threshold or at the best of a grid.
 
     On validation, leave `threshold` to be chosen; for the test, fix what `best_threshold()` gave. Chosen on the test
@@ -112,8 +115,8 @@ class BoxIoU(Metric):
         size: (height, width) that the boxes refer to; None: each map's own.
 
     `update(attribution, boxes, ignore=None)` takes [N,H,W], the boxes of N images, and the areas to be left out of them
-    (`Batch.ignore`). `compute()` gives a dict: `iou` (fraction in [0,1], NaN without any map), `threshold`, and, where
-    it was chosen, `iou_grid` [T].
+    (`Batch.ignore`). `compute()` gives a dict: `iou` (fraction in [0,1], NaN without any map), `threshold` (NaN
+    where there was no map to choose it by), and, where it was to be chosen, `iou_grid` [T].
 
     Example:
         >>> import torch
@@ -145,6 +148,9 @@ class BoxIoU(Metric):
         self.add_state("ious", torch.zeros(len(self.grid), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": None if self.chosen else self.grid[0], "grid": self.grid, "size": self.size}
+
     def update(self, attribution: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> None:
         found = iou_with_boxes(attribution, boxes, self.grid, self.size, ignore)
         self.ious += torch.where(boxes.annotated[:, None], found.double(), 0).sum(0)
@@ -154,7 +160,9 @@ class BoxIoU(Metric):
         means = self.ious / self.images
         best = means.argmax()
         thresholds = torch.tensor(self.grid, dtype=torch.float64, device=means.device)
-        found = {"iou": means[best], "threshold": thresholds[best]}
+        # None of the grid is the best where there was nothing to choose by.
+        threshold = torch.where(means[best].isnan() & self.chosen, torch.nan, thresholds[best])
+        found = {"iou": means[best], "threshold": threshold}
         return found | {"iou_grid": means} if self.chosen else found
 
     def best_threshold(self) -> float:
@@ -169,15 +177,16 @@ class BoxIoU(Metric):
         return float(found["threshold"])
 
 
-class GroupAccuracy(Metric):
+class GroupAccuracy(Mergeable):
     """`group_accuracy` over many batches.
 
     Args:
-        training_groups: int64 [M], the groups of the training set.
+        training_groups: int64 [M], the groups of the training set; None: not known, `adjusted` is NaN.
         num_groups: G, where there are groups that training has no sample of; None: the largest of training + 1.
 
     `update(correct, groups)` takes bool [N] and int64 [N] in [0,G). `compute()` gives a dict, in percent: `average`,
-    `worst_group`, `unbiased`, `adjusted`, and `groups` [G], NaN for a group without a sample.
+    `worst_group`, `unbiased`, `adjusted` (NaN where no group is in training, too), and `groups` [G], NaN for a group
+    without a sample; and `smallest`, int64, the number of samples of the smallest group that has any.
 
     Example:
         >>> import torch
@@ -185,8 +194,8 @@ class GroupAccuracy(Metric):
         >>> metric = GroupAccuracy(torch.tensor([0, 0, 0, 1]))
         >>> metric.update(torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 1]))
         >>> found = metric.compute()
-        >>> found["worst_group"].item(), found["adjusted"].item()
-        (50.0, 87.5)
+        >>> found["worst_group"].item(), found["adjusted"].item(), found["smallest"].item()
+        (50.0, 87.5, 2)
     """
 
     is_differentiable = False
@@ -196,16 +205,24 @@ class GroupAccuracy(Metric):
     count: Tensor
     training_count: Tensor
 
-    def __init__(self, training_groups: Tensor, num_groups: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, training_groups: Tensor | None, num_groups: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_groups("training_groups", training_groups)
-        least = int(training_groups.max()) + 1
+        if training_groups is None:
+            if num_groups is None:
+                raise ValueError("num_groups must be given where training_groups is None, got None")
+            training_groups, least = torch.zeros(0, dtype=torch.int64), 1
+        else:
+            check_groups("training_groups", training_groups)
+            least = int(training_groups.max()) + 1
         self.num_groups = least if num_groups is None else checks.integer("num_groups", num_groups)
         if self.num_groups < least:
             raise ValueError(f"num_groups must be at least {least}, as training_groups has, got {num_groups}")
         self.register_buffer("training_count", training_groups.bincount(minlength=self.num_groups), persistent=False)
         self.add_state("right", torch.zeros(self.num_groups, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(self.num_groups, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def settings(self) -> dict[str, Any]:
+        return {"num_groups": self.num_groups, "training_groups": self.training_count.tolist()}
 
     def update(self, correct: Tensor, groups: Tensor) -> None:
         check_correct(correct)
@@ -225,4 +242,4 @@ class GroupAccuracy(Metric):
         return {
             name: torch.tensor(getattr(found, name), dtype=torch.float64, device=self.count.device)
             for name in ("average", "worst_group", "unbiased", "adjusted", "groups")
-        }
+        } | {"smallest": torch.tensor(found.smallest, device=self.count.device)}

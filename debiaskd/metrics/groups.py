@@ -20,7 +20,9 @@ class GroupAccuracies:
         worst_group: the lowest of `groups`.
         unbiased: the mean of `groups`, each counting alike.
         adjusted: the mean of `groups` weighted by their share of the training set, what a test set distributed like
-            the training set would give.
+            the training set would give. NaN where it is undefined: no group is in both, or nothing is known of the
+            training set.
+        smallest: number of samples of the smallest group that has any; how far `worst_group` can be trusted.
     """
 
     average: float
@@ -28,21 +30,23 @@ class GroupAccuracies:
     worst_group: float
     unbiased: float
     adjusted: float
+    smallest: int
 
 
-def group_accuracy(correct: Tensor, groups: Tensor, training_groups: Tensor) -> GroupAccuracies:
+def group_accuracy(correct: Tensor, groups: Tensor, training_groups: Tensor | None = None) -> GroupAccuracies:
     """Average, per-group, worst-group, unbiased and adjusted accuracy.
 
-    Groups without samples among `groups` count nowhere; the training shares of the others are scaled to sum to 1.
+    Groups without samples among `groups` count nowhere; the training shares of the others are scaled to sum to 1. A
+    group without training samples has a share of 0; without a group in common the adjusted accuracy is NaN.
 
     Args:
         correct: bool [N], whether each sample is predicted rightly.
         groups: int64 [N], each sample's group ≥ 0.
-        training_groups: int64 [M], the groups of the training set.
+        training_groups: int64 [M], the groups of the training set; None: not known, `adjusted` is NaN.
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: shapes that do not fit, no sample, a negative group, or no group in common with training.
+        ValueError: shapes that do not fit, no sample, or a negative group.
 
     Example:
         >>> import torch
@@ -54,27 +58,29 @@ def group_accuracy(correct: Tensor, groups: Tensor, training_groups: Tensor) -> 
     """
     check_correct(correct)
     check_groups("groups", groups)
-    check_groups("training_groups", training_groups)
     checks.shape("groups", groups, "[N]", [len(correct)])
-    size = 1 + max(int(groups.max()), int(training_groups.max()))
+    size = 1 + int(groups.max())
+    if training_groups is not None:
+        check_groups("training_groups", training_groups)
+        size = max(size, 1 + int(training_groups.max()))
     count = groups.bincount(minlength=size)
     right = groups[correct].bincount(minlength=size)
-    return accuracies(right, count, training_groups.bincount(minlength=size))
+    training_count = torch.zeros_like(count) if training_groups is None else training_groups.bincount(minlength=size)
+    return accuracies(right, count, training_count)
 
 
 def accuracies(right: Tensor, count: Tensor, training_count: Tensor) -> GroupAccuracies:
     """From what can be added up over batches and ranks: int64 [G] each, with at least one sample."""
     present = count > 0
-    share = training_count.double() * present
-    if not bool(share.any()):
-        raise ValueError("training_groups must have a group in common with groups, got none")
+    share = training_count.double()[present]
     each = 100 * right.double() / count
     return GroupAccuracies(
         average=100 * float(right.sum()) / float(count.sum()),
         groups=tuple(each.tolist()),
         worst_group=float(each[present].min()),
         unbiased=float(each[present].mean()),
-        adjusted=float((each[present] * share[present]).sum() / share.sum()),
+        adjusted=float((each[present] * share).sum() / share.sum()),  # 0 / 0 where no group is in both
+        smallest=int(count[present].min()),
     )
 
 

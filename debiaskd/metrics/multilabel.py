@@ -7,21 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.utilities.data import dim_zero_cat
 
 from debiaskd import checks
+from debiaskd.metrics.merging import Mergeable
 
 
-class MultilabelF1(MultilabelF1Score):
+class MultilabelF1(Mergeable, MultilabelF1Score):
     """torchmetrics' `MultilabelF1Score` of logits, where a label counts as predicted at `logit >= threshold`.
 
-    torchmetrics itself takes logits for probabilities in any batch whose logits all lie in [0,1], and compares with >.
+    torchmetrics itself takes logits for probabilities in any batch whose logits all lie in [0,1], compares with >, and
+    gives 0 where there is no F1: for a class that no sample has and that is predicted for none.
 
     Args:
         num_labels: K >= 2.
-        average: "micro" (over all decisions), "macro", "weighted", or "none" for one F1 a class [K].
+        average: "micro" (over all decisions), "macro" (over the classes that have an F1), "weighted" (by their positive
+            samples), or "none" for one F1 a class [K].
         threshold: of the logits.
 
-    `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions.
+    `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions; NaN
+    where 2 TP + FP + FN is 0, and for "weighted" without a positive sample.
 
     Example:
         >>> import torch
@@ -41,19 +47,36 @@ class MultilabelF1(MultilabelF1Score):
         targets = _targets(logits, targets, self.num_labels)
         super().update((logits >= self.logit_threshold).long(), targets)
 
+    def settings(self) -> dict[str, Any]:
+        return {"num_labels": self.num_labels, "average": self.average, "threshold": self.logit_threshold}
 
-class MultilabelMeanAveragePrecision(MultilabelAveragePrecision):
+    def compute(self) -> Tensor:
+        right, wrong, _, missed = (state.double() for state in self._final_state())
+        if self.average == "micro":
+            right, wrong, missed = right.sum(), wrong.sum(), missed.sum()
+        found = 2 * right / (2 * right + wrong + missed)  # 0 / 0 where there is nothing to be judged
+        if self.average == "macro":
+            found = found.nanmean()
+        elif self.average == "weighted":
+            support = right + missed
+            found = (found.nan_to_num() * support).sum() / support.sum()
+        return found.float()
+
+
+class MultilabelMeanAveragePrecision(Mergeable, MultilabelAveragePrecision):
     """torchmetrics' `MultilabelAveragePrecision` of logits, exact: the mean of the classes' average precision (mAP).
 
-    torchmetrics itself applies the sigmoid only to batches with a logit outside of [0,1], which mixes two scales; and
-    in float32, where logits above 17 are ties.
+    A class without a positive sample has no average precision: it is left out of the mean, and `classes()` says how
+    many are in it. torchmetrics itself counts such a class as 0. It applies the sigmoid only to batches with a logit
+    outside of [0,1], which mixes two scales; and in float32, where logits above 17 are ties.
 
     Args:
         num_labels: K >= 2.
-        average: "macro" (mAP, over classes with a positive sample), "micro", "weighted", or "none" for [K].
+        average: "macro" (mAP, over classes with a positive sample), "micro" (over all decisions), "weighted" (by
+            positive samples), or "none" for [K], NaN for a class without a positive sample.
 
-    `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions.
-    Every score is kept: 16 bytes a sample and class.
+    `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions, NaN
+    without a positive sample. Every score is kept: 16 bytes a sample and class.
 
     Example:
         >>> import torch
@@ -67,14 +90,41 @@ class MultilabelMeanAveragePrecision(MultilabelAveragePrecision):
 
     preds: list[Tensor]
     target: list[Tensor]
+    positives: Tensor
 
     def __init__(self, num_labels: int, average: str = "macro", **kwargs: Any) -> None:
         checks.option("average", average, ("macro", "micro", "weighted", "none"))
         super().__init__(_labels(num_labels), average=average, **kwargs)  # type: ignore[arg-type]
+        self.add_state("positives", torch.zeros(num_labels, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def settings(self) -> dict[str, Any]:
+        return {"num_labels": self.num_labels, "average": self.average}
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         targets = _targets(logits, targets, self.num_labels)
+        self.positives = self.positives + targets.sum(0)
         super().update(logits.detach().double().sigmoid(), targets)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        shown = self.positives > 0
+        found = torch.full((self.num_labels,), torch.nan, device=shown.device)
+        if not bool(shown.any()):
+            return found if self.average == "none" else found[0]
+        scores, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        if self.average == "micro":
+            return binary_average_precision(scores.flatten(), target.flatten(), validate_args=False)
+        for k in shown.nonzero()[:, 0].tolist():
+            found[k] = binary_average_precision(scores[:, k], target[:, k], validate_args=False)
+        if self.average == "macro":
+            return found[shown].mean()
+        if self.average == "weighted":
+            return (found[shown] * self.positives[shown]).sum() / self.positives.sum()
+        return found
+
+    def classes(self) -> int:
+        """How many classes have a positive sample, over everything seen so far, on all ranks."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            return int((self.positives > 0).sum())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         # A rank without a sample would send a tensor of another dtype and shape, which gathering does not survive.

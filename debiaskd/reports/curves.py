@@ -84,7 +84,7 @@ def _points(
     points = []
     for row in rows:
         value = row.get(key)
-        if value is not None and value == value:
+        if value is not None and _known(value):
             x, y = _number(row.get(across)) + first, unit * value
             strong = across == "epoch" and x == run.epoch
             points.append(Point(x, y, f"{run.name}, {across} {x:g}: {y:.4g}", strong=strong))
@@ -92,9 +92,9 @@ def _points(
 
 
 def _kept(run: Measured, names: tuple[str, ...]) -> list[dict[str, float | None]]:
-    """The validation figures of the epochs that a run kept."""
+    """The validation figures of the epochs that a run kept; not those of which one is undefined."""
     kept = set(run.facts.get("front", []))
-    return [row for row in run.epochs if row.get("epoch") in kept and all(name in row for name in names)]
+    return [row for row in run.epochs if row.get("epoch") in kept and all(_known(row.get(name)) for name in names)]
 
 
 def _front_point(
@@ -107,6 +107,9 @@ def _front_point(
     return Point(*place, title, strong=epoch + 1 == run.epoch, beaten=(run.name, epoch) not in joint)
 
 
+def _known(value: float | None) -> bool:
+    return value is not None and value == value
+
+
 def _number(value: float | None) -> float:
-    """A figure without a single picture to be measured on is no better than any."""
-    return 0.0 if value is None or value != value else value
+    return 0.0 if value is None else value

@@ -218,6 +218,8 @@ def _example(split: Split, place: int, key: int, grouped: bool) -> Example:
 
 
 def _looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
+    if not examples:
+        return []
     stored = split.whole.__getitems__([example.number for example in examples])
     batch = Intake(loaded.contract, loaded.device)(stored)
     target = torch.tensor([example.target for example in examples], device=loaded.device)

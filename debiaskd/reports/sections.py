@@ -10,7 +10,7 @@ from itertools import takewhile
 from debiaskd.report import Figure, Summary
 from debiaskd.reports.differences import ABSENT, Difference, differences
 from debiaskd.reports.measured import Measured
-from debiaskd.training.evaluation import HEADINGS
+from debiaskd.training.evaluation import COUNTS, HEADINGS
 from debiaskd.training.run import digest
 
 #: Figures for readers in a hurry, the most telling first.
@@ -58,6 +58,8 @@ def _common(names: Sequence[str]) -> str:
 def _summary(name: str, runs: Sequence[Measured]) -> Summary:
     found = {}
     for key in runs[0].figures:
+        if key in dict(COUNTS):
+            continue
         values = [run.figures.get(key) for run in runs]
         known = [100 * value for value in values if value is not None]
         if len(known) == len(runs):
@@ -82,6 +84,7 @@ class Section:
         examples: pictures that each run has looked at.
         looks: attributions in words, and the entries that they are of.
         best: for each column where more is better and entries compare, those that have most.
+        counts: (heading, number) of what figures are of, such as the classes in the mAP.
         energy, spread: whether there are attributions in boxes; entries of several seeds.
         compare: whether all runs were validated on the same pictures.
     """
@@ -98,6 +101,8 @@ class Section:
         self.groups = [group for key, group in groups if key in {column[0] for column in self.details}]
         self.differences: list[Difference] = differences([entry.runs[0].settings for entry in self.entries])
         self.compare = len({run.validated for run in runs}) == 1
+        counts = [(heading, runs[0].figures.get(key)) for key, heading in COUNTS]
+        self.counts = [(heading, int(number)) for heading, number in counts if number is not None]
         self.energy = any(column[0] == "epg" for column in self.columns)
         self.looks: dict[str, list[str]] = {}
         for entry in self.entries:
@@ -121,7 +126,9 @@ class Section:
     @property
     def headline(self) -> str:
         """The most telling figure, and who has most of it."""
-        key, heading, _ = next(column for lead in LEADING for column in self.columns if column[0] == lead)
+        key, heading, _ = next((c for lead in LEADING for c in self.columns if c[0] == lead), self.columns[-1])
+        if key == "parameters":
+            return f"{self.title}, and nothing that accuracy can be measured by"
         have = [entry for entry in self.entries if key in entry.summary.figures]
         top = max(have, key=lambda entry: entry.summary.figures[key].mean)
         first = f"{heading.removesuffix(' %')} on {self.split}: {top.name}, {top.summary.figures[key].text(1)} %"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,15 +22,17 @@ SIZES = (0.1, 0.3)
 
 
 def boxed(split: Split) -> bool:
-    """Whether attributions can be compared with boxes."""
-    return bool(split.boxes.annotated.any()) and bool(len(split.boxes.coords))
+    """Whether attributions can be compared with boxes: those of the labels of pictures that are annotated."""
+    labelled = split.target.any(1) if split.whole.multi_label else torch.ones(len(split), dtype=torch.bool)
+    return bool((split.boxes.annotated & labelled).any()) and bool(len(split.boxes.coords))
 
 
-def selectable(split: Split, training_groups: Tensor | None) -> tuple[str, ...]:
-    """Names of the figures on a split that selection may look at."""
-    found: tuple[str, ...] = ("f1",) if split.whole.multi_label else ("accuracy",)
-    if split.groups is not None and training_groups is not None:
-        found = (*found, "worst_group_accuracy")
+def selectable(split: Split) -> tuple[str, ...]:
+    """Names of the figures on a split that selection may look at: those that are defined, whatever the model says."""
+    if split.whole.multi_label:
+        found: tuple[str, ...] = ("f1",) if bool(split.target.any()) else ()
+    else:
+        found = ("accuracy",) if split.groups is None else ("accuracy", "worst_group_accuracy")
     return (*found, "epg", "iou") if boxed(split) else found
 
 
@@ -50,7 +51,7 @@ class Evaluation:
 
     Args:
         pictures: in order, not augmented.
-        training_groups: int64 [M] of the training split, or None without groups.
+        training_groups: int64 [M] of the training split; None: not known, the adjusted accuracy is left undefined.
         guide: where and how attributions are looked at.
         threshold: of the IoU; None: the best of a grid, as is right on validation.
     """
@@ -68,7 +69,7 @@ class Evaluation:
         self.boxed = boxed(split)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The model's figures; it is in evaluation mode, and on the pictures' device."""
+        """The model's figures, NaN where one is undefined; it is in evaluation mode, and on the pictures' device."""
         meters = _Meters(self)
         guide = make_guide(self.guide, model) if self.boxed else None
         self.pictures.sampler.start_at(0, 0)
@@ -108,7 +109,7 @@ class _Meters:
         if self.multi_label:
             self.found["f1"] = MultilabelF1(split.num_classes).to(device)
             self.found["map"] = MultilabelMeanAveragePrecision(split.num_classes).to(device)
-        if split.groups is not None and evaluation.training_groups is not None and not self.multi_label:
+        if split.groups is not None and not self.multi_label:
             groups = len(split.whole.groups)
             self.found["groups"] = GroupAccuracy(evaluation.training_groups, groups).to(device)
         if evaluation.boxed:
@@ -133,10 +134,8 @@ class _Meters:
         figures: dict[str, float] = {}
         if self.multi_label:
             figures["f1"] = float(self.found["f1"].compute())
-            with warnings.catch_warnings():
-                # Of classes without a picture; they have no average precision and are left out of the mean.
-                warnings.filterwarnings("ignore", "No positive samples found")
-                figures["map"] = float(self.found["map"].compute())
+            figures["map"] = float(self.found["map"].compute())
+            figures["map_classes"] = self.found["map"].classes()
         else:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(self.right)
@@ -146,6 +145,7 @@ class _Meters:
             for name, key in (("worst_group", "worst_group_accuracy"), ("unbiased", "unbiased_accuracy")):
                 figures[key] = float(computed[name]) / 100
             figures["adjusted_accuracy"] = float(computed["adjusted"]) / 100
+            figures["smallest_group_pictures"] = int(computed["smallest"])
             figures |= {f"group_{g}_accuracy": float(v) / 100 for g, v in enumerate(computed["groups"])}
         if "epg" in self.found:
             computed = self.found["epg"].compute()
@@ -171,4 +171,9 @@ HEADINGS: Sequence[tuple[str, str]] = (
     ("epg_middle", "EPG, middling boxes"),
     ("epg_large", "EPG, large boxes"),
     ("iou", "IoU"),
+)
+#: (what is counted, its heading): numbers of classes and of pictures that other figures are of.
+COUNTS: Sequence[tuple[str, str]] = (
+    ("map_classes", "classes in the mAP"),
+    ("smallest_group_pictures", "smallest group, pictures"),
 )

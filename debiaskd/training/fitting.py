@@ -216,8 +216,14 @@ class Fitting:
             "selection": SELECTION[rule].format(", ".join(names)),
             "rule": rule,
             "front": keeper.kept,
+            "training_groups": self._group_counts(),
             "figures": {name: none_for_nan(value) for name, value in keeper.figures[str(keeper.chosen)].items()},
         }
+
+    def _group_counts(self) -> dict[str, int] | None:
+        """Training pictures of each group, for the adjusted accuracy of data that has no training split."""
+        groups, names = self.train.groups, self.train.whole.groups
+        return None if groups is None else dict(zip(names, groups.bincount(minlength=len(names)).tolist()))
 
     def _learner(
         self,
@@ -292,7 +298,7 @@ class Fitting:
         )
 
     def _rule(self, *, guided: bool) -> str:
-        rule, names = self.recipe.selection.rule, selectable(self.validation, self.train.groups)
+        rule, names = self.recipe.selection.rule, selectable(self.validation)
         if rule is None:
             if "worst_group_accuracy" in names:
                 return "worst_group"
@@ -300,11 +306,11 @@ class Fitting:
         return rule
 
     def _names(self, rule: str) -> tuple[str, ...]:
-        found = selectable(self.validation, self.train.groups)
+        found = selectable(self.validation)
         wanted = tuple("accuracy" if n == "f1" and rule == "pareto" and n not in found else n for n in RULES[rule])
         missing = [name for name in wanted if name not in found]
         if missing:
-            there = ", ".join(found)
+            there = ", ".join(found) or "none"
             raise RecipeError(f"selection.rule: {rule} needs {missing[0]}, and the validation pictures give {there}")
         return wanted
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import files
+from debiaskd.data import DataError
 from debiaskd.features import has_protocol
 from debiaskd.inputs import InputContract, of_weights
 from debiaskd.networks import build, load_weights, prepare
@@ -19,11 +22,13 @@ from debiaskd.terms import BackdoorOptions, Ranks
 from debiaskd.terms.backdoor import Intervened, Intervention
 from debiaskd.training.evaluation import Evaluation, looked_at
 from debiaskd.training.pictures import Pictures, Split, open_split
-from debiaskd.training.run import RunError, Stage, data_fingerprint, digest, finished, open_run
+from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
 from debiaskd.training.watched import places
 from debiaskd.transplant import FrozenTeacher, transplant
 from debiaskd.version import __version__
 
+#: Counts up when what a figure means changes, so that reports measure anew.
+FIGURES = 2
 #: Of the IoU where validation gave none, as in the public code of Rao et al. 2023.
 THRESHOLD = 0.5
 
@@ -145,8 +150,15 @@ def measured_on(loaded: Loaded, split: str | None) -> Split:
     data = loaded.recipe.data
     found = open_split(dataclasses.replace(data, test=split or data.test), "test")
     if list(found.whole.classes) != loaded.classes:
-        raise RunError(f"{loaded.folder}: knows other classes than {data.path}")
+        theirs = _in_short(found.whole.classes)
+        raise RunError(
+            f"{loaded.folder}: knows other classes than {data.path}: {_in_short(loaded.classes)}; not {theirs}"
+        )
     return found
+
+
+def _in_short(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) -> tuple[dict[str, Any], Path]:
@@ -162,11 +174,48 @@ def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) 
     return document, evaluated.path
 
 
+def _trained_on(loaded: Loaded, otherwise: str) -> str:
+    """The fingerprint of the data that the run was trained on."""
+    found = (stage.inputs.get("data") for stage in _stages(loaded))
+    return next((one for one in found if isinstance(one, str)), otherwise)
+
+
+def _training_groups(loaded: Loaded, names: Sequence[str], data: str) -> Tensor | None:
+    """int64 [M], the run's training pictures by number in the names of the data that is measured; None where nothing is
+    known of them, or no group has its name there."""
+    found = [stage.facts["training_groups"] for stage in _stages(loaded) if stage.facts.get("training_groups")]
+    known: dict[str, int] = found[0] if found else _counted(loaded, data)
+    counts = torch.tensor([known.get(name, 0) for name in names])
+    return torch.arange(len(names)).repeat_interleave(counts) if bool(counts.any()) else None
+
+
+def _counted(loaded: Loaded, data: str) -> dict[str, int]:
+    """Of a run that did not save its training pictures' groups: from its data, where that can still be read."""
+    places = [open_run(loaded.folder).data]
+    if data == _trained_on(loaded, data):
+        places.append(loaded.recipe.data)
+    for place in places:
+        with suppress(RecipeError, DataError, OSError):
+            split = open_split(place, "train")
+            if split.groups is not None:
+                names = split.whole.groups
+                return dict(zip(names, split.groups.bincount(minlength=len(names)).tolist()))
+    return {}
+
+
+def _stages(loaded: Loaded) -> list[Stage]:
+    """All of a run that are finished, the loaded one first."""
+    found = (Stage.read(path.parent) for path in sorted(loaded.folder.glob(f"*/{STAGE}")))
+    return [loaded.stage, *(stage for stage in found if stage is not None)]
+
+
 class Evaluated:
     """The evaluation of a loaded model on a split.
 
     Attributes:
-        path: the file in the run's folder that holds it.
+        path: the file in the run's folder that holds it; where it is of other data than the run was trained on, with
+            the name and the fingerprint of that.
+        data: the fingerprint of the data.
         fingerprint: of all that decides the figures: weights, pictures, where attributions are looked at.
     """
 
@@ -177,13 +226,17 @@ class Evaluated:
         # Not the best on this split: that would be to choose by what is measured.
         self.threshold: float = THRESHOLD if threshold is None else threshold
         suffix = "" if loaded.name == "student" else f"-{loaded.name}"
-        slug = re.sub(r"[^A-Za-z0-9_]+", "-", split.name).strip("-")
+        slug = re.sub(r"[^A-Za-z0-9_.]+", "-", split.name.replace(":]", ":100%]")).strip("-")
+        path, self.data = loaded.recipe.data.path, data_fingerprint(loaded.recipe.data.path)
+        if self.data != _trained_on(loaded, self.data):  # a file of its own, beside that of the run's own data
+            slug += f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', Path(path).resolve().name)}-{self.data[:8]}"
         self.path = loaded.folder / f"evaluation-{slug}{suffix}.json"
         self.fingerprint = digest(
             {
                 "made_by": f"debiaskd {__version__}",
+                "figures": FIGURES,
                 "weights": loaded.stage.outputs.get(loaded.stage.model.name),
-                "data": data_fingerprint(loaded.recipe.data.path),
+                "data": self.data,
                 "splits": [split.name, loaded.recipe.data.train, loaded.recipe.data.seed],
                 "guide": dataclasses.asdict(self.guide),
                 "threshold": self.threshold,
@@ -202,13 +255,15 @@ class Evaluated:
     def measure(self) -> dict[str, Any]:
         """The figures, and what they are of."""
         loaded = self.loaded
-        pictures, groups = loaded.pictures(self.split), open_split(loaded.recipe.data, "train").groups
+        pictures = loaded.pictures(self.split)
+        groups = None if self.split.groups is None else _training_groups(loaded, self.split.whole.groups, self.data)
         figures = Evaluation(pictures, groups, self.guide, self.threshold)(loaded.model)
         return {
             "run": str(loaded.folder),
             "stage": loaded.name,
             "epoch": loaded.stage.facts.get("epoch"),
             "selection": loaded.stage.facts.get("selection"),
+            "data": {"path": loaded.recipe.data.path, "fingerprint": self.data},
             "split": self.split.name,
             "pictures": len(self.split),
             "groups": list(self.split.whole.groups),
