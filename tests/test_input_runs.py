@@ -1,0 +1,288 @@
+"""Runs whose teacher and student read different input: in every stage and in all that looks at a finished run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchdata")
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+
+import training_runs as runs
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from debiaskd import cli
+from debiaskd.data import PackedDataset
+from debiaskd.inputs import InputContract, Preprocess, resize
+from debiaskd.training import loop
+from debiaskd.training.caching import Views
+from debiaskd.training.evaluation import looked_at
+from debiaskd.training.explaining import _Known, _look
+from debiaskd.training.learner import Learner
+from debiaskd.training.loaded import Loaded, evaluate_run
+from debiaskd.training.pictures import Intake, open_split
+from debiaskd.training.probing import _features
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("inputs")]
+#: So far apart that the range of what a network reads tells whose contract it is: [-9, 1] and [-0.2, 1.8].
+STUDENT = InputContract((12, 12), (0.9,) * 3, (0.1,) * 3, "bilinear")
+TEACHER = InputContract((24, 24), (0.1,) * 3, (0.5,) * 3, "bicubic")
+NETWORKS = {6: STUDENT, 8: TEACHER}
+
+
+def asked(contract: InputContract) -> dict[str, Any]:
+    found = {**contract.to_dict(), "size": contract.size[0]}
+    del found["channels"]
+    return found
+
+
+RECIPE: dict[str, Any] = {
+    "data": {"crop_scale": [0.5, 1]},
+    "teacher": {
+        "name": "plain/8",
+        "method": "dfr",
+        "schedule": {"epochs": 1, "batch": 12, "learning_rate": 1e-2},
+        "input": asked(TEACHER),
+    },
+    "student": {"name": "plain/6", "input": asked(STUDENT)},
+    "transplant": {"projector": "linear"},
+    "weights": {"method": "errors", "epochs": 1},
+    "terms": {"match": {}, "kd": {}, "guide": {"weight": 0.1}},
+    "schedule": {"epochs": 2, "batch": 12, "learning_rate": 1e-2},
+    "selection": {"rule": "last"},
+    "compute": {"accelerator": "cpu"},
+}
+
+
+class Reader:
+    """What each network read, by its width."""
+
+    def __init__(self) -> None:
+        self.batches: dict[int, list[Tensor]] = {6: [], 8: []}
+        self.steps: list[tuple[Tensor, Tensor | None]] = []
+
+    def check(self, *widths: int) -> None:
+        """Those of these widths read something, and every network only what its contract says."""
+        for width, contract in NETWORKS.items():
+            read = [images for images in self.batches[width] if len(images) > 4]  # the others are trial runs
+            assert (len(read) > 0) == (width in widths), width
+            for images in read:
+                assert images.shape[1:] == (3, *contract.size)
+                low, high = ((edge - contract.mean[0]) / contract.std[0] for edge in (0, 1))
+                assert low - 1e-3 <= images.min() and images.max() <= high + 1e-3
+            if read:
+                assert min(images.min() for images in read) < low + 0.2 * (high - low)
+                assert max(images.max() for images in read) > high - 0.2 * (high - low)
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    return watched(monkeypatch)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    found = Reader()
+    inner, forward = runs.Plain.forward_features, Learner.forward
+
+    def noted(self: Any, images: Tensor) -> Tensor:
+        found.batches[self.body[2].out_channels].append(images.detach())
+        return inner(self, images)
+
+    def step(self: Learner, given: Any) -> Any:
+        found.steps.append((given.batch.images, given.batch.teacher_images))
+        return forward(self, given)
+
+    monkeypatch.setattr(runs.Plain, "forward_features", noted)
+    monkeypatch.setattr(Learner, "forward", step)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Reader]]:
+    """A run of all stages, and what its networks read."""
+    root = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        found = watched(patch)
+        runs.train(runs.write(root / "r.yaml", runs.birds(root), RECIPE), root / "run")
+    yield root, found
+
+
+def stored(root: Path, split: str = "val") -> Any:
+    whole = PackedDataset(root / "birds16", split)
+    return whole.__getitems__(range(len(whole)))
+
+
+def expected(run: Path) -> Tensor:
+    """The student's logits of the validation pictures, preprocessed by hand."""
+    pixels = resize(stored(run.parent).images.float() / 255, (12, 12))
+    with torch.no_grad():
+        logits: Tensor = Loaded(run).model((pixels - 0.9) / 0.1)
+    return logits
+
+
+def test_every_stage_reads_what_its_network_reads(made: tuple[Path, Reader]) -> None:
+    root, reader = made
+    reader.check(6, 8)
+    assert {path.parent.name for path in root.glob("run/*/stage.json")} == {
+        "teacher-erm", "teacher", "identification", "weights", "student",
+    }  # fmt: skip
+
+
+def test_both_networks_read_the_same_crop(made: tuple[Path, Reader]) -> None:
+    pairs = [(own, teachers) for own, teachers in made[1].steps if teachers is not None]
+    assert len(pairs) == 8  # the student's steps
+    for own, teachers in pairs:
+        pixels = teachers * 0.5 + 0.1
+        assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
+        torch.testing.assert_close(resize(pixels, (12, 12)) / 0.1 - 9, own, rtol=0, atol=1e-4)
+
+
+def test_the_contract_is_saved_with_the_weights(made: tuple[Path, Reader]) -> None:
+    for stage, contract in {"student": STUDENT, "identification": STUDENT, "teacher": TEACHER}.items():
+        with safe_open(made[0] / "run" / stage / "model.safetensors", "pt") as file:
+            about = json.loads(file.metadata()["debiaskd"])
+        assert about["input"] == contract.to_dict() and about["size"] == contract.size[0]
+        assert Loaded(made[0] / "run", stage).contract == contract
+
+
+def test_evaluation_is_what_training_measured(made: tuple[Path, Reader], reader: Reader) -> None:
+    run = made[0] / "run"
+    document, _ = evaluate_run(run, "student", "val", None)
+    measured = Loaded(run).stage.facts["figures"]
+    for name in ("accuracy", "worst_group_accuracy", "epg", "iou"):
+        assert document["figures"][name] == pytest.approx(measured[name], abs=1e-6), name
+    read = [images for images in reader.batches[6] if len(images) == 16]
+    torch.testing.assert_close(Loaded(run).model(read[0]), expected(run))
+    reader.check(6)
+
+
+def test_the_teacher_is_evaluated_on_its_own_input(made: tuple[Path, Reader], reader: Reader) -> None:
+    document, _ = evaluate_run(made[0] / "run", "teacher", "val", None)
+    reader.check(8)
+    model, batch = Loaded(made[0] / "run", "teacher").model, stored(made[0])
+    with torch.no_grad():
+        right = model(Preprocess(TEACHER)(batch.images)).argmax(1) == batch.target
+    assert document["figures"]["accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+def test_explanations(made: tuple[Path, Reader]) -> None:
+    run = made[0] / "run"
+    assert cli.main(["explain", str(run), "val:3", "--out", str(made[0] / "explained")]) == 0
+    loaded = Loaded(run)
+    shown = _Known(loaded.recipe)._numbered("val", 3)
+    seen = _look("", loaded, shown, 1, looked_at(loaded.recipe, "student"))
+    assert seen.score == pytest.approx(float(expected(run)[3].softmax(0)[1]), abs=1e-5)
+
+
+def test_reports(made: tuple[Path, Reader], reader: Reader) -> None:
+    from debiaskd.reports.measured import measure
+
+    run = made[0] / "run"
+    found = measure(run, "run", "val")
+    reader.check(6)
+    scores = expected(run).softmax(1)
+    assert found.looks
+    for example, look in zip(found.examples, found.looks):
+        assert look.score == pytest.approx(float(scores[example.number, example.target]), abs=1e-5)
+
+
+def test_probes_read_the_students_input(made: tuple[Path, Reader], reader: Reader) -> None:
+    loaded = Loaded(made[0] / "run")
+    found = _features(loaded, open_split(loaded.recipe.data, "validation"))
+    reader.check(6)
+    images = Preprocess(STUDENT)(stored(made[0]).images)
+    with torch.no_grad():
+        pooled = loaded.model.forward_head(loaded.model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    np.testing.assert_allclose(found, pooled.numpy(), atol=1e-5)
+
+
+def test_a_run_that_was_killed_goes_on(made: tuple[Path, Reader], tmp_path: Path, monkeypatch: Any) -> None:
+    inner = loop.Training._step
+
+    def dying(self: loop.Training, *arguments: Any) -> None:
+        if self.plan.folder.name == "student" and self.step == 5:
+            raise KeyboardInterrupt
+        inner(self, *arguments)
+
+    shutil.copytree(made[0] / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    monkeypatch.setattr(loop.Training, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(made[0] / "r.yaml", tmp_path / "run")
+    monkeypatch.setattr(loop.Training, "_step", inner)
+    runs.train(made[0] / "r.yaml", tmp_path / "run")
+    files = [root / "run" / "student" / "model.safetensors" for root in (made[0], tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_another_contract_is_another_run(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    shutil.copytree(made[0] / "run", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was begun with student\.input\.size: 12, not 14; choose another --out"):
+        runs.train(made[0] / "r.yaml", tmp_path / "run", "--student.input.size", "14")
+
+
+def test_a_finished_runs_teacher_brings_its_contract(made: tuple[Path, Reader], tmp_path: Path, reader: Reader) -> None:
+    document = {
+        **RECIPE,
+        "data": {},
+        "weights": None,
+        "teacher": {"name": "plain/8", "weights": str(made[0] / "run" / "teacher")},
+        "terms": {"kd": {}},
+        "schedule": {"epochs": 1, "batch": 24},
+    }
+    runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
+    reader.check(6, 8)
+
+
+# -- the teacher's cache ----------------------------------------------------------------------------------------------
+
+
+def cached(root: Path, folder: Path, **data: Any) -> Path:
+    teacher = {"name": "plain/8", "weights": str(root / "run" / "teacher"), "input": asked(TEACHER)}
+    document = {**RECIPE, "weights": None, "teacher": teacher, "terms": {"match": {}, "kd": {}}, "data": data}
+    return runs.write(folder / "r.yaml", root / "birds16", document)
+
+
+def test_a_cached_teacher_makes_the_same_student(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    recipe = cached(made[0], tmp_path, flip=False)
+    runs.train(recipe, tmp_path / "live")
+    runs.train(recipe, tmp_path / "cached", "--teacher.cache", "fp32")
+    weights = [load_file(tmp_path / name / "student" / "model.safetensors") for name in ("live", "cached")]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_is_of_the_crops_that_the_student_reads(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        reader = watched(patch)
+        recipe = cached(made[0], tmp_path, crop_scale=[0.4, 1])
+        runs.train(recipe, tmp_path / "run", "--teacher.cache", "fp32", "--schedule.epochs", "1")
+    reader.check(6, 8)
+    stage = json.loads((tmp_path / "run" / "teacher-cache" / "stage.json").read_text())
+    assert stage["inputs"]["teacher.input"] == TEACHER.to_dict()
+    assert stage["inputs"]["student.input"] == STUDENT.to_dict()
+    numbers = torch.arange(48)
+    together = Intake(
+        STUDENT, torch.device("cpu"), flip=True, crop_scale=(0.4, 1.0), teacher=TEACHER, taught=True, stored=(16, 16)
+    )
+    views = Views(stage["inputs"]["seed"], numbers, 0, torch.device("cpu"))
+    placed = together(stored(made[0], "train"), views)
+    with torch.no_grad():
+        logits = Loaded(made[0] / "run", "teacher").model(placed.teacher_images)
+    kept = np.load(tmp_path / "run" / "teacher-cache" / "view-00" / "00000" / "logits.npy")
+    torch.testing.assert_close(torch.from_numpy(kept), logits, rtol=1e-4, atol=1e-5)
+    assert all(teachers is None for _, teachers in reader.steps[-4:])  # training has no use for it
+    read = torch.cat([own for own, _ in reader.steps[-4:]])
+    order = torch.cdist(read.flatten(1), placed.images.flatten(1)).min(1)
+    assert order.values.max() < 0.1 and len(order.indices.unique()) == 48
