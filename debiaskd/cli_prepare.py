@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,13 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         help="npy: mapped into memory; litdata: chunks that may lie in object stores; default: %(default)s",
     )
     parser.add_argument("--split", action="append", metavar="NAME", help="only this one; may be given several times")
-    parser.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")
+    wrong = parser.add_mutually_exclusive_group()
+    wrong.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")
+    wrong.add_argument(
+        "--lenient",
+        action="store_true",
+        help="go on where more than 90 %% of a split's pictures or boxes, or of a list's rows, were passed over",
+    )
     if source == "coco":
         parser.add_argument(
             "--crowd", choices=("keep", "drop", "mask"), default="keep", help=f"boxes of crowds: {_KEEP}"
@@ -79,7 +85,10 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         )
     if source == "waterbirds":
         parser.add_argument(
-            "--boxes", type=Path, metavar="DIR", help="CUB's images.txt and bounding_boxes.txt; default: SRC"
+            "--boxes",
+            type=Path,
+            metavar="DIR",
+            help="CUB's bounding_boxes.txt, and images.txt if it is there; default: SRC",
         )
     if source == "folder":
         for name in ("boxes", "bias"):
@@ -137,18 +146,38 @@ def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> 
 
 
 def _summary(prepared: Prepared, out: Path) -> list[str]:
-    lines = []
-    for name, split in prepared.manifest["splits"].items():
-        skipped = f", {len(split['skipped'])} left out" if split["skipped"] else ""
-        lines.append(f"{name}: {split['count']} pictures, {split['boxes']} boxes{skipped}")
-    if prepared.manifest["groups"]:
-        lines.append(f"groups: {'; '.join(prepared.manifest['groups'])}")
-    lines += prepared.problems.lines()
-    if prepared.problems.found:
-        lines.append(f"all of them: {out / 'problems.txt'}")
+    manifest, problems = prepared.manifest, prepared.problems
+    lines = [_split_line(name, split, manifest) for name, split in manifest["splits"].items()]
+    lines.append(f"classes: {_listed(manifest['classes'], ', ')}")
+    if manifest["groups"]:
+        lines.append(f"groups: {_listed(manifest['groups'], '; ')}")
+    if problems.notes:
+        lines += ["read with a correction, or worth a look:", *problems.note_lines()]
+    if problems.found:
+        lines += ["passed over:", *problems.lines(), f"all of them: {out / 'problems.txt'}"]
     if prepared.reused:
         lines.append(f"shards: {prepared.written} written, {prepared.reused} were there already")
     return [*lines, str(out / "manifest.json")]
+
+
+def _split_line(name: str, split: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """ "train: 40 pictures, 52 boxes, 2 left out; 20 annotated, 2 of 3 classes (not: cat), 4 of 4 groups"."""
+    line = f"{name}: {split['count']} pictures, {split['boxes']} boxes"
+    if split["skipped"]:
+        line += f", {len(split['skipped'])} left out"
+    parts = [] if split["annotated"] == split["count"] else [f"{split['annotated']} annotated"]
+    for what, counts, separator in (("classes", "class_counts", ", "), ("groups", "group_counts", "; ")):
+        names = manifest[what]
+        missing = [label for label, count in zip(names, split[counts]) if not count]
+        if names:
+            absent = f" (not: {_listed(missing, separator, 5)})" if missing else ""
+            parts.append(f"{len(names) - len(missing)} of {len(names)} {what}{absent}")
+    return f"{line}; {', '.join(parts)}"
+
+
+def _listed(names: Sequence[str], separator: str, shown: int = 100) -> str:
+    more = f"{separator}and {len(names) - shown} more" if len(names) > shown else ""
+    return separator.join("".join(c if c.isprintable() else "?" for c in name) for name in names[:shown]) + more
 
 
 def _cores() -> int:

@@ -86,7 +86,10 @@ def test_rows_that_do_not_go_together(tmp_path: Path) -> None:
     assert split.paths == ["000000.jpg", "000003.jpg"]
     assert split.part(0, 2).groups.tolist() == [3, 3]
     assert problems.found == {
-        "duplicate id": ["list_attr_celeba.txt, line 8: 000000.jpg", "list_eval_partition.txt, line 6: 000000.jpg"],
+        "row that contradicts an earlier one, not used": [
+            "list_attr_celeba.txt, line 8: 000000.jpg",
+            "list_eval_partition.txt, line 6: 000000.jpg",
+        ],
         "attribute that is neither 1 nor -1, its picture left out": ["list_attr_celeba.txt, line 4: 000001.jpg"],
         "list of another length than it says": ["list_attr_celeba.txt: 6 pictures, not 5"],
         "row with unknown partition": [
@@ -99,8 +102,35 @@ def test_rows_that_do_not_go_together(tmp_path: Path) -> None:
         ],
         "picture without a partition, left out": ["list_attr_celeba.txt: 000008.jpg"],
     }
-    with pytest.raises(DataError, match="attribute that is neither 1 nor -1"):
+    with pytest.raises(DataError, match="row that contradicts an earlier one"):
         celeba.read(root, Problems(strict=True))
+
+
+def test_duplicate_rows_that_agree(tmp_path: Path) -> None:
+    root = more.celeba(tmp_path, [(1, 1, 0), (-1, 1, 0)])
+    partition = root / "list_eval_partition.txt"
+    partition.write_text(partition.read_text() + "000000.jpg 0\n")
+    problems = Problems()
+    assert len(celeba.read(root, problems).splits["train"]) == 2
+    assert problems.found == {"duplicate id": ["list_eval_partition.txt, line 3: 000000.jpg"]}
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("1", "0"), ("True", "False"), ("1.0", "-1.0")])
+def test_attributes_in_other_words(tmp_path: Path, has: str, lacks: str) -> None:
+    words = {True: has, False: lacks}
+    rows = [(words[blond], words[male], "0.0") for blond in (False, True) for male in (False, True)]
+    root = more.celeba(tmp_path, rows, csv=True)
+    attributes = root / "list_attr_celeba.csv"
+    attributes.write_text(attributes.read_text().replace(",Young", ", Young"))
+    problems = Problems()
+    split = celeba.read(root, problems).splits["train"]
+    assert split.part(0, 4).groups.tolist() == [0, 1, 2, 3]
+    assert problems.found == {}
+
+
+def test_partition_of_no_known_split_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there are no pictures in it: 2 × row with unknown partition: .*'train'"):
+        celeba.read(more.celeba(tmp_path, [(1, 1, "train"), (-1, 1, "train")]), Problems())
 
 
 def test_row_whose_file_is_missing(tmp_path: Path) -> None:

@@ -97,9 +97,14 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     src, out = more.cifar100(tmp_path / "src", "python", [1, 2], [3, 4]), tmp_path / "out"
     arguments = ["prepare", "cifar", str(src), str(out), "--workers", "1", "--labels", "coarse"]
     assert cli.main(arguments) == 0
-    assert (
-        capsys.readouterr().out == f"train: 2 pictures, 0 boxes\ntest: 2 pictures, 0 boxes\n{out / 'manifest.json'}\n"
-    )
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 2 pictures, 0 boxes; 0 annotated, 2 of 20 classes "
+        "(not: coarse 0, coarse 1, coarse 2, coarse 5, coarse 6, and 13 more)",
+        "test: 2 pictures, 0 boxes; 0 annotated, 2 of 20 classes "
+        "(not: coarse 0, coarse 1, coarse 2, coarse 5, coarse 6, and 13 more)",
+        f"classes: {', '.join(more.TWENTY)}",
+        f"{out / 'manifest.json'}",
+    ]
     with pytest.raises(DataError, match="begun with labels='coarse', now labels='fine'"):
         prepare("cifar", src, out)
 

@@ -88,14 +88,13 @@ BAD_ANNOTATIONS = [
     ({**good, "bbox": [9, 1, -5, 5]}, "inverted box"),
     ({**good, "bbox": [1, 1, 5, 0]}, "box without area"),
     ({**good, "bbox": [1, 1, 5]}, "box that is not four numbers"),
-    ({**good, "bbox": None}, "box that is not four numbers"),
+    ({**good, "bbox": None}, "annotation with neither a box nor a segmentation that has bounds"),
     ({**good, "bbox": ["1", 1, 5, 5]}, "box that is not four numbers"),
     ({**good, "category_id": 4}, "unknown category"),
     ({**good, "category_id": "cat"}, "unknown category"),
     ({**good, "image_id": 999}, "annotation of an image that is not listed"),
     ({**good, "image_id": None}, "annotation without image_id"),
-    ({**good, "id": 100}, "duplicate annotation id"),
-    ({**good, "id": "one"}, "annotation id that is no integer"),
+    ({**good, "id": 100}, "duplicate annotation"),
 ]
 
 
@@ -111,6 +110,126 @@ def test_coco_bad_annotations_are_named_and_passed_over(tmp_path: Path, entry: d
     assert "instances_train2017.json" in problems.found[kind][0]
     with pytest.raises(DataError, match=kind):
         coco.read(tmp_path, Problems(strict=True))
+
+
+def test_ids_of_annotations_do_not_matter(tmp_path: Path) -> None:
+    boxes = [{**good, "id": 0, "category_id": c, "bbox": [c, 1, 5, 5]} for c in (3, 7)]
+    boxes += [{**good, "id": "x"}, {**good, "id": None, "iscrowd": 1}, {**good, "id": 5}]
+    problems = Problems()
+    split = coco.read(trees.coco(tmp_path, 1, boxes=boxes), problems).splits["train2017"]
+    assert [(coords[0], label, flags) for coords, label, flags in boxes_of(split, 0)] == [
+        (3, 0, 0),
+        (7, 1, 0),
+        (1, 0, 0),
+        (1, 0, CROWD),
+    ]
+    assert list(problems.found) == ["duplicate annotation"]  # the last one, of another id and equal otherwise
+    assert problems.tallies["train2017", "boxes"].total == 4
+
+
+@pytest.mark.parametrize("written", [str, float, lambda i: f" {i}.0"])
+def test_ids_in_any_writing(tmp_path: Path, written: Any) -> None:
+    def change(document: dict[str, Any]) -> None:
+        for image in document["images"]:
+            image["id"] = written(image["id"])
+        for annotation in document["annotations"][::2]:
+            annotation["image_id"] = written(annotation["image_id"])
+        for annotation in document["annotations"][1:]:
+            annotation["category_id"] = written(annotation["category_id"])
+            annotation["iscrowd"] = str(annotation["iscrowd"])
+        document["categories"][0]["id"] = written(document["categories"][0]["id"])
+
+    problems = Problems()
+    source = coco.read(trees.coco(tmp_path / "a", change=change), problems)
+    assert problems.found == problems.notes == {}
+    assert source.fingerprint() == coco.read(trees.coco(tmp_path / "b"), Problems()).fingerprint()
+
+
+def test_image_ids_that_are_names(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["images"][0]["id"] = document["annotations"][0]["image_id"] = "scan-a"
+
+    split = coco.read(trees.coco(tmp_path, 1, boxes=[good], change=change), Problems()).splits["train2017"]
+    assert boxes_of(split, 0) == [([1, 1, 6, 6], 0, 0)]
+
+
+@pytest.mark.parametrize("box", [{}, {"bbox": None}, {"bbox": []}, {"bbox": [0, 0, 0, 0]}])
+def test_annotations_with_an_outline_and_no_box(tmp_path: Path, box: dict[str, Any]) -> None:
+    outlines = [
+        [[5, 4, 15, 4, 15, 12, 5, 12]],
+        [[1, 1, 3, 1, 3, 2], [7, 8.5, 9, 8, 8, 6]],
+        {"size": [30, 40], "counts": [2 * 30 + 3, 4, 26 + 2 * 30, 2]},
+    ]
+    boxes = [{"image_id": 10, "category_id": 3, **box, "segmentation": outline} for outline in outlines]
+    problems = Problems()
+    split = coco.read(trees.coco(tmp_path, 1, boxes=boxes), problems).splits["train2017"]
+    assert [coords for coords, _, _ in boxes_of(split, 0)] == [[5, 4, 15, 12], [1, 1, 9, 8.5], [2, 3, 6, 7]]
+    assert problems.found == {}
+    assert [len(names) for names in problems.notes.values()] == [3]
+
+
+def test_pictures_whose_annotations_were_all_passed_over_are_not_annotated(tmp_path: Path) -> None:
+    bad = {**good, "bbox": [1, 1, 0, 5]}
+    boxes = [bad, {**bad, "category_id": 90}, {**good, "image_id": 11}, {**bad, "image_id": 11, "category_id": 7}]
+    boxes += [{**good, "image_id": 12, "category_id": 4}]
+    problems = Problems()
+    split = coco.read(trees.coco(tmp_path, 4, boxes=boxes), problems).splits["train2017"]
+    assert split.part(0, 4).annotated.tolist() == [False, True, False, True]
+    assert [label for _, label, _ in boxes_of(split, 0)] == [0, 2]  # known to show these, not where
+    assert boxes_of(split, 1) == [([1, 1, 6, 6], 0, 0)]
+    assert boxes_of(split, 2) == []
+    tally = problems.tallies["train2017", "boxes"]
+    assert (tally.total, tally.skipped) == (5, 4)
+
+
+def test_a_file_without_annotations_says_nothing_about_its_pictures(tmp_path: Path) -> None:
+    problems = Problems()
+    split = coco.read(trees.coco(tmp_path, 2, boxes=[]), problems).splits["train2017"]
+    assert not split.part(0, 2).annotated.any()
+    assert list(problems.notes.values()) == [["instances_train2017.json"]]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["train2017/", "images/train2017/", ".\\images\\train2017\\", "data/images/train2017/"]
+)
+def test_file_names_with_folders(tmp_path: Path, prefix: str) -> None:
+    def change(document: dict[str, Any]) -> None:
+        for image in document["images"]:
+            image["file_name"] = prefix + image["file_name"]
+
+    root = trees.coco(tmp_path / "data", 2, change=change)
+    (root / "images").mkdir()
+    (root / "train2017").rename(root / "images" / "train2017")
+    assert coco.read(root, Problems()).splits["train2017"].paths == ["0000.png", "0001.png"]
+
+
+def test_file_names_with_folders_that_are_there(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["images"][0]["file_name"] = "train2017/0000.png"
+
+    trees.picture(trees.coco(tmp_path, 1, change=change) / "train2017" / "train2017" / "0000.png")
+    assert coco.read(tmp_path, Problems()).splits["train2017"].paths == ["train2017/0000.png"]
+
+
+def test_splits_in_another_case(tmp_path: Path) -> None:
+    root = trees.coco(tmp_path, 1, split="Train")
+    (root / "Train").rename(root / "train")
+    problems = Problems()
+    source = coco.read(root, problems, splits=["Train"])
+    assert source.splits["train"].root == root / "train"
+    assert list(problems.notes.values()) == [["'Train' read as 'train'"]]
+    (root / "annotations" / "instances_train.json").write_text("{}")
+    with pytest.raises(DataError, match="both 'Train' and 'train' name the split 'train'"):
+        coco.read(root, Problems())
+
+
+def test_categories_of_one_name(tmp_path: Path) -> None:
+    problems = Problems()
+    source = coco.read(
+        trees.coco(tmp_path, 1, change=lambda d: d["categories"].append({"id": 1, "name": "dog"})), problems
+    )
+    assert source.classes == ("dog", "cat", "dog", "person")
+    assert list(problems.notes.values()) == [["dog"]]
 
 
 def test_coco_bad_image_entries(tmp_path: Path) -> None:

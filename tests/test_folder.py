@@ -79,6 +79,126 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
         folder.read(tmp_path, Problems(), boxes=tmp_path / "x.csv")
 
 
+def tree(root: Path, *pictures: str) -> Path:
+    for i, picture in enumerate(pictures):
+        trees.picture(root / picture, seed=i)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("Train", "Val", "Test"), ["train", "val", "test"]),
+        (("training", "VALIDATION", "Testing"), ["train", "validation", "test"]),
+        (("test", "valid"), ["valid", "test"]),
+    ],
+)
+def test_splits_whatever_their_case(tmp_path: Path, folders: tuple[str, ...], expected: list[str]) -> None:
+    tree(tmp_path, *(f"{name}/{label}/0.png" for name in folders for label in ("gull", "tern")))
+    source = folder.read(tmp_path, Problems())
+    assert list(source.splits) == expected
+    assert source.classes == ("gull", "tern")
+    assert all(split.paths == ["gull/0.png", "tern/0.png"] for split in source.splits.values())
+    assert list(folder.read(tmp_path, Problems(), splits=[folders[1]]).splits) == [
+        expected[1 if folders[1] != "valid" else 0]
+    ]
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "train/gull/0.png", "Training/gull/0.png")
+    with pytest.raises(DataError, match="both 'Training' and 'train' name the split 'train'; remove or rename one"):
+        folder.read(tmp_path, Problems())
+
+
+def test_folders_that_are_no_classes(tmp_path: Path) -> None:
+    tree(
+        tmp_path, "train/gull/0.png", "train/@eaDir/gull/0.png", "train/gull/.ipynb_checkpoints/0.png", "val/gull/0.png"
+    )
+    tree(tmp_path, "train/__MACOSX/gull/0.png", "train/.thumbs/0.png", "unlabeled/0/0.png", "train/gull/._0.png")
+    for name in ("train/old", "val/tern", "__MACOSX"):
+        (tmp_path / name).mkdir()
+    problems = Problems()
+    source = folder.read(tmp_path, problems)
+    assert source.classes == ("gull",)
+    assert source.splits["train"].paths == ["gull/0.png"]
+    assert problems.found == {}
+    assert problems.notes == {
+        "folder beside train, val, not read": ["unlabeled"],
+        "folder without a picture, no class": ["train/old", "val/tern"],
+    }
+
+
+def test_classes_that_differ_in_case(tmp_path: Path) -> None:
+    tree(tmp_path, "train/gull/0.png", "train/Tern/0.png", "val/Gull/0.png", "val/tern/0.png")
+    problems = Problems()
+    source = folder.read(tmp_path, problems)
+    assert source.classes == ("Tern", "gull")
+    assert source.splits["val"].paths == ["Gull/0.png", "tern/0.png"]
+    assert source.splits["val"].classes.tolist() == [1, 0]
+    assert problems.notes == {
+        "class written in another case": ["'tern' read as 'Tern'", "'Gull' read as 'gull'"],
+    }
+    assert folder.read(tmp_path, Problems(), splits=["val"]).classes == source.classes
+
+
+def test_letters_are_classes_of_their_own(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{split}/{label}/0.png" for split in ("train", "val") for label in "aAb"))
+    problems = Problems()
+    assert folder.read(tmp_path, problems).classes == ("A", "a", "b")
+    assert problems.notes == {"classes that differ in case alone": ["A, a in train"]}
+
+
+def test_pictures_in_no_class(tmp_path: Path) -> None:
+    tree(tmp_path / "src", "0.png", "old/0.png", *(f"{i}.png" for i in range(19)))
+    with pytest.raises(
+        DataError, match=r"train: 19 of 20 pictures .* 19 × picture in no class's folder, left out, .* 0"
+    ):
+        prepare("folder", tmp_path / "src", tmp_path / "out", size=8)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (
+            ["gull/train/0.png", "gull/test/0.png", "tern/train/0.png"],
+            "gull: holds test, train, which would be pictures",
+        ),
+        (["birds/gull/0.png", "birds/tern/0.png"], "holds one folder, 'birds', and that one gull, tern: pass .*birds"),
+        (
+            ["birds/train/gull/0.png", "birds/val/gull/0.png"],
+            "holds one folder, 'birds', and that one train, val: pass",
+        ),
+    ],
+)
+def test_layouts_in_which_all_classes_would_be_wrong(tmp_path: Path, pictures: list[str], message: str) -> None:
+    tree(tmp_path, *pictures)
+    with pytest.raises(DataError, match=message):
+        folder.read(tmp_path, Problems())
+    problems = Problems(lenient=True)
+    folder.read(tmp_path, problems)
+    assert list(problems.notes) == ["not refused, being lenient"]
+
+
+@pytest.mark.parametrize(
+    "text", ["PATH;X0;Y0;X1;Y1; Label\n{};1;2;3;4;DOG\n", "x1\tx0\ty0\ty1\tpath\n3\t1\t2\t4\t {}\n"]
+)
+@pytest.mark.parametrize("path", ["./Cat\\0.PNG", "mine/cat/0.png", "Mine/CAT/0.png"])
+def test_boxes_as_spreadsheets_write_them(tmp_path: Path, text: str, path: str) -> None:
+    root = trees.folder(tmp_path / "mine", 1, None)
+    (root / "boxes.csv").write_text(text.format(path))
+    problems = Problems()
+    split = folder.read(root, problems).splits["train"]
+    assert boxes_of(split, 0) == [([1, 2, 3, 4], int("DOG" in text), 0)]
+    assert problems.found == {}
+    assert len(problems.notes["path written otherwise"]) == 1
+
+
+def test_a_picture_whose_rows_were_all_passed_over_is_not_annotated(tmp_path: Path) -> None:
+    rows = "cat/0.png,5,1,2,2,\ncat/1.png,5,1,2,2,\ncat/1.png,,,,,\ncat/2.png,1,1,2,2,\ncat/2.png,1,1,1,2,\n"
+    split = folder.read(trees.folder(tmp_path, 3, rows), Problems()).splits["train"]
+    assert split.part(0, 4).annotated.tolist() == [False, False, True, False]
+
+
 # -- biases and groups ---------------------------------------------------------------------------------------------
 
 #: Of two cats and two dogs; "water" goes along with the dogs.
@@ -117,6 +237,19 @@ def test_bias_from_elsewhere_and_in_other_columns(tmp_path: Path) -> None:
     assert source.splits["train"].groups.tolist() == [1, 2]
 
 
+def test_biases_and_their_paths_in_any_case(tmp_path: Path) -> None:
+    rows = BIAS.replace("cat/0.png,land", "./CAT/0.png,Land").replace("cat/1.png,water", "src\\cat\\1.png,Water")
+    problems = Problems()
+    source = folder.read(trees.folder(tmp_path / "src", 2, None, rows + "dog/1.png,WATER\n"), problems)
+    assert source.groups == ("cat, Land", "cat, Water", "dog, Land", "dog, Water")
+    assert source.splits["train"].groups.tolist() == [0, 1, 3, 3]
+    assert problems.found == {}
+    assert {kind: len(names) for kind, names in problems.notes.items()} == {
+        "bias written in another case": 3,
+        "path written otherwise": 2,
+    }
+
+
 def test_rows_and_pictures_that_do_not_go_together(tmp_path: Path) -> None:
     rows = BIAS + "cat/1.png,land\ncat/0.png,land\ncat/9.png,moon\ncat/2.png, \ncat/2.png,land\n"
     problems = Problems()
@@ -126,7 +259,10 @@ def test_rows_and_pictures_that_do_not_go_together(tmp_path: Path) -> None:
     assert source.splits["train"].groups.tolist() == [0, 1, 3, 3]  # the first row of cat/1.png counts
     assert problems.found == {
         "annotation of an image that is not there": ["bias.csv: cat/9.png"],
-        "duplicate id": ["bias.csv, line 6: cat/1.png", "bias.csv, line 10: cat/2.png"],
+        "row that contradicts an earlier one, not used": [
+            "bias.csv, line 6: cat/1.png",
+            "bias.csv, line 10: cat/2.png",
+        ],
         "picture without a bias, left out": ["cat/2.png", "dog/2.png"],
     }
     (tmp_path / "bias.csv").write_text("path,bias\n" + BIAS)
@@ -182,7 +318,8 @@ def test_end_to_end(tmp_path: Path, format: str, capsys: pytest.CaptureFixture[s
     arguments = ["prepare", "folder", str(src), str(out), "--size", "12", "--workers", "1", "--format", format]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "train: 4 pictures, 0 boxes"
+    assert lines[0] == "train: 4 pictures, 0 boxes; 0 annotated, 2 of 2 classes, 3 of 4 groups (not: dog, land)"
+    assert "classes: cat, dog" in lines
     assert "groups: cat, land; cat, water; dog, land; dog, water" in lines
     assert "2 × picture without a bias, left out: cat/2.png, dog/2.png" in lines
     data = PackedDataset(out, "train") if format == "npy" else ChunkedDataset(out, "train")

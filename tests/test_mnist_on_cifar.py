@@ -184,9 +184,9 @@ def test_from_the_command_line(tree: Path, tmp_path: Path, capsys: pytest.Captur
     ]
     assert cli.main([*arguments, "--train", "40", "--val", "8", "--test", "12"]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == [
-        "train: 40 pictures, 40 boxes",
-        "val: 8 pictures, 8 boxes",
-        "test: 12 pictures, 12 boxes",
+        "train: 40 pictures, 40 boxes; 2 of 2 classes, 4 of 4 groups",
+        "val: 8 pictures, 8 boxes; 2 of 2 classes, 4 of 4 groups",
+        "test: 12 pictures, 12 boxes; 2 of 2 classes, 4 of 4 groups",
     ]
     data = PackedDataset(out, "train")
     assert data.size == (64, 64)

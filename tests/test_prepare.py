@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -89,12 +90,18 @@ def test_folder_end_to_end_with_pad(tmp_path: Path) -> None:
     assert data.boxes.annotated.tolist() == [True] + [False] * 5
 
 
-def test_several_processes_write_the_same(tmp_path: Path) -> None:
+def test_several_processes_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave the main module alone: a script without a main guard is not run again."""
+    script, main = tmp_path / "mine.py", ModuleType("__main__")
+    script.write_text("raise SystemExit('run again')")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
     src = trees.coco(tmp_path / "src", 7)
     (src / "train2017" / "0003.png").write_bytes(b"no picture")
     prepare("coco", src, tmp_path / "one", size=16, shard_size=2)
     prepare("coco", src, tmp_path / "two", size=16, shard_size=2, workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert sys.modules["__main__"] is main
 
 
 def test_plain_arrays_and_checksums(tmp_path: Path) -> None:

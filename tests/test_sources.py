@@ -61,7 +61,7 @@ def test_voc_trainval_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        (trees.voc_object("unicorn", (1, 1, 5, 5)), "unknown category"),
+        (trees.voc_object(" ", (1, 1, 5, 5)), "object without a name"),
         (trees.voc_object("dog", (9, 1, 5, 5)), "inverted box"),
         (trees.voc_object("dog", (6, 1, 5, 5)), "box without area"),
         (trees.voc_object("dog", ("nan", 1, 5, 5)), "box that is not finite"),
@@ -91,6 +91,80 @@ def test_voc_annotation_missing_broken_or_listed_twice(tmp_path: Path) -> None:
     assert problems.found["duplicate id"] == ["train.txt: 000002"]
 
 
+@pytest.mark.parametrize("labels", [("hard hat", "person"), ("Hat", "vest"), ("dog", "dgo")])
+def test_voc_with_classes_of_its_own(tmp_path: Path, labels: tuple[str, str]) -> None:
+    first, second = (trees.voc_object(f" {label} ", (1, 1, 5, 5)) for label in labels)
+    root = trees.voc(tmp_path, [second, first + second, ""])
+    problems = Problems()
+    source = voc.read(root, problems)
+    assert source.classes == tuple(sorted(labels))
+    index = source.classes.index
+    assert [label for _, label, _ in boxes_of(source.splits["train"], 1)] == [index(labels[0]), index(labels[1])]
+    assert problems.found == {}
+    assert list(problems.notes) == ["class that VOC has not, so that the classes are those that occur"]
+
+
+def test_voc_classes_are_the_same_whatever_is_read(tmp_path: Path) -> None:
+    root = trees.voc(tmp_path, [trees.voc_object(label, (1, 1, 5, 5)) for label in ("hat", "Vest", "person")])
+    lists = root / "VOCdevkit/VOC2007/ImageSets/Main"
+    for name, entries in (("train", "000000\n000001"), ("val", "000002"), ("hat_val", "000002")):
+        (lists / f"{name}.txt").write_text(entries)
+    assert voc.read(root, Problems()).classes == ("Vest", "hat", "person")
+    assert voc.read(root, Problems(), splits=["val"]).classes == ("Vest", "hat", "person")
+    assert boxes_of(voc.read(root, Problems(), splits=["hat_val"]).splits["hat_val"], 0)[0][1] == 2
+
+
+def test_voc_classes_in_another_case(tmp_path: Path) -> None:
+    problems = Problems()
+    split = voc.read(trees.voc(tmp_path, [trees.voc_object("TVmonitor", (1, 1, 5, 5))]), problems).splits["train"]
+    assert boxes_of(split, 0) == [([0, 0, 5, 5], 19, 0)]
+    assert list(problems.notes) == ["class of VOC in another case"]
+    hats = [trees.voc_object(name, (1, 1, 5, 5)) for name in ("hat", "Hat")]
+    root = trees.voc(tmp_path / "own", hats)
+    for split_name, entry in (("train", "000000"), ("val", "000001")):
+        (root / f"VOCdevkit/VOC2007/ImageSets/Main/{split_name}.txt").write_text(entry)
+    assert voc.read(root, Problems(), splits=["val"]).classes == ("hat",)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["{}.jpg", "{}.PNG", "JPEGImages/{}.jpg", "VOC2007\\JPEGImages\\{}.jpg", "{} -1", "{}   1", "{}", " {}.jpg "],
+)
+def test_voc_list_entries(tmp_path: Path, entry: str) -> None:
+    root = trees.voc(tmp_path, [trees.voc_object("dog", (1, 1, 5, 5))])
+    (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text(f"\ufeff{entry.format('000000')}\n", "utf-8")
+    problems = Problems()
+    assert voc.read(root, problems).splits["train"].paths == ["000000.jpg"]
+    assert problems.found == {}
+
+
+@pytest.mark.parametrize("name", ["a b.png", "a b.JPEG", "scan.jpg"])
+def test_voc_pictures_of_other_names(tmp_path: Path, name: str) -> None:
+    text = f"{trees.voc_object('dog', (1, 1, 5, 5))}"
+    root = trees.voc(tmp_path, [text]) / "VOCdevkit" / "VOC2007"
+    (root / "JPEGImages" / "000000.jpg").rename(root / "JPEGImages" / name)
+    (root / "Annotations" / "000000.xml").rename(root / "Annotations" / "a b.xml")
+    (root / "Annotations" / "a b.xml").write_text(f"<annotation><filename>D:\\x\\{name}</filename>{text}</annotation>")
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a b\n")
+    assert voc.read(root, Problems(strict=True)).splits["train"].paths == [name]
+
+
+@pytest.mark.parametrize(
+    "polygon", ["<x1>2</x1><y1>3</y1><x2>9.5</x2><y2>8</y2>", "<pt><x>2</x><y>8</y></pt><pt><x>9.5</x><y>3</y></pt>"]
+)
+def test_voc_polygons(tmp_path: Path, polygon: str) -> None:
+    text = f"<object><name>dog</name><polygon>{polygon}</polygon></object>"
+    assert boxes_of(voc.read(trees.voc(tmp_path, [text]), Problems()).splits["train"], 0) == [([1, 2, 9.5, 8], 11, 0)]
+
+
+def test_voc_picture_whose_objects_were_all_passed_over_is_not_annotated(tmp_path: Path) -> None:
+    bad, good = trees.voc_object("dog", (9, 1, 5, 5)), trees.voc_object("cat", (1, 1, 5, 5))
+    split = voc.read(trees.voc(tmp_path, [bad, bad + good, "", good]), Problems()).splits["train"]
+    assert split.part(0, 4).annotated.tolist() == [False, True, True, True]
+    assert [label for _, label, _ in boxes_of(split, 0)] == [11]
+    assert [label for _, label, _ in boxes_of(split, 1)] == [7]
+
+
 # -- Waterbirds ----------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +187,79 @@ def test_waterbirds_without_boxes(tmp_path: Path) -> None:
     trees.waterbirds(tmp_path / "cub")
     source = waterbirds.read(root, Problems(), boxes=tmp_path / "cub")
     assert source.splits["train"].part(0, 3).annotated.all()
-    with pytest.raises(DataError, match=r"images.txt: no such file; boxes must be the folder of CUB"):
+    with pytest.raises(DataError, match=r"bounding_boxes.txt: no such file; boxes must be the folder of CUB"):
         waterbirds.read(root, Problems(), boxes=root)
+
+
+def test_waterbirds_boxes_need_no_list_of_images(tmp_path: Path) -> None:
+    whole = waterbirds.read(trees.waterbirds(tmp_path / "a"), Problems()).fingerprint()
+    root = trees.waterbirds(tmp_path / "b")
+    (root / "images.txt").unlink()
+    problems = Problems()
+    assert waterbirds.read(root, problems).fingerprint() == whole
+    text = (root / "metadata.csv").read_text()
+    lines = [line.split(",") for line in text.splitlines()]
+    lines[1:] = [[f"{v}.0" if i in (0, 2, 3, 4) else v for i, v in enumerate(line)] for line in lines[1:]]
+    (root / "metadata.csv").write_text("\n".join(map(",".join, lines)))
+    assert waterbirds.read(root, problems).fingerprint() == whole
+    with open(root / "bounding_boxes.txt", "a") as file:  # CUB's file where metadata.csv is a part
+        file.write("77 1 1 2 2\n")
+    assert waterbirds.read(root, problems).fingerprint() == whole
+    assert problems.found == {}
+    assert list(problems.notes.values()) == [["bounding_boxes.txt: 77"]]
+    (root / "metadata.csv").write_text(text.replace("img_id", "number"))
+    with pytest.raises(DataError, match=r"no integers in a column img_id, and no .*images\.txt"):
+        waterbirds.read(root, Problems())
+
+
+def test_waterbirds_ids_that_contradict_each_other(tmp_path: Path) -> None:
+    root = trees.waterbirds(tmp_path)
+    names = root / "images.txt"
+    text = names.read_text()
+    names.write_text(text.replace("1 birds/0.jpg", "1 birds/1.jpg").replace("2 birds/1.jpg", "2 birds/0.jpg"))
+    with pytest.raises(
+        DataError, match=r"metadata\.csv: img_id of birds/0\.jpg is 1, which birds/1\.jpg has in .*images"
+    ):
+        waterbirds.read(root, Problems())
+    names.write_text("".join(f"{100 + i} birds/{i}.jpg\n" for i in range(9)))
+    with pytest.raises(DataError, match=r"img_id of birds/0\.jpg is 1, which is 100 in .*images\.txt; --lenient"):
+        waterbirds.read(root, Problems())
+    names.unlink()
+    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace("\n2,", "\n1,"))
+    with pytest.raises(DataError, match=r"img_id 1 is that of both birds/0\.jpg and birds/1\.jpg"):
+        waterbirds.read(root, Problems())
+
+
+def test_waterbirds_boxes_of_other_pictures(tmp_path: Path) -> None:
+    root = trees.waterbirds(tmp_path, [(0, 0, 0)] * 2)
+    (root / "images.txt").write_text("1 images/birds/0.jpg\n2 images/birds/1.jpg\n")
+    with pytest.raises(DataError, match=r"img_id of birds/0\.jpg is 1, which images/birds/0\.jpg has"):
+        waterbirds.read(root, Problems())
+    (root / "images.txt").unlink()
+    (root / "bounding_boxes.txt").write_text("71 1 1 2 2\n")
+    with pytest.raises(DataError, match=r"bounding_boxes\.txt: 1 rows in it, and no box of a picture in metadata\.csv"):
+        waterbirds.read(root, Problems())
+    problems = Problems(lenient=True)
+    assert not waterbirds.read(root, problems).splits["train"].part(0, 2).annotated.any()
+
+
+def test_waterbirds_rows_that_contradict_each_other(tmp_path: Path) -> None:
+    root = trees.waterbirds(tmp_path, [(0, 0, 0), (1, 1, 1)])
+    with open(root / "metadata.csv", "a") as file:
+        file.write("1,birds/0.jpg,1,2,0,x\n2,birds/1.jpg,1,1,1,x\n")
+    with open(root / "bounding_boxes.txt", "a") as file:
+        file.write("1 1 1 2 2\n")
+    problems = Problems()
+    source = waterbirds.read(root, problems)
+    assert {name: split.classes.tolist() for name, split in source.splits.items()} == {"train": [0], "val": [1]}
+    assert boxes_of(source.splits["train"], 0)[0][0] == [8, 6, 24, 18]
+    assert problems.found == {
+        "row that contradicts an earlier one, not used": [
+            "bounding_boxes.txt: 1 1 1 2 2",
+            "metadata.csv, line 4: birds/0.jpg",
+        ][::-1],
+        "duplicate id": ["metadata.csv, line 5: birds/1.jpg"],
+    }
 
 
 def test_waterbirds_bad_rows(tmp_path: Path) -> None:

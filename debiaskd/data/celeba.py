@@ -9,9 +9,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from debiaskd.data.records import DataError, Problems, Source, Split, choose_splits, relative_path
+from debiaskd.data.names import whole
+from debiaskd.data.problems import DataError, Problems
+from debiaskd.data.records import Source, Split, choose_splits, relative_path
 
 SPLITS = ("train", "val", "test")
+_CONTRADICTS = "row that contradicts an earlier one, not used"
+_NEITHER = "attribute that is neither 1 nor -1, its picture left out"
 _ATTRIBUTES, _PARTITION, _PICTURES = "list_attr_celeba", "list_eval_partition", "img_align_celeba"
 
 
@@ -45,19 +49,29 @@ def read(
     folder = _pictures(path)
     known = _read_attributes(attributes, target, bias, problems)
     found: dict[str, Split] = {}
-    seen = set()
+    seen: dict[str, str] = {}
+    rows = problems.tally(partition.name, "rows", of_file=True)
     for number, name, (value,) in _rows(partition, ["partition"], None):
         where = f"{partition.name}, line {number}: {name}"
+        rows.total += 1
         if name in seen:
-            problems.add("duplicate id", where)
+            problems.add("duplicate id" if seen[name] == value else _CONTRADICTS, where)
+            rows.total -= 1
             continue
-        seen.add(name)
+        seen[name] = value
+        number_of_split = whole(value)
+        if number_of_split not in (0, 1, 2):
+            problems.add("row with unknown partition", f"{where}: {value!r}", rows)
+            continue
+        name_of_split = SPLITS[number_of_split]
+        pictures = problems.tally(name_of_split, "pictures")
+        pictures.total += 1
         if name not in known:
-            problems.add("picture without attributes, left out", where)
-        elif value not in ("0", "1", "2"):
-            problems.add("row with unknown partition", f"{where}: {value!r}")
-        elif (group := known[name]) is not None:
-            split = found.setdefault(SPLITS[int(value)], Split(folder))
+            problems.add("picture without attributes, left out", where, pictures)
+        elif (group := known[name]) is None:
+            pictures.skip(_NEITHER, where)
+        else:
+            split = found.setdefault(name_of_split, Split(folder))
             split.add(name, target=group // 2, group=group, annotated=False)
     for name in known:
         if name not in seen:
@@ -69,7 +83,7 @@ def read(
     present = [name for name in SPLITS if name in found]
     chosen = choose_splits(present, splits, path, lambda: present)
     if not chosen:
-        raise DataError(f"{partition}: there are no pictures in it")
+        raise DataError(f"{partition}: there are no pictures in it{problems.why()}")
     classes = f"not {target}", target
     groups = tuple(f"{first}, {second}" for first in classes for second in (f"not {bias}", bias))
     made = {name: found[name] for name in chosen}
@@ -91,21 +105,36 @@ def _pictures(path: Path) -> Path:
 
 
 def _read_attributes(file: Path, target: str, bias: str, problems: Problems) -> dict[str, int | None]:
-    """By picture 2 * target + bias; None where a value is neither 1 nor -1."""
-    known: dict[str, int | None] = {}
+    """By picture 2 * target + bias; None where a value is neither 1 nor -1. A list without any -1 says 0 instead."""
+    read: dict[str, tuple[int | None, ...]] = {}
+    places: dict[str, int] = {}
     stated: list[int] = []
-    for number, name, values in _rows(file, [target, bias], stated):
-        where = f"{file.name}, line {number}: {name}"
-        if name in known:
-            problems.add("duplicate id", where)
-        elif all(value in ("1", "-1") for value in values):
-            known[name] = 2 * (values[0] == "1") + (values[1] == "1")
+    for number, name, texts in _rows(file, [target, bias], stated):
+        values = tuple(map(_value, texts))
+        if name in read:
+            kind = "duplicate id" if read[name] == values else _CONTRADICTS
+            problems.add(kind, f"{file.name}, line {number}: {name}")
         else:
-            problems.add("attribute that is neither 1 nor -1, its picture left out", where)
+            read[name], places[name] = values, number
+    occurring = {value for values in read.values() for value in values}
+    lacks = 0 if 0 in occurring and -1 not in occurring else -1
+    if lacks == 0:
+        problems.note("attributes with 0 in place of -1", file.name)
+    known: dict[str, int | None] = {}
+    for name, values in read.items():
+        if all(value in (1, lacks) for value in values):
+            known[name] = 2 * (values[0] == 1) + (values[1] == 1)
+        else:
+            problems.add(_NEITHER, f"{file.name}, line {places[name]}: {name}")
             known[name] = None
     if stated and stated[0] != len(known):
         problems.add("list of another length than it says", f"{file.name}: {len(known)} pictures, not {stated[0]}")
     return known
+
+
+def _value(text: str) -> int | None:
+    words = {"true": 1, "false": 0}
+    return words.get(text.casefold(), whole(text))
 
 
 def _rows(file: Path, wanted: list[str], stated: list[int] | None) -> Iterator[tuple[int, str, list[str]]]:

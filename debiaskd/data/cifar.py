@@ -96,9 +96,9 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
             classes = classes or batch.classes
             if batch.classes not in ((), classes):
                 raise DataError(f"{batch.file}: its classes differ from those of the other split")
-        made[name] = _split(folder, batches, layout.columns[labels], len(classes), problems)
+        made[name] = _split(name, folder, batches, layout.columns[labels], len(classes), problems)
         if not len(made[name]):
-            raise DataError(f"{batches[0].file}: there are no pictures in it")
+            raise DataError(f"{batches[0].file}: there are no pictures in it{problems.why()}")
     return Source("cifar", path, classes, False, (), made, {"labels": labels} if labels else {})
 
 
@@ -108,7 +108,8 @@ def _layout(path: Path) -> tuple[Path, Layout]:
         for folder in (path, path / layout.folder):
             if any((folder / file).is_file() for files in layout.files.values() for file in files):
                 found.append((folder, layout))
-    pairs = {name: sorted(path.glob(f"{name}*.npz")) for name in ("train", "test")}
+    packed = sorted(path.glob("*.npz"))
+    pairs = {name: [file for file in packed if file.name.lower().startswith(name)] for name in ("train", "test")}
     for name, files in pairs.items():
         if len(files) > 1:
             raise DataError(f"{path}: several {name}*.npz: {', '.join(file.name for file in files)}")
@@ -146,15 +147,18 @@ def _batch(file: Path, layout: Layout) -> Batch:
     return layout.read(file, tuple(layout.columns.values()))
 
 
-def _split(root: Path, batches: Sequence[Batch], column: str, classes: int, problems: Problems) -> Split:
+def _split(
+    name_of_split: str, root: Path, batches: Sequence[Batch], column: str, classes: int, problems: Problems
+) -> Split:
     images = Images(batches)
-    split = Split(root, images)
+    split, tally = Split(root, images), problems.tally(name_of_split, "pictures")
     for index, batch in enumerate(batches):
         for row, label in enumerate(batch.labels[column].tolist()):
             name = f"{batch.file.name}:{row}"
+            tally.total += 1
             if 0 <= label < classes:
                 images.add(index, row)
                 split.add(name, target=label, annotated=False)
             else:
-                problems.add("unknown category", f"{name}: {label}")
+                problems.add("unknown category", f"{name}: {label}", tally)
     return split

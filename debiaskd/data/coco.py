@@ -4,19 +4,22 @@ or `SRC/images/train2017/`."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from debiaskd import checks
+from debiaskd.data import segmentation
+from debiaskd.data.names import named_splits, whole
+from debiaskd.data.problems import DataError, Problems, Tally
 from debiaskd.data.records import (
-    DataError,
-    Problems,
     Source,
     Split,
     box_fault,
     box_flags,
     choose_splits,
+    placeholder,
     relative_path,
     side_length,
 )
@@ -24,13 +27,21 @@ from debiaskd.data.records import (
 OPTIONS = ("keep", "drop", "mask")
 _PREFIX = "instances_"
 # Most of the file and nothing that is used: let go of as soon as each entry is read.
-_UNUSED = ("segmentation", "area", "license", "coco_url", "flickr_url", "date_captured")
+_UNUSED = ("area", "license", "coco_url", "flickr_url", "date_captured")
+_BOUNDS = "bounds of its segmentation"
+_Box = tuple[tuple[float, ...], int, int]
 
 
 def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None, crowd: str = "keep") -> Source:
     """The instances of COCO 2014, 2017 or any data set in their layout.
 
-    Category ids become classes 0, 1, … in the order of the ids. A picture's target are the classes of its boxes.
+    Category ids become classes 0, 1, … in the order of the ids. A picture's target are the classes of its boxes. Ids
+    may be written as text or floats. An annotation without `bbox` has the bounds of its segmentation (polygons or
+    run-length encoded). Annotations of equal image, category, box and crowd flag are duplicates, whatever their ids.
+
+    A picture that is listed without annotations holds nothing, unless the file has no annotations at all: then its
+    pictures are not annotated. Nor is a picture all of whose annotations were passed over; it keeps the classes of
+    those whose box alone was wrong.
 
     Args:
         path: the folder that holds `annotations/`.
@@ -46,16 +57,16 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
     """
     checks.option("crowd", crowd, OPTIONS)
     folder = path / "annotations"
-    files = {file.stem[len(_PREFIX) :]: file for file in sorted(folder.glob(f"{_PREFIX}*.json"))}
-    if not files:
+    by_stem = {file.stem[len(_PREFIX) :]: file for file in sorted(folder.glob(f"{_PREFIX}*.json"))}
+    if not by_stem:
         raise DataError(
             f"{folder}: no {_PREFIX}*.json here; SRC must hold annotations/{_PREFIX}train2017.json or alike"
         )
-    places = {name: [path / name, path / "images" / name] for name in files}
-    present = {name: folder for name in files for folder in places[name] if folder.is_dir()}
+    files = {name: by_stem[stem] for name, stem in named_splits(by_stem, folder, problems).items()}
+    present = {name: found for name, file in files.items() if (found := _pictures(path, file.stem[len(_PREFIX) :]))}
     chosen = choose_splits(list(files), splits, path, lambda: list(present))
     if not chosen:
-        raise DataError(f"{path}: none of the folders with the pictures is here: {', '.join(files)}")
+        raise DataError(f"{path}: none of the folders with the pictures is here: {', '.join(by_stem)}")
     classes: tuple[str, ...] | None = None
     made = {}
     for name in files:
@@ -65,28 +76,47 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
             continue
         if name not in present:
             raise DataError(f"{path / name}: no such folder; it should hold the pictures of {files[name].name}")
-        names, made[name] = _read_split(files[name], present[name], problems, crowd)
+        names, made[name] = _read_split(name, files[name], path, present[name], problems, crowd)
         if classes not in (None, names):
             raise DataError(f"{files[name]}: its categories differ from those of the other splits")
         classes = names
     assert classes is not None
+    if len(set(classes)) < len(classes):
+        twice = sorted({name for name in classes if classes.count(name) > 1})
+        problems.note("several categories of the same name, kept apart by their ids", ", ".join(twice))
     ordered = {name: made[name] for name in chosen}
     return Source("coco", path, classes, True, (), ordered, {"crowd": crowd})
 
 
-def _read_split(file: Path, root: Path, problems: Problems, crowd: str) -> tuple[tuple[str, ...], Split]:
+def _pictures(path: Path, name: str) -> Path | None:
+    """The folder of a split's pictures, also in another case."""
+    for above in (path, path / "images"):
+        if (above / name).is_dir():
+            return above / name
+    for above in (path, path / "images"):
+        same = [f for f in sorted(above.glob("*")) if f.name.casefold() == name.casefold() and f.is_dir()]
+        if len(same) == 1:
+            return same[0]
+    return None
+
+
+def _read_split(
+    name: str, file: Path, path: Path, root: Path, problems: Problems, crowd: str
+) -> tuple[tuple[str, ...], Split]:
     document = _load(file)
     classes, names = _categories(document["categories"], file)
-    images = _images(document["images"], file, problems)
-    boxes: dict[Any, list[tuple[tuple[float, ...], int, int]]] = {}
-    seen: set[Any] = set()
+    images = _images(document["images"], file, path, root, problems, problems.tally(name, "pictures"))
+    annotations = _Annotations(file, classes, images, crowd, problems, problems.tally(name, "boxes"))
     for entry in document["annotations"]:
-        read = _annotation(entry, file, classes, images, seen, problems, crowd)
-        if read is not None:
-            boxes.setdefault(entry["image_id"], []).append(read)
+        annotations.add(entry)
+    if not document["annotations"]:
+        problems.note("file without annotations, whose pictures count as not annotated", file.name)
     split = Split(root)
-    for key, (name, size) in images.items():
-        split.add(name, boxes.get(key, ()), size=size)
+    for key, (picture, size) in images.items():
+        boxes = annotations.boxes.get(key, [])
+        unusable = annotations.unusable.get(key)
+        annotated = bool(document["annotations"]) and (bool(boxes) or unusable is None)
+        split.add(picture, boxes if annotated else placeholder(unusable or ()), size=size, annotated=annotated)
     return names, split
 
 
@@ -94,6 +124,9 @@ def _load(file: Path) -> dict[str, list[Any]]:
     def lighter(entry: dict[str, Any]) -> dict[str, Any]:
         for key in _UNUSED:
             entry.pop(key, None)
+        outline = entry.pop("segmentation", None)
+        if outline is not None and _no_box(entry.get("bbox")):
+            entry[_BOUNDS] = segmentation.bounds(outline)
         return entry
 
     try:
@@ -109,84 +142,133 @@ def _load(file: Path) -> dict[str, list[Any]]:
     return document
 
 
+def _no_box(box: Any) -> bool:
+    """Whether an annotation has no `bbox`, as exporters write it: none, null, empty, or four zeros."""
+    return box is None or (isinstance(box, list) and not any(box))
+
+
 def _categories(entries: list[Any], file: Path) -> tuple[dict[int, int], tuple[str, ...]]:
     names: dict[int, str] = {}
     for entry in entries:
-        if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
+        key = whole(entry.get("id")) if isinstance(entry, dict) else None
+        if key is None or not isinstance(entry.get("name"), str):
             raise DataError(f"{file}: a category must have an integer id and a name, got {_short(entry)}")
-        if entry["id"] in names:
-            raise DataError(f"{file}: category id {entry['id']} is there twice")
-        names[entry["id"]] = entry["name"]
+        if key in names:
+            raise DataError(f"{file}: category id {key} is there twice")
+        names[key] = entry["name"]
     if not names:
         raise DataError(f"{file}: there are no categories")
     order = sorted(names)
     return {key: index for index, key in enumerate(order)}, tuple(names[key] for key in order)
 
 
-def _images(entries: list[Any], file: Path, problems: Problems) -> dict[int, tuple[str, tuple[int, int]]]:
-    images: dict[int, tuple[str, tuple[int, int]]] = {}
+def _key(value: Any) -> int | str | None:
+    """An image's id: an integer in any writing, or other text, which some tools have; None for anything else."""
+    number = whole(value)
+    return value if number is None and isinstance(value, str) and value else number
+
+
+_Images = dict[int | str, tuple[str, tuple[int, int]]]
+
+
+def _images(entries: list[Any], file: Path, path: Path, root: Path, problems: Problems, tally: Tally) -> _Images:
+    images: _Images = {}
     for entry in entries:
-        if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("file_name"), str):
-            problems.add("image entry without id or file_name", f"{file.name}: {_short(entry)}")
+        key = _key(entry.get("id")) if isinstance(entry, dict) else None
+        tally.total += 1
+        if key is None or not isinstance(entry.get("file_name"), str):
+            problems.add("image entry without id or file_name", f"{file.name}: {_short(entry)}", tally)
             continue
-        name = relative_path(entry["file_name"], str(file))
-        known = images.get(entry["id"])
+        name = _below(root, path, relative_path(entry["file_name"], str(file)))
+        known = images.get(key)
         if known is not None:
             if known[0] != name:
-                raise DataError(f"{file}: image id {entry['id']} is that of both {known[0]} and {name}")
-            problems.add("duplicate image id", f"{file.name}: {entry['id']}")
+                raise DataError(f"{file}: image id {key} is that of both {known[0]} and {name}")
+            problems.add("duplicate image id", f"{file.name}: {key}")
+            tally.total -= 1
             continue
         height, width = side_length(entry.get("height")), side_length(entry.get("width"))
-        images[entry["id"]] = name, (height, width) if height and width else (0, 0)
+        images[key] = name, (height, width) if height and width else (0, 0)
     return images
 
 
-def _annotation(
-    entry: Any,
-    file: Path,
-    classes: dict[int, int],
-    images: dict[int, Any],
-    seen: set[Any],
-    problems: Problems,
-    crowd: str,
-) -> tuple[tuple[float, ...], int, int] | None:
-    if not isinstance(entry, dict) or not _is_id(entry.get("image_id")):
-        problems.add("annotation without image_id", f"{file.name}: {_short(entry)}")
-        return None
-    key, image = entry.get("id"), entry["image_id"]
-    where = f"{file.name}: annotation {key}"
-    if image not in images:
-        problems.add("annotation of an image that is not listed", f"{where} of image {image}")
-        return None
-    where += f" of {images[image][0]}"
-    if key is not None:
-        if not _is_id(key) or key in seen:
-            problems.add("duplicate annotation id" if _is_id(key) else "annotation id that is no integer", where)
-            return None
-        seen.add(key)
-    category = entry.get("category_id")
-    if not _is_id(category) or category not in classes:
-        problems.add("unknown category", f"{where}: {category!r}")
-        return None
+def _below(root: Path, path: Path, name: str) -> str:
+    """`name` as a path below `root`, where it begins above that, at the data set's folder or its own above that."""
+    if "/" not in name or (root / name).is_file():
+        return name
+    above = root.relative_to(path).parts
+    parts = tuple(name.split("/"))
+    for start in (above, above[-1:], (path.name, *above)):
+        rest = parts[len(start) :]
+        if rest and parts[: len(start)] == start and root.joinpath(*rest).is_file():
+            return "/".join(rest)
+    return name
+
+
+@dataclass
+class _Annotations:
+    """Boxes by image, and for images with annotations that were passed over the classes of those."""
+
+    file: Path
+    classes: Mapping[int, int]
+    images: _Images
+    crowd: str
+    problems: Problems
+    tally: Tally
+    boxes: dict[int | str, list[_Box]] = field(default_factory=dict)
+    unusable: dict[int | str, set[int]] = field(default_factory=dict)
+
+    def add(self, entry: Any) -> None:
+        self.tally.total += 1
+        image = _key(entry.get("image_id")) if isinstance(entry, dict) else None
+        if image is None:
+            self.problems.add("annotation without image_id", f"{self.file.name}: {_short(entry)}", self.tally)
+            return
+        where = f"{self.file.name}: annotation {entry.get('id')}"
+        if image not in self.images:
+            unlisted = "annotation of an image that is not listed"
+            self.problems.add(unlisted, f"{where} of image {image}", self.tally)
+            return
+        where += f" of {self.images[image][0]}"
+        category = whole(entry.get("category_id"))
+        if category is None or category not in self.classes:
+            self.problems.add("unknown category", f"{where}: {entry.get('category_id')!r}", self.tally)
+            self.unusable.setdefault(image, set())
+            return
+        label = self.classes[category]
+        coords, fault = _coordinates(entry)
+        if fault is not None:
+            self.problems.add(fault, where, self.tally)
+            self.unusable.setdefault(image, set()).add(label)
+            return
+        is_crowd = whole(entry.get("iscrowd")) == 1 or entry.get("iscrowd") is True
+        flags = box_flags(is_crowd, False, self.crowd)
+        if flags is None:
+            self.tally.total -= 1  # left out because `crowd` says so
+        elif (coords, label, flags) in (boxes := self.boxes.setdefault(image, [])):
+            self.problems.add("duplicate annotation", where)
+            self.tally.total -= 1
+        else:
+            boxes.append((coords, label, flags))
+            if entry.get(_BOUNDS):
+                self.problems.note("annotation without bbox, read as the bounds of its segmentation", where)
+
+
+def _coordinates(entry: dict[str, Any]) -> tuple[tuple[float, ...], str | None]:
+    """(x0, y0, x1, y1) of an annotation, and what is wrong with them."""
+    if entry.get(_BOUNDS):
+        return entry[_BOUNDS], None
     box = entry.get("bbox")
+    if box is None or box == []:
+        return (), "annotation with neither a box nor a segmentation that has bounds"
     if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
-        problems.add("box that is not four numbers", where)
-        return None
+        return (), "box that is not four numbers"
     try:
         x, y, w, h = map(float, box)
     except OverflowError:
         x = y = w = h = float("inf")
     coords = (x, y, x + w, y + h)
-    fault = box_fault(coords)
-    if fault is not None:
-        problems.add(fault, where)
-        return None
-    flags = box_flags(entry.get("iscrowd") in (1, True), False, crowd)
-    return None if flags is None else (coords, classes[category], flags)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return coords, box_fault(coords)
 
 
 def _short(entry: Any) -> str:

@@ -16,6 +16,10 @@ from debiaskd.data import pixels, shards
 from debiaskd.data.records import DataError, Part, Problems
 from debiaskd.data.shards import Sample, Writer
 
+#: Kinds of problems that cost boxes, not pictures.
+OUTSIDE = "box outside of its picture"
+OTHER_SIZE = "picture of another size than annotated, its boxes not used"
+
 
 class StoppedError(Exception):
     """Another process asked for the end."""
@@ -157,7 +161,7 @@ def _sample(job: Job, i: int, problems: Problems) -> Sample:
     recorded = tuple(int(v) for v in part.sizes[i])
     if recorded not in ((0, 0), (height, width)):
         problems.add(
-            "picture of another size than annotated, its boxes not used",
+            OTHER_SIZE,
             f"{name} ({width}×{height}, annotated {recorded[1]}×{recorded[0]})",
         )
         annotated = False
@@ -165,14 +169,14 @@ def _sample(job: Job, i: int, problems: Problems) -> Sample:
     else:
         coords, inside = pixels.to_pixels(part.coords[rows], height, width)
         for _ in range(int((~inside).sum())):
-            problems.add("box outside of its picture", name)
+            problems.add(OUTSIDE, name)
         coords, labels, flags = coords[inside], labels[inside], flags[inside]
         coords = pixels.fit_boxes(coords, (height, width), job.size, placed, corner)
     if job.classes is not None:
         target = np.zeros(job.classes, np.uint8)
         target[labels] = 1
     if not annotated:
-        labels, flags = labels[:0], flags[:0]
+        coords, labels, flags = coords[:0], labels[:0], flags[:0]
     size, group = (height, width), int(part.groups[i])
     return Sample(fitted, coords, labels, flags, target, group, annotated, size, part.start + i, name)
 

@@ -6,20 +6,28 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from debiaskd.data import shards
 from debiaskd.data.records import DataError, Problems, Source
 from debiaskd.version import __version__
 
 
 def make(
-    source: Source, settings: dict[str, Any], whole: dict[tuple[str, int], dict[str, Any]], problems: Problems
+    out: Path,
+    source: Source,
+    settings: dict[str, Any],
+    whole: dict[tuple[str, int], dict[str, Any]],
+    problems: Problems,
 ) -> dict[str, Any]:
+    """The manifest of what lies in `out`; of each split it has the number of pictures by class and by group."""
     splits: dict[str, Any] = {}
     for name in source.splits:
         mine = [(index, facts) for (split, index), facts in sorted(whole.items()) if split == name]
         splits[name] = {
             "count": sum(facts["count"] for _, facts in mine),
             "boxes": sum(facts["boxes"] for _, facts in mine),
+            **_counts(out / name, [f"{index:05d}" for index, _ in mine], source),
             "skipped": sorted(position for _, facts in mine for position in facts["skipped"]),
             "shards": [
                 {"name": f"{index:05d}", "count": facts["count"], "files": facts["files"]} for index, facts in mine
@@ -36,7 +44,24 @@ def make(
         "multi_label": source.multi_label,
         "splits": splits,
         "problems": {kind: {"count": len(n), "first": n[:10]} for kind, n in sorted(problems.found.items())},
+        "notes": {kind: {"count": len(n), "first": n[:10]} for kind, n in sorted(problems.notes.items())},
     }
+
+
+def _counts(folder: Path, shards: list[str], source: Source) -> dict[str, Any]:
+    """Pictures by class, by group, and annotated ones."""
+    classes, groups = np.zeros(len(source.classes), np.int64), np.zeros(len(source.groups), np.int64)
+    annotated = 0
+    for name in shards:
+        target, group, known = (np.load(folder / name / f"{c}.npy") for c in ("target", "group", "annotated"))
+        if len(target):
+            classes += (
+                target.sum(0, dtype=np.int64) if source.multi_label else np.bincount(target, minlength=len(classes))
+            )
+        if len(groups):
+            groups += np.bincount(group[group >= 0], minlength=len(groups))
+        annotated += int(known.sum())
+    return {"annotated": annotated, "class_counts": classes.tolist(), "group_counts": groups.tolist()}
 
 
 def write(

@@ -7,11 +7,13 @@ goes on where it was; shards that are whole are never written again; nothing unf
 from __future__ import annotations
 
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from debiaskd import checks
@@ -19,6 +21,7 @@ from debiaskd.data import (
     celeba,
     cifar,
     coco,
+    enough,
     folder,
     making,
     manifest,
@@ -83,6 +86,7 @@ def prepare(
     workers: int = 1,
     splits: Sequence[str] | None = None,
     strict: bool = False,
+    lenient: bool = False,
     shard_size: int = SHARD_SIZE,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
@@ -99,9 +103,12 @@ def prepare(
         size: side of the stored pictures in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
         fit: "squash" to the square, or "pad": keep the shape, centred on black.
         format: "npy" for `PackedDataset`, "litdata" for `ChunkedDataset` and `StreamedDataset`.
-        workers: processes that decode; with more than one a script needs `if __name__ == "__main__":`.
+        workers: processes that decode. They do not import the script that calls this, which needs no main guard.
         splits: which; None: see the reader.
         strict: raise at the first thing that is wrong instead of passing it over.
+        lenient: go on where more than 90 % of a split's pictures or boxes, or of a list's rows, were passed over, or a
+            split has no pictures. Neither `strict` nor `lenient` changes what is written: a run that was refused goes
+            on with `lenient`.
         shard_size: pictures in a shard.
         progress: called with (split, share of all that is done).
         **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
@@ -109,7 +116,8 @@ def prepare(
             and test.
 
     Raises:
-        DataError: the source cannot be used, `strict` met something wrong, or `out` holds something else.
+        DataError: the source cannot be used, nothing or almost nothing of it is left and `lenient` is False, `strict`
+            met something wrong, or `out` holds something else.
         OSError: `src` cannot be read, or `out` cannot be written or is full.
         TypeError, ValueError: arguments out of range.
         ModuleNotFoundError: pillow, or for "litdata" LitData, is not installed.
@@ -135,6 +143,8 @@ def prepare(
     for name, value in (("size", size), ("workers", workers), ("shard_size", shard_size)):
         if checks.integer(name, value) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    if strict and lenient:
+        raise ValueError("strict and lenient exclude each other, got both")
     if format == "litdata":
         import litdata  # noqa: F401  # before anything is done, rather than after the annotations
     src, out = Path(src), Path(out)
@@ -142,10 +152,11 @@ def prepare(
         raise DataError(f"{src}: no such folder")
     if out.resolve() == src.resolve() or (kind == "folder" and src.resolve() in out.resolve().parents):
         raise DataError(f"{out}: must not lie in the data set that is read")
-    problems = Problems(strict)
+    problems = Problems(strict, lenient)
     if reader.draws:
         options["size"] = size
     source = reader.read(src, problems, splits=splits, **options)
+    enough.check_annotations(source, problems)
     settings = {
         "kind": kind,
         "format": format,
@@ -205,7 +216,8 @@ def _run(
     for name, split in source.splits.items():
         if len(split) and not any(facts["count"] for (part, _), facts in whole.items() if part == name):
             raise DataError(f"{name}: none of its {len(split)} pictures could be read; {problems.lines()[0]}")
-    document = manifest.make(source, settings, whole, problems)
+    enough.check_decoded(source, whole, problems)
+    document = manifest.make(out, source, settings, whole, problems)
     existing = shards.read_json(out / shards.MANIFEST) if not missing else None
     if existing != document:
         output.writing(out, lambda: manifest.write(out, document, whole, problems))
@@ -228,7 +240,7 @@ def _made(jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
     waiting: deque[tuple[Job, Future[dict[str, Any]]]] = deque()
     try:
         for job in jobs:
-            with _without_interrupts():
+            with _without_interrupts(), _main_hidden():
                 waiting.append((job, pool.submit(making.make_in_worker, job)))
             if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
@@ -242,6 +254,18 @@ def _made(jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Processes that begin here import nothing but this package. A spawned process imports the main module otherwise,
+    and so runs a user's script again that has no main guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

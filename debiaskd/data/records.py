@@ -16,42 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from debiaskd.data.names import split_name
+from debiaskd.data.problems import DataError as DataError
+from debiaskd.data.problems import Problems as Problems
+
 #: Bits of a box's flags.
 CROWD, DIFFICULT, IGNORE = 1, 2, 4
-
-
-class DataError(ValueError):
-    """A data set, or a folder made of one, that cannot be used as it is. The message is one line."""
-
-
-@dataclass
-class Problems:
-    """What was wrong and passed over: `found[kind]` lists what it was found in, in order.
-
-    With `strict` the first one raises `DataError` instead.
-    """
-
-    strict: bool = False
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, what: str) -> None:
-        what = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)  # names come from anywhere
-        if self.strict:
-            raise DataError(f"{kind}: {what}")
-        self.found.setdefault(kind, []).append(what)
-
-    def merge(self, found: dict[str, list[str]]) -> None:
-        for kind, names in found.items():
-            for name in names:
-                self.add(kind, name)
-
-    def lines(self, shown: int = 3) -> list[str]:
-        """One line for each kind, with the first few names."""
-        made = []
-        for kind, names in sorted(self.found.items()):
-            more = f", and {len(names) - shown} more" if len(names) > shown else ""
-            made.append(f"{len(names)} × {kind}: {', '.join(names[:shown])}{more}")
-        return made
 
 
 class Pictures(Protocol):
@@ -206,6 +176,11 @@ def box_fault(coords: Sequence[float]) -> str | None:
     return "box without area" if x1 == x0 or y1 == y0 else None
 
 
+def placeholder(classes: Iterable[int]) -> list[tuple[tuple[float, ...], int, int]]:
+    """For a picture that is not annotated: what makes it keep `classes`. Its boxes are never stored."""
+    return [((0.0, 0.0, 1.0, 1.0), label, 0) for label in sorted(classes)]
+
+
 def relative_path(value: Any, where: str) -> str:
     """A path below the data set's folder, with forward slashes.
 
@@ -230,8 +205,9 @@ def choose_splits(
     """
     if wanted is None:
         return default()
-    if len(set(wanted)) < len(wanted) or not wanted:
+    if not wanted or len({split_name(name) or name for name in wanted}) < len(wanted):
         raise DataError(f"split must name at least one split, each once, got {list(wanted)}")
+    wanted = [name if name in found else split_name(name) or name for name in wanted]
     for name in wanted:
         if name not in found:
             raise DataError(f"{path}: no split {name!r}; there are {', '.join(sorted(found)) or 'none'}")
