@@ -246,7 +246,7 @@ def test_an_average_of_weights_leaves_contexts_alone() -> None:
     trained(learner, Schedule(learning_rate=0.1))
     moved = statistics.clone()
     context, now = learner.terms["backdoor"].head.context.clone(), kernel.detach().clone()  # type: ignore[union-attr, operator]
-    ema.update(learner)
+    ema.update(learner, 1)
     ema.swap(learner)
     torch.testing.assert_close(kernel.detach(), 0.75 * start + 0.25 * now)  # type: ignore[union-attr, operator]
     torch.testing.assert_close(
@@ -257,6 +257,28 @@ def test_an_average_of_weights_leaves_contexts_alone() -> None:
     assert isinstance(learner.deployed(), Intervened)
     ema.swap(learner)
     assert torch.equal(kernel.detach(), now)  # type: ignore[union-attr, operator]
+
+
+def test_an_average_warms_up_as_timms() -> None:
+    timm_utils = pytest.importorskip("timm.utils")
+    learner, _, _ = dett()
+    kernel: Any = learner.terms["sample"].regressor.weight  # type: ignore[union-attr]
+    reference = timm_utils.ModelEmaV3(learner.terms["sample"], decay=0.8, use_warmup=True)
+    ema, constant = Ema(learner, 0.8, warmup=True), Ema(learner, 0.8)
+    begun, values = kernel.detach().clone(), []
+    for number in range(1, 25):
+        with torch.no_grad():
+            kernel.normal_()
+        values.append(kernel.detach().clone())
+        for average in (ema, constant):
+            average.update(learner, number)
+        reference.update(learner.terms["sample"], step=number)
+        torch.testing.assert_close(ema.tensors["terms.sample.regressor.weight"], reference.module.regressor.weight)
+        if number == 1:  # nothing is left of the initial weights
+            assert torch.equal(ema.tensors["terms.sample.regressor.weight"], kernel)
+    plain = 0.8**24 * begun + 0.2 * sum(0.8 ** (23 - i) * value for i, value in enumerate(values))
+    torch.testing.assert_close(constant.tensors["terms.sample.regressor.weight"], plain)
+    assert round(1 - 3700 ** (-2 / 3), 4) == 0.9958 and round(0.9999**3700, 2) == 0.69  # docs/training.md
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------

@@ -426,6 +426,14 @@ def test_there_are_recipes() -> None:
             "weights.up: must be a whole number of copies, got 1.5",
         ),
         ({**MATCH, "weights": {"epochs": 0}}, "weights.epochs: must be >= 1, got 0"),
+        (
+            {**MATCH, "terms": {"match": {"weighted": False}}, "weights": {"draw": True}},
+            "weights: no term uses them; of",
+        ),
+        (
+            {"schedule": {"ema_warmup": False}},
+            "schedule.ema_warmup: only for schedule.ema, which is left out; got False",
+        ),
         ({"schedule": {"epochs": 0}}, "schedule.epochs: must be >= 1, got 0"),
         ({"schedule": {"batch": 0}}, "schedule.batch: must be >= 1, got 0"),
         ({"schedule": {"accumulate": 0}}, "schedule.accumulate: must be >= 1, got 0"),

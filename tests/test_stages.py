@@ -17,12 +17,15 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from debiaskd import networks
 from debiaskd.data import Augment, PackedDataset
 from debiaskd.networks import NetworkError
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import ErrorSetWarning
+from debiaskd.terms import State, Supervised
+from debiaskd.training import stages
 from debiaskd.training.loaded import Loaded
 from debiaskd.training.run import RunError
 from debiaskd.training.stages import Chain
@@ -162,6 +165,35 @@ def test_weights_are_the_trained_models_mistakes(data: Path, tmp_path: Path, con
     assert (facts["rule"], facts["epoch"]) == ("last", 2)  # its best epoch would make fewer of the mistakes
 
 
+@pytest.mark.parametrize("draw", [False, True])
+def test_pictures_are_drawn_by_their_weights_instead_of_weighing_the_loss(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: bool
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    inner = Supervised.forward
+
+    def noting(self: Supervised, state: State) -> torch.Tensor:
+        loss = inner(self, state)
+        if not draw:
+            assert state.weight is not None and not torch.equal(
+                loss, F.cross_entropy(state.student.logits, state.target)
+            )
+        else:
+            torch.testing.assert_close(loss, F.cross_entropy(state.student.logits, state.target))
+        assert state.groups is not None
+        seen.append((state.groups, state.weight))
+        return loss
+
+    monkeypatch.setattr(Supervised, "forward", noting)
+    monkeypatch.setattr(stages, "group_weights", lambda groups: torch.where(groups == 2, 30.0, 1.0))
+    weights = {"method": "groups", "draw": draw}
+    document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": weights}
+    run(data, tmp_path, document, "--schedule.epochs", "2", "--data.train", "train[:60%]")
+    share = torch.cat([groups for groups, _ in seen]).eq(2).float().mean()
+    assert all((weight is None) is draw for _, weight in seen)
+    assert share > 0.8 if draw else share < 0.4  # of 29 pictures 8 are of that group
+
+
 def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_path: Path) -> None:
     document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": {"method": "groups"}}
     recipe = runs.write(tmp_path / "r.yaml", data, {**document, "data": {"train": "train[:50%]"}})
@@ -174,8 +206,6 @@ def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_pa
 
 
 def test_an_empty_error_set_is_warned_of(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from debiaskd.training import stages
-
     inner = stages.error_weights
     monkeypatch.setattr(
         stages, "error_weights", lambda correct, *rest, **more: inner(torch.ones_like(correct), *rest, **more)

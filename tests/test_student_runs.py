@@ -207,12 +207,17 @@ def test_accumulated_passes_are_one_larger_batch(data: Path, tmp_path: Path) -> 
 
 def test_an_average_of_the_weights_is_what_is_kept(data: Path, tmp_path: Path) -> None:
     plain = load_file(run(data, tmp_path / "plain").model)
-    averaged = load_file(run(data, tmp_path / "ema", {**PLAIN}, "--schedule.ema", "0.9999").model)
+    averaged = load_file(
+        run(data, tmp_path / "ema", {**PLAIN}, "--schedule.ema", "0.9999", "--schedule.ema_warmup", "false").model
+    )
+    warm = load_file(run(data, tmp_path / "warm", {**PLAIN}, "--schedule.ema", "0.9999").model)
     begun = run(data, tmp_path / "begun", {**PLAIN}, "--schedule.learning_rate", "1e-9")
     beginning = load_file(begun.model)
     for name in plain:  # so slow an average has hardly left the beginning
         torch.testing.assert_close(averaged[name], beginning[name], rtol=0, atol=1e-3)
     assert any((plain[name] - beginning[name]).abs().max() > 1e-2 for name in plain)
+    moved, left = (sum(float((state[name] - beginning[name]).norm()) for name in plain) for state in (plain, warm))
+    assert left > 0.5 * moved
 
 
 def test_bfloat16_trains(data: Path, tmp_path: Path) -> None:

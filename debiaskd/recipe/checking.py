@@ -213,3 +213,5 @@ def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
         yield f"{name}.batch: must be a multiple of accumulate={schedule.accumulate}, got {schedule.batch}"
     if schedule.ema is not None and not 0 < schedule.ema < 1:
         yield f"{name}.ema: must lie in (0, 1), got {schedule.ema}"
+    if schedule.ema is None and schedule.ema_warmup is not None:
+        yield f"{name}.ema_warmup: only for {name}.ema, which is left out; got {schedule.ema_warmup}"

@@ -113,6 +113,9 @@ class Schedule:
         accumulate: forward and backward passes a step, of batch / accumulate pictures each; saves memory.
         clip: largest norm of the gradient; not clipped if it is left out.
         ema: decay of a moving average of the weights, which is what is evaluated and saved; none if it is left out.
+        ema_warmup: the decay of step n is min(ema, 1 - n^(-2/3)), as in timm's ModelEmaV3, so that a short training's
+            average is not mostly its initial weights; false: `ema` from the first step on. For ema; true if it is
+            left out.
     """
 
     epochs: int = 50
@@ -126,6 +129,7 @@ class Schedule:
     accumulate: int = 1
     clip: float | None = None
     ema: float | None = None
+    ema_warmup: bool | None = None
 
 
 @dataclass
@@ -180,12 +184,15 @@ class Weights:
         convention: "weight": a mistake weighs `up`; "copies": JTT's `up` further copies. For errors; "weight" if it is
             left out.
         epochs: of the brief training, for errors; 1 if it is left out.
+        draw: pictures are drawn with replacement, with probabilities proportional to their weights, instead of the loss
+            being weighted. That concerns all terms alike: `weighted: true` then does nothing more.
     """
 
     method: Literal["errors", "groups"] = "errors"
     up: float | None = None
     convention: Literal["weight", "copies"] | None = None
     epochs: int | None = None
+    draw: bool = False
 
 
 @dataclass

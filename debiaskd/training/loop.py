@@ -88,7 +88,8 @@ class Training:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
         self.module = fabric.setup_module(self.learner, move_to_device=True)
         self.optimizer = fabric.setup_optimizers(optimizer(plan.schedule, self.learner))
-        self.ema = None if plan.schedule.ema is None else Ema(self.learner, plan.schedule.ema)
+        decay, warmup = plan.schedule.ema, plan.schedule.ema_warmup is not False
+        self.ema = None if decay is None else Ema(self.learner, decay, warmup=warmup)
         self.checkpoints = Checkpoints(plan.folder / "checkpoints", plan.identity)
         self.logs = Logs(plan.folder, fabric.is_global_zero)
         self.steps = len(plan.pictures) // plan.schedule.accumulate
@@ -141,9 +142,9 @@ class Training:
             self.fabric.clip_gradients(self.module, self.optimizer, max_norm=schedule.clip, error_if_nonfinite=False)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.learner)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.learner, self.step)
         if self.step % compute.log_every == 0 or self.step == schedule.epochs * self.steps:
             self._look()
             self._log(epoch)

@@ -30,7 +30,9 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
 def brief(schedule: Schedule, epochs: int | None) -> Schedule:
     """Of an identification model: too short for an average over many steps, or for a rate that first has to rise."""
     shape = "constant" if schedule.shape == "steps" else schedule.shape
-    return dataclasses.replace(schedule, epochs=epochs or 1, ema=None, warmup=0, shape=shape, milestones=None)
+    return dataclasses.replace(
+        schedule, epochs=epochs or 1, ema=None, ema_warmup=None, warmup=0, shape=shape, milestones=None
+    )
 
 
 def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
@@ -54,15 +56,23 @@ class Ema:
 
     Buffers of terms are no part of it: contexts are set once an epoch, and averaged they would be mostly the zeros that
     they were before.
+
+    Args:
+        learner: whose weights it begins with.
+        decay: the share of the average that stays in an update.
+        warmup: smaller at first, as in timm's ModelEmaV3 with use_warmup: the n-th update keeps
+            min(decay, 1 - n^(-2/3)), so that the first one replaces the initial weights.
     """
 
-    def __init__(self, learner: Learner, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, learner: Learner, decay: float, *, warmup: bool = False) -> None:
+        self.decay, self.warmup = decay, warmup
         self.tensors = {name: tensor.clone() for name, tensor in _averaged(learner).items()}
 
     @torch.no_grad()
-    def update(self, learner: Learner) -> None:
-        torch._foreach_lerp_(list(self.tensors.values()), list(_averaged(learner).values()), 1 - self.decay)
+    def update(self, learner: Learner, number: int) -> None:
+        """The `number`-th update, from 1."""
+        decay = min(self.decay, 1 - number ** (-2 / 3)) if self.warmup else self.decay
+        torch._foreach_lerp_(list(self.tensors.values()), list(_averaged(learner).values()), 1 - decay)
 
     def swap(self, learner: Learner) -> None:
         """The learner has the averages and this its weights; and back again."""

@@ -87,11 +87,15 @@ class Chain:
             DivergedError, CheckpointError, OSError: see `Training.run`.
         """
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
-        weight = None
+        weight = sampling = None
         if recipe.weights is not None:
             stage = self._weights()
             before["weights"] = stage.fingerprint
-            weight = self.spread(_load(stage.folder / "weights.safetensors")["weights"])
+            found = _load(stage.folder / "weights.safetensors")["weights"]
+            if recipe.weights.draw:
+                sampling = found
+            else:
+                weight = self.spread(found)
         if recipe.pretraining is not None:
             stage = self._pretraining()
             before["pretraining"] = stage.fingerprint
@@ -115,7 +119,16 @@ class Chain:
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             facts = self.fitting.fit(
-                "student", folder, fingerprint, model, terms, recipe.schedule, teacher=teacher, weight=weight, **chosen
+                "student",
+                folder,
+                fingerprint,
+                model,
+                terms,
+                recipe.schedule,
+                teacher=teacher,
+                weight=weight,
+                sampling=sampling,
+                **chosen,
             )
             if "rule" in chosen:
                 facts["selection"] += ": the validation pictures fitted the teacher's last layer"
