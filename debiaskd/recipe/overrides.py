@@ -38,13 +38,16 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def put(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of a document in place; a mapping changes the keys that it names and leaves the others."""
+    """Set a key of a document in place; a mapping changes the keys that it names and leaves the others.
+
+    Sections above the key are copied: a YAML alias makes one mapping of two sections, and only one of them is meant.
+    """
     *above, last = key.split(".")
     for name in above:
-        if not isinstance(document.get(name), dict):
-            document[name] = {}
+        document[name] = dict(document[name]) if isinstance(document.get(name), dict) else {}
         document = document[name]
     if isinstance(value, Mapping) and isinstance(document.get(last), dict):
+        document[last] = dict(document[last])
         for name, inner in value.items():
             put(document[last], name, inner)
     else:
