@@ -10,6 +10,10 @@ For a layer with feature map `A` and the gradient `G = ∂logit_k/∂A` of class
 Behind global average pooling and a linear head, `G = W_k / (H·W)` at every position of the last feature map. Input ×
 gradient there is `Σ_c W_kc A_c / (H·W)`, without a backward pass; Grad-CAM is its positive part: the closed form.
 
+Each image's map is of its own logit, with the batch's normalization statistics held constant. Where batch norm is in
+training mode, run the model within `debiaskd.batch_statistics.constant_statistics(model)`, as `dk.Guide` does: outside
+of it PyTorch's batch norm mixes all other images' logits into an image's map.
+
 All of it is batched, one class an image or several, and runs where the tensors lie. `create_graph=True` keeps the graph
 that training through a map needs, as in `torch.autograd.grad`.
 """
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import checks
+from debiaskd.batch_statistics import attribution_gradient
 from debiaskd.ops.channel_dot import channel_dot
 
 #: A logit's gradient at one of many positions is smaller than float16 knows numbers. A loss scaler does not help: it
@@ -79,6 +84,7 @@ def integrated_gradients(
     baseline: Tensor | float = 0.0,
     steps: int = 32,
     create_graph: bool = False,
+    alone: bool = False,
 ) -> Tensor:
     """Integrated gradients along the straight path from a baseline, by the midpoint rule.
 
@@ -91,6 +97,7 @@ def integrated_gradients(
         baseline: where paths begin: a number, or a tensor that broadcasts to `feature`.
         steps: points on the path, ≥ 1; `head` runs once for each.
         create_graph: keep the graph of the map itself, to train through it.
+        alone: through the batch's statistics, by one backward pass an image, instead of holding them constant.
 
     Returns:
         [N,H,W], or [N,T,H,W].
@@ -120,7 +127,7 @@ def integrated_gradients(
     for step in range(steps):
         point = baseline + (step + 0.5) / steps * difference
         part = _for_each_class(
-            lambda gradient: channel_dot(gradient, difference), head(point), point, target, create_graph
+            lambda gradient: channel_dot(gradient, difference), head(point), point, target, create_graph, alone
         )
         total = part if total is None else total + part
     assert total is not None  # steps >= 1
@@ -233,11 +240,16 @@ def _check_target(target: Tensor, count: int, classes: int) -> None:
 
 
 def _for_each_class(
-    attribute: Callable[[Tensor], Tensor], logits: Tensor, feature: Tensor, target: Tensor, create_graph: bool
+    attribute: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    feature: Tensor,
+    target: Tensor,
+    create_graph: bool,
+    alone: bool = False,
 ) -> Tensor:
     """`attribute` of the gradient at the feature of each class asked for."""
     checks.rank("feature", checks.floating("feature", feature), "[N,C,H,W]")
-    gradients, scale = scaled_gradients(logits, feature, target, create_graph=create_graph)
+    gradients, scale = scaled_gradients(logits, feature, target, create_graph=create_graph, alone=alone)
     with torch.set_grad_enabled(create_graph):
         maps = [attribute(gradient) / scale for gradient in gradients]  # none of them is more than proportional to it
     return maps[0] if target.dim() == 1 else torch.stack(maps, 1)
@@ -246,8 +258,8 @@ def _for_each_class(
 def logit_gradients(logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False) -> list[Tensor]:
     """The gradients of each image's target logits at `feature`, of any shape [N,...]: one for each class asked for.
 
-    Images count as independent of each other: where batch norm mixes them, an image's gradient holds what others owe
-    to it. Arguments and errors as `input_x_gradient`. Of float16 logits they are float32.
+    Images count as independent of each other: the model must have run within `constant_statistics` if it normalizes by
+    statistics of the batch. Arguments and errors as `input_x_gradient`. Of float16 logits they are float32.
     """
     gradients, scale = scaled_gradients(logits, feature, target, create_graph=create_graph)
     if scale == 1:
@@ -257,9 +269,14 @@ def logit_gradients(logits: Tensor, feature: Tensor, target: Tensor, *, create_g
 
 
 def scaled_gradients(
-    logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False
+    logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False, alone: bool = False
 ) -> tuple[list[Tensor], float]:
-    """`logit_gradients` as they come, and how many times too large they are: `HALF_SCALE` in float16, else 1."""
+    """`logit_gradients` as they come, and how many times too large they are: `HALF_SCALE` in float16, else 1.
+
+    Args:
+        logits, feature, target, create_graph: as `input_x_gradient`.
+        alone: one backward pass an image, through the batch's statistics: the reference that holds nothing constant.
+    """
     checks.rank("logits", checks.floating("logits", logits), "[N,K]")
     checks.shape("logits", logits, "[N,K]", [len(feature), logits.shape[1]])
     if not feature.requires_grad:
@@ -270,18 +287,24 @@ def scaled_gradients(
     gradients = []
     for column in columns:
         score = logits.gather(1, column[:, None])
-        (gradient,) = torch.autograd.grad(
-            score,
-            feature,
-            torch.full_like(score, scale),
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        if gradient is None:
+        upstream = torch.full_like(score, scale)
+        found = (_alone if alone else attribution_gradient)(score, feature, upstream, create_graph=create_graph)
+        if found is None:
             raise ValueError("feature must be what the logits were computed from, got logits that do not depend on it")
-        gradients.append(gradient)
+        gradients.append(found)
     return gradients, scale
+
+
+def _alone(score: Tensor, feature: Tensor, upstream: Tensor, *, create_graph: bool) -> Tensor | None:
+    rows = []
+    for i in range(len(score)):
+        (found,) = torch.autograd.grad(
+            score[i], feature, upstream[i], create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+        if found is None:
+            return None
+        rows.append(found[i])
+    return torch.stack(rows) if rows else torch.zeros_like(feature)
 
 
 def _in_float16(logits: Tensor) -> bool:

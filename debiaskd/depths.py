@@ -6,14 +6,18 @@ For a ResNet these are the image and the outputs of its four stages. For others 
     Mid1 - 3  the three stages before, by timm's `feature_info`; transformers, whose maps all have one size, after a
               quarter, half and three quarters of their blocks; without it, the last of the outermost modules that give
               a map of a size
+
+An attribution's map must reach the logits. Behind the last attention of a transformer with a class token the patch
+tokens do not: their gradient is 0. A depth is then the last layer before it whose patch tokens do.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,16 +39,40 @@ class Depth:
 
 @dataclass
 class _Run:
+    """A module that gave a tensor; `layout` is None where that is no map, `reaches` False where logits ignore it."""
+
     name: str
     output: Tensor
     times: int = 1
+    layout: Layout | None = None
+    reaches: bool = True
+
+    @property
+    def usable(self) -> bool:
+        return self.times == 1 and self.layout is not None and self.reaches
+
+
+@dataclass
+class _Trial:
+    """One image's run through a copy of a model: its modules in the order in which they gave a tensor."""
+
+    model: nn.Module
+    images: Tensor
+    runs: list[_Run] = field(default_factory=list)
+    final: Tensor | None = None
+
+    def named(self, name: str) -> _Run | None:
+        return next((run for run in self.runs if run.name == name), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, inside of DistributedDataParallel or torch.compile."""
+    """The model itself, inside of DistributedDataParallel, torch.compile or Lightning Fabric's wrapper."""
     inner: Any = model
     while True:
-        wrapped = getattr(inner, "_orig_mod", None)
+        if "_original_module" in inner._modules:  # Fabric's passes every other attribute on
+            wrapped = inner._modules["_original_module"]
+        else:
+            wrapped = inner._modules.get("_orig_mod")
         if wrapped is None and isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             wrapped = inner.module
         if wrapped is None:
@@ -61,44 +89,55 @@ def check_layer(model: nn.Module, layer: object) -> None:
             raise ValueError(f"{error}; or one of {', '.join(DEPTHS)}") from None
 
 
-def find(model: nn.Module, layer: str, images: Tensor) -> Depth:
+def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False) -> Depth:
     """Where `layer` is in `model`.
 
     Args:
         model: any module; one image runs through a copy of it in eval mode.
         layer: one of DEPTHS, or a module's name.
         images: [N,3,H,W] that the model runs on, N ≥ 1.
+        reaching: only a map that the logits depend on, as an attribution needs it; a gradient runs back to find out.
 
     Raises:
-        ValueError: no such layer, or its output is no feature map.
+        ValueError: no such layer, or its output is no feature map, or it is none that the logits depend on.
     """
     if layer == "Input":
         return Depth(None, Layout())
-    model = unwrap(model)
-    runs, final = _run(model, images[:1].detach())
+    trial = _run(unwrap(model), images[:1].detach(), reaching)
     if layer not in DEPTHS:
-        name = layer
-    elif layer == "Final":
-        name = _final(runs, final)
-    else:
-        stages = _stages(model, runs, images)
-        if len(stages) < 4:
+        run = _checked(trial, trial.named(layer), layer)
+        if not run.reaches:
+            other = _last_usable(trial, run)
             raise ValueError(
-                f"layer {layer!r} is not known in {type(model).__name__}, which has the stages {stages or 'none'}: "
-                "name a module"
+                f"layer {layer!r} must give a map that the logits depend on, and those of {type(trial.model).__name__} "
+                f"do not (a class token has been read by then); the last layer whose map they read is {other!r}"
             )
-        name = stages[-4:][DEPTHS.index(layer) - 1]
-    run = next((run for run in runs if run.name == name), None)
+    elif layer == "Final":
+        run = _final(trial)
+    else:
+        run = _stage(trial, DEPTHS.index(layer) - 1, layer)
+    assert run.layout is not None
+    return Depth(run.name, run.layout)
+
+
+def _checked(trial: _Trial, run: _Run | None, name: str) -> _Run:
     if run is None or run.times > 1:
         times = 0 if run is None else run.times
         raise ValueError(f"layer {name!r} must run once in a forward pass and give one tensor, it did {times} times")
-    return Depth(name, layout_of("model", model, run.output, images))
+    if run.layout is None:
+        raise ValueError(
+            f"layer {name!r} must give a feature map [N,C,H,W] (or [N,H,W,C], or a grid of tokens [N,L,C]), "
+            f"got {list(run.output.shape)}: name the last layer before global pooling"
+        )
+    return run
 
 
-def _run(model: nn.Module, image: Tensor) -> tuple[list[_Run], Tensor | None]:
-    """Modules that gave a tensor, in the order in which they did so, and what `forward_features` gave."""
+def _run(model: nn.Module, image: Tensor, reaching: bool) -> _Trial:
     copied: Any = share(model).eval()
+    if reaching:
+        _awake(copied)
     runs: dict[str, _Run] = {}
+    trial = _Trial(model, image)
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -111,35 +150,154 @@ def _run(model: nn.Module, image: Tensor) -> tuple[list[_Run], Tensor | None]:
     for name, module in copied.named_modules():
         if name:
             module.register_forward_hook(note(name))
-    final = None
-    with torch.no_grad():
+    like = next((t for t in model.parameters() if t.is_floating_point()), image)
+    # In float16 a gradient that is small would be none at all.
+    precise = torch.autocast(image.device.type, enabled=False) if like.dtype == image.dtype else nullcontext()
+    with torch.inference_mode(False), torch.set_grad_enabled(reaching), precise:
+        given = image.clone().requires_grad_(reaching).clone()  # which a model may change in place
         if callable(getattr(copied, "forward_features", None)) and callable(getattr(copied, "forward_head", None)):
-            final = copied.forward_features(image)
-            copied.forward_head(final)
+            trial.final = copied.forward_features(given)
+            logits = copied.forward_head(trial.final)
         else:
-            copied(image)
-    return list(runs.values()), final
+            logits = copied(given)
+    trial.runs = list(runs.values())
+    for run in trial.runs:
+        run.layout = _layout(model, run.output, image)
+    if reaching:
+        _note_reach(trial, logits)
+    return trial
 
 
-def _final(runs: list[_Run], final: Tensor | None) -> str:
-    if final is not None:
-        names = [run.name for run in runs if run.output is final and run.times == 1]
-        if names:
-            return names[-1]
+def _awake(copied: nn.Module) -> None:
+    """Zeros replaced by random numbers: a head or a branch that begins at zero hides what will reach the logits."""
+    generator = torch.Generator().manual_seed(0)
+    for module in copied.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_floating_point() and parameter.numel() and not bool(parameter.any()):
+                value = 0.02 * torch.randn(parameter.shape, generator=generator)
+                setattr(module, name, nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad))
+
+
+def _layout(model: nn.Module, output: Tensor, images: Tensor) -> Layout | None:
+    """None if it is no map. Tokens are one of several positions; how many more there are differs between layers."""
+    if len(output) != len(images):
+        return None
+    if output.dim() == 4:
+        return layout_of("model", model, output, images)
+    if output.dim() != 3:
+        return None
+    height, width = images.shape[-2:]
+    for prefix in (int(getattr(model, "num_prefix_tokens", 0)), 0, 1, 2, 5):
+        positions = output.shape[1] - prefix
+        stride = math.isqrt(height * width // max(positions, 1))
+        if positions > 1 and stride and (height // stride) * (width // stride) == positions:
+            return Layout("NLC", prefix, stride)
+    return None
+
+
+def _note_reach(trial: _Trial, logits: object) -> None:
+    maps = [run for run in trial.runs if run.layout is not None and run.output.requires_grad]
+    if not maps or not isinstance(logits, Tensor) or not logits.requires_grad:
+        return
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(logits.shape, generator=generator).to(logits)
+    try:
+        gradients = torch.autograd.grad(logits, [run.output for run in maps], upstream, allow_unused=True)
+    except RuntimeError:  # not differentiable: what asks for a gradient will say so
+        return
+    for run, gradient in zip(maps, gradients):
+        assert run.layout is not None
+        run.reaches = gradient is not None and bool(run.layout.to_map(gradient, trial.images).any())
+    if not any(run.reaches for run in maps):  # dead at the moment, which says nothing
+        for run in maps:
+            run.reaches = True
+
+
+def _final(trial: _Trial) -> _Run:
+    if isinstance(trial.final, Tensor):
+        named = [run for run in trial.runs if run.output is trial.final and run.times == 1]
     else:
-        names = [run.name for run in runs if _positions(run) > 1 and run.times == 1]
-        outermost = min((name.count(".") for name in names), default=0)
-        names = [name for name in names if name.count(".") == outermost]
-        if names:
-            return names[-1]
-    raise ValueError("layer 'Final' was not found: name the module that gives the last feature map")
+        named = _outermost([run for run in trial.runs if _positions(run) > 1 and run.times == 1])
+    if named and named[-1].usable:
+        return named[-1]
+    found = _last_usable(trial, named[-1] if named else None)
+    if found is None and named:
+        return _checked(trial, named[-1], named[-1].name)
+    run = None if found is None else trial.named(found)
+    if run is None:
+        raise ValueError("layer 'Final' was not found: name the module that gives the last feature map")
+    return run
+
+
+def _last_usable(trial: _Trial, before: _Run | None) -> str | None:
+    """The last layer that gives a map of several positions which the logits depend on: a stage or a block if there is
+    one, else whichever it is."""
+    runs = trial.runs if before is None else trial.runs[: trial.runs.index(before)]
+    usable = [run for run in runs if run.usable and _positions(run) > 1]
+    listed = set(_listed(trial.model))
+    stages = [run for run in usable if run.name in listed]
+    if stages:
+        return stages[-1].name
+    return _block_of(trial.model, usable).name if usable else None
+
+
+def _block_of(model: nn.Module, usable: list[_Run]) -> _Run:
+    """The last of them, or the block before it in the same list of blocks: inside of a block there is no stage."""
+    last = usable[-1]
+    parts = last.name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        parent = ".".join(parts[:depth])
+        if isinstance(model.get_submodule(parent), (nn.Sequential, nn.ModuleList)):
+            blocks = [run for run in usable if run.name.rpartition(".")[0] == parent]
+            if blocks:
+                return blocks[-1]
+    return last
+
+
+def _outermost(runs: list[_Run]) -> list[_Run]:
+    depth = min((run.name.count(".") for run in runs), default=0)
+    return [run for run in runs if run.name.count(".") == depth]
 
 
 def _positions(run: _Run) -> int:
-    return run.output.shape[2] * run.output.shape[3] if run.output.dim() == 4 else 0
+    if run.layout is None:
+        return run.output.shape[2] * run.output.shape[3] if run.output.dim() == 4 else 0
+    if run.layout.axes == "NLC":
+        return run.output.shape[1] - run.layout.prefix
+    first = 2 if run.layout.axes == "NCHW" else 1
+    return run.output.shape[first] * run.output.shape[first + 1]
 
 
-def _stages(model: nn.Module, runs: list[_Run], images: Tensor) -> list[str]:
+def _stage(trial: _Trial, number: int, layer: str) -> _Run:
+    stages = _stages(trial)
+    if len(stages) < 4:
+        raise ValueError(
+            f"layer {layer!r} is not known in {type(trial.model).__name__}, which has the stages {stages or 'none'}: "
+            "name a module"
+        )
+    name = stages[-4:][number]
+    run = trial.named(name)
+    if run is not None and run.usable:
+        return run
+    inside = [run for run in trial.runs if run.name.startswith(f"{name}.") and run.usable and _positions(run) > 1]
+    if inside:  # of a stage that gives several tensors
+        return _block_of(trial.model, inside)
+    if run is not None and run.layout is not None and not run.reaches:
+        found = _last_usable(trial, run)
+        earlier = None if found is None else trial.named(found)
+        if earlier is not None:
+            return earlier
+    return _checked(trial, run, name)
+
+
+def _listed(model: nn.Module) -> list[str]:
+    """Modules that timm's `feature_info` names."""
+    info: Any = getattr(model, "feature_info", None)
+    return [] if info is None else [entry["module"] for entry in getattr(info, "info", info) if "module" in entry]
+
+
+def _stages(trial: _Trial) -> Sequence[str]:
+    model, runs, images = trial.model, trial.runs, trial.images
     info: Any = getattr(model, "feature_info", None)
     if info is not None:
         entries = list(getattr(info, "info", info))
@@ -147,12 +305,11 @@ def _stages(model: nn.Module, runs: list[_Run], images: Tensor) -> list[str]:
         if len(by_reduction) >= 4:
             return list(by_reduction.values())
         return [entries[-(-len(entries) * quarter // 4) - 1]["module"] for quarter in range(1, 5)] if entries else []
-    sizes = sorted({_positions(run) for run in runs} - {0, 1, images.shape[2] * images.shape[3]}, reverse=True)
+    maps = [run for run in runs if run.output.dim() == 4]
+    sizes = {_positions(run) for run in maps} - {0, 1, images.shape[2] * images.shape[3]}
     stages = []
-    for size in sizes:
-        names = [run.name for run in runs if _positions(run) == size and run.times == 1]
-        outermost = min((name.count(".") for name in names), default=0)
-        stages += [name for name in names if name.count(".") == outermost][-1:]
+    for size in sorted(sizes, reverse=True):
+        stages += [run.name for run in _outermost([r for r in maps if _positions(r) == size and r.times == 1])][-1:]
     return stages
 
 

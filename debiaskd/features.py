@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from debiaskd import checks
+from debiaskd.batch_statistics import caches
 
 
 class LayerError(ValueError):
@@ -127,8 +128,10 @@ def has_protocol(model: nn.Module) -> bool:
 
 def share(model: nn.Module) -> nn.Module:
     """A copy of the structure on the same parameters and buffers: what is done to its modules leaves the model be."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # what a layer caches may hang on a graph, which cannot be copied
+        memo.update({id(vars(module)[name]): {} for name in caches(module)})
+    return copy.deepcopy(model, memo)
 
 
 def named_module(argument: str, role: str, model: nn.Module, name: object) -> nn.Module:

@@ -3,45 +3,53 @@
     L = L_cls + weight · L_loc(attribution of one class an image, that class's boxes)
 
 At the last feature map behind global pooling and a linear head the attribution has a closed form (`attribution.py`): no
-backward pass for it and no second-order graph. Whether that holds for a model is not guessed: the first batch goes both
-ways, and only if they agree is the closed form taken from then on. Everywhere else the gradient is computed down to
-the guided layer, no further, with a graph to train through it.
+backward pass for it and no second-order graph. Whether that holds for a model is seen from its graph
+(`closed_form.py`). Everywhere else the gradient is computed down to the guided layer, no further, with a graph to train
+through it, and with the batch's normalization statistics held constant (`batch_statistics.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from debiaskd import checks
 from debiaskd.attribution import (
     explanation_mode,
     final_layer_map,
-    grad_cam,
-    input_x_gradient,
     integrated_gradients,
     scaled_gradients,
 )
+from debiaskd.batch_statistics import Statistics, attribution_gradient, constant_statistics
 from debiaskd.boxes import Boxes
+from debiaskd.closed_form import LinearCalls, pooled_linear
 from debiaskd.depths import Depth, check_layer, find, output_of, statistics_kept, unwrap
-from debiaskd.features import Layout, close
+from debiaskd.features import Layout
 from debiaskd.ignoring import judged
 from debiaskd.ops.channel_dot import channel_dot
 from debiaskd.ops.localization import KINDS, localization_loss
 
 ATTRIBUTIONS = ("input_x_gradient", "grad_cam", "bcos", "integrated_gradients")
+STATISTICS = ("constant", "own")
 
 
 class Seen(NamedTuple):
-    """A model's answer to a batch, and its feature map as the model lays it out."""
+    """A model's answer to a batch, and its feature map as the model lays it out.
+
+    `scores` are the logits as the model itself gave them, inside of what wraps it; `statistics` those that it
+    normalized by; `calls` of its linear layers are kept until the closed form is decided.
+    """
 
     logits: Tensor
     images: Tensor
     raw: Tensor
+    scores: Tensor
+    statistics: Statistics | None = None
+    calls: LinearCalls | None = None
 
 
 class Guided(NamedTuple):
@@ -70,6 +78,9 @@ class Guide:
         weight: of the localization loss, λ ≥ 0.
         reduction: "mean" over annotated images, or "sum", as the public code of the paper has it.
         steps: of integrated gradients.
+        statistics: "constant": an image's map is the gradient of its own logit with the batch's normalization
+            statistics held constant. "own": through the statistics, by one backward pass an image, as the public code
+            of the paper has it; a slow reference, from which the first differs by O(1/N).
 
     B-cos and integrated gradients run the model again, with batch norm's statistics left alone. Random layers (dropout)
     draw anew then.
@@ -100,6 +111,7 @@ class Guide:
         *,
         reduction: str = "mean",
         steps: int = 32,
+        statistics: str = "constant",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,6 +119,7 @@ class Guide:
         checks.option("attribution", attribution, ATTRIBUTIONS)
         checks.option("loss", loss, tuple(KINDS))
         checks.option("reduction", reduction, ("mean", "sum"))
+        checks.option("statistics", statistics, STATISTICS)
         if checks.integer("steps", steps) < 1:
             raise ValueError(f"steps must be an integer >= 1, got {steps}")
         if attribution == "bcos":
@@ -114,9 +127,11 @@ class Guide:
                 pass
         self.model, self.layer, self.attribution, self.kind = model, layer, attribution, loss
         self.weight, self.reduction, self.steps = checks.number("weight", weight, minimum=0), reduction, steps
+        self.statistics = statistics
         self._depth: Depth | None = None
-        #: Decided in training and in evaluation apart, since dropout differs.
-        self._classifiers: dict[bool, nn.Linear | None] = {}
+        #: Names; decided in training and in evaluation apart, since dropout differs.
+        self._classifiers: dict[bool, str | None] = {}
+        self._independent: set[bool] = set()
         if layer == "Input" or attribution == "bcos":
             self.use_gradients()
 
@@ -130,6 +145,28 @@ class Guide:
         """Never use the closed form."""
         self._classifiers = {False: None, True: None}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been decided: the guided module's name, and the linear layer of the closed form by mode."""
+        depth = self._depth
+        found = None if depth is None else [depth.module, depth.layout.axes, depth.layout.prefix, depth.layout.stride]
+        modes = (("training", True), ("evaluation", False))
+        return {"depth": found, "closed_form": {n: self._classifiers[m] for n, m in modes if m in self._classifiers}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as decided.
+
+        Raises:
+            ValueError: of a model without such layers.
+        """
+        depth, classifiers = state["depth"], state["closed_form"]
+        names = {name for name, _ in unwrap(self.model).named_modules()}
+        for name in (None if depth is None else depth[0], *classifiers.values()):
+            if name is not None and name not in names:
+                raise ValueError(f"state must be of this guide's model, got one that has a layer {name!r}")
+        self._depth = None if depth is None else Depth(depth[0], Layout(*depth[1:]))
+        modes = {"training": True, "evaluation": False}
+        self._classifiers = {modes[mode]: name for mode, name in classifiers.items()}
+
     def __call__(self, images: Tensor, target: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Guided:
         """One step: the model runs once, its logits come back together with the guidance loss.
 
@@ -142,26 +179,34 @@ class Guide:
                 labels, those of the target's class count. Images that hold nothing of their target but such areas
                 contribute nothing.
         """
-        wanted = torch.is_grad_enabled()
-        with torch.set_grad_enabled(wanted or not self.closed_form):  # a gradient makes the map, wanted or not
-            step = self._guide(self.watch(images), target, boxes, ignore, create_graph=wanted)
+        wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with self._gradients(wanted or not self.closed_form):  # a gradient makes the map, wanted or not
+            step = self._guide(self.watch(images), _usual(target), boxes, ignore, create_graph=wanted)
         return step if wanted else Guided(*(part.detach() for part in step))
 
     def watch(self, images: Tensor) -> Seen:
         """Runs the model and keeps the guided layer's output."""
         checks.rank("images", checks.floating("images", images), "[N,3,H,W]")
+        images = _usual(images)
         depth = self._find(images)
         if depth.module is None:
             images = images.detach().requires_grad_(torch.is_grad_enabled())
-            return Seen(self._logits(self._run(images)), images, images)
-        with output_of(unwrap(self.model).get_submodule(depth.module), watch=not self.closed_form) as caught:
-            logits = self._logits(self._run(images))
+        model, keep = unwrap(self.model), self.attribution == "integrated_gradients" and not self.closed_form
+        statistics = Statistics() if keep and self.statistics == "constant" else None
+        calls = LinearCalls() if self.closed_form is None and torch.is_grad_enabled() else None
+        with ExitStack() as stack:
+            caught = [images]
+            if depth.module is not None:
+                layer = model.get_submodule(depth.module)
+                caught = stack.enter_context(output_of(layer, watch=not self.closed_form))
+            inner = [] if model is self.model else stack.enter_context(output_of(model, watch=False))
+            if calls is not None:
+                stack.enter_context(calls.of(model))
+            logits = self._logits(self._run(self.model, images, record=statistics))
         if len(caught) != 1:
-            compiled = " (a compiled model does not tell its inner layers' outputs)" if not caught else ""
-            raise ValueError(
-                f"layer {depth.module!r} must run once in a forward pass, it ran {len(caught)} times{compiled}"
-            )
-        return Seen(logits, images, caught[0])
+            raise ValueError(f"layer {depth.module!r} must run once in a forward pass, it ran {len(caught)} times")
+        scores = self._logits(inner[-1]) if inner else logits
+        return Seen(logits, images, caught[0], scores, statistics, calls)
 
     def guide(self, seen: Seen, target: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Guided:
         """The guidance loss of what was seen; arguments as in a call."""
@@ -180,12 +225,30 @@ class Guide:
         loss = localization_loss(
             maps, boxes, kind=self.kind, size=size, normalize=True, reduction=self.reduction, ignore=ignore
         )
-        return Guided(seen.logits, self.weight * loss, maps)
+        return Guided(seen.logits, self.weight * loss + self._sink(seen), maps)
 
     def attribute(self, images: Tensor, target: Tensor) -> Tensor:
         """The maps alone, [N,h,w], or [N,T,h,w] for a target int64 [N,T]; without a graph."""
-        with torch.set_grad_enabled(not self.closed_form):
-            return self._maps(self.watch(images), target, create_graph=False).detach()
+        with self._gradients(not self.closed_form):
+            return self._maps(self.watch(images), _usual(target), create_graph=False).detach()
+
+    @contextmanager
+    def _gradients(self, wanted: bool) -> Iterator[None]:
+        """Gradients or none within, in torch.inference_mode, too."""
+        if not torch.is_inference_mode_enabled():
+            with torch.set_grad_enabled(wanted):
+                yield
+            return
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise ValueError("model must be made outside of torch.inference_mode, which lets it have no gradients")
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            yield
+
+    def _sink(self, seen: Seen) -> Tensor | float:
+        """DistributedDataParallel with static_graph begins to average gradients where its own output gets one."""
+        if getattr(self.model, "static_graph", False) and seen.logits.requires_grad:
+            return 0.0 * seen.logits.sum()
+        return 0.0
 
     # -- maps ---------------------------------------------------------------------------------------------------------
 
@@ -193,14 +256,23 @@ class Guide:
         if self._depth is None:
             if not len(images):
                 raise ValueError("images must hold at least one the first time, got none")
-            self._depth = find(self.model, self.layer, images)
+            self._depth = find(self.model, self.layer, images, reaching=True)
         return self._depth
 
-    def _run(self, images: Tensor) -> object:
-        if self.closed_form:
-            return self.model(images)
-        with sdpa_kernel(SDPBackend.MATH):  # no other attention kernel of PyTorch's can be differentiated twice
-            return self.model(images)
+    def _run(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        record: Statistics | None = None,
+        replay: Iterator[tuple[Tensor, ...]] | None = None,
+    ) -> object:
+        with ExitStack() as stack:
+            if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+                # Compiled, a model cannot be differentiated twice, and does not tell what its inner layers give.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if not self.closed_form:
+                stack.enter_context(constant_statistics(unwrap(model), record=record, replay=replay))
+            return model(images)
 
     def _logits(self, logits: object) -> Tensor:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -211,26 +283,26 @@ class Guide:
     def _maps(self, seen: Seen, target: Tensor, create_graph: bool) -> Tensor:
         layout = self._find(seen.images).layout
         feature = layout.to_map(seen.raw, seen.images)
-        if self.closed_form is None and bool(feature.any()):  # maps of zeros would confirm whatever is asked
-            self._classifiers[self.model.training] = self._confirmed_classifier(seen, feature, target)
+        if self.closed_form is None and seen.calls is not None:
+            found = pooled_linear(seen.calls, seen.scores, seen.raw, lambda raw: layout.to_map(raw, seen.images))
+            self._classifiers[self.model.training] = found
         classifier = self._classifiers.get(self.model.training)
         if classifier is not None:
-            maps = final_layer_map(feature, classifier.weight, target)
+            weight: Any = unwrap(self.model).get_submodule(classifier).weight
+            maps = final_layer_map(feature, weight, target)
             return maps.relu() if self.attribution == "grad_cam" else maps
         if self.attribution == "bcos":
             return self._bcos(seen.images, target, create_graph)
         if self.attribution == "integrated_gradients":
-            head = self._head(seen, layout)
-            with statistics_kept(self.model), sdpa_kernel(SDPBackend.MATH):
-                return integrated_gradients(head, feature, target, steps=self.steps, create_graph=create_graph)
+            return self._by_path(seen, layout, feature, target, create_graph)
         return self._by_gradient(seen, layout, target, create_graph)
 
     def _by_gradient(self, seen: Seen, layout: Layout, target: Tensor, create_graph: bool) -> Tensor:
         """At the raw output, which the logits were computed from; a rearranged one they were not."""
-        if layout.axes == "NCHW":
-            method = grad_cam if self.attribution == "grad_cam" else input_x_gradient
-            return method(seen.logits, seen.raw, target, create_graph=create_graph)
-        gradients, scale = scaled_gradients(seen.logits, seen.raw, target, create_graph=create_graph)
+        self._check_independence(seen)
+        gradients, scale = scaled_gradients(
+            seen.scores, seen.raw, target, create_graph=create_graph, alone=self.statistics == "own"
+        )
         feature = layout.to_map(seen.raw, seen.images)
         with torch.set_grad_enabled(create_graph):
             maps = [self._weigh(layout.to_map(gradient, seen.images), feature) / scale for gradient in gradients]
@@ -241,46 +313,74 @@ class Guide:
             return channel_dot(gradient.mean((2, 3)), feature).relu()
         return channel_dot(gradient, feature)
 
+    def _check_independence(self, seen: Seen) -> None:
+        """Once in each mode, on a batch: no image's logits may depend on another image but through known statistics."""
+        mode = self.model.training
+        if mode in self._independent or self.statistics == "own" or len(seen.images) < 2:
+            return
+        first = torch.zeros_like(seen.scores)
+        first[0] = torch.linspace(1, 2, first.shape[1])
+        gradient = attribution_gradient(seen.scores, seen.raw, first, create_graph=False)
+        if gradient is not None:
+            own, others = gradient[:1].abs().max(), gradient[1:].abs().max()
+            if bool(others > 1e-3 * own):
+                raise ValueError(
+                    f"model must treat the images of a batch apart, but for the statistics of batch norm, and "
+                    f"{type(unwrap(self.model)).__name__} does not: the gradient of one image's logits at another "
+                    f'image is {float(others / own):.2g} of that at its own; statistics="own" allows for that'
+                )
+        self._independent.add(mode)
+
+    def _by_path(self, seen: Seen, layout: Layout, feature: Tensor, target: Tensor, create_graph: bool) -> Tensor:
+        def path(head: Callable[[Tensor], Tensor], feature: Tensor, target: Tensor) -> Tensor:
+            alone = self.statistics == "own"
+            return integrated_gradients(head, feature, target, steps=self.steps, create_graph=create_graph, alone=alone)
+
+        with statistics_kept(self.model):
+            if self.statistics == "constant":
+                return path(self._head(seen, layout, detach=not create_graph), feature, target)
+            head = self._head(seen, layout, detach=False)
+            maps = []
+            for i in range(len(feature)):  # one image goes along its path, the others stay where they are
+
+                def alone(point: Tensor, i: int = i) -> Tensor:
+                    return head(torch.cat([feature[:i], point, feature[i + 1 :]]))[i : i + 1]
+
+                maps.append(path(alone, feature[i : i + 1], target[i : i + 1]))
+            return torch.cat(maps)
+
     def _bcos(self, images: Tensor, target: Tensor, create_graph: bool) -> Tensor:
-        inner = Guide(unwrap(self.model), self.layer, "input_x_gradient")
+        inner = Guide(unwrap(self.model), self.layer, "input_x_gradient", statistics=self.statistics)
         inner.use_gradients()
-        inner._depth = self._depth
+        inner._depth, inner._independent = self._depth, self._independent
         with explanation_mode(inner.model), statistics_kept(inner.model), torch.enable_grad():
             seen = inner.watch(images)
             return inner._maps(seen, target, create_graph)
 
-    def _head(self, seen: Seen, layout: Layout) -> Callable[[Tensor], Tensor]:
+    def _head(self, seen: Seen, layout: Layout, detach: bool) -> Callable[[Tensor], Tensor]:
         """From a feature map to logits: the model, with that map in the place of the layer's output."""
         model, depth = unwrap(self.model), self._find(seen.images)
-        if depth.module is None:
-            return lambda images: self._logits(model(images))
-        layer = model.get_submodule(depth.module)
+        layer = None if depth.module is None else model.get_submodule(depth.module)
+
+        def run(images: Tensor) -> Tensor:
+            replay = None if seen.statistics is None else seen.statistics.replay(detach=detach)
+            return self._logits(self._run(model, images, replay=replay))
 
         def head(feature: Tensor) -> Tensor:
+            if layer is None:
+                return run(feature)
             raw = layout.from_map(feature)
             if layout.prefix:  # tokens that are no part of the map stay what they were
                 raw = torch.cat([seen.raw[:, : layout.prefix], raw[:, layout.prefix :]], 1)
             handle = layer.register_forward_hook(lambda module, arguments, output: raw)
             try:
-                return self._logits(model(seen.images))
+                return run(seen.images)
             finally:
                 handle.remove()
 
         return head
 
-    def _confirmed_classifier(self, seen: Seen, feature: Tensor, target: Tensor) -> nn.Linear | None:
-        """The linear layer whose closed form gives this batch's maps, as autograd does."""
-        model: Any = unwrap(self.model)
-        shape = (feature.shape[1], seen.logits.shape[1])
-        found = [m for m in model.modules() if isinstance(m, nn.Linear) and (m.in_features, m.out_features) == shape]
-        if not found or not seen.raw.requires_grad:
-            return None
-        column = target if target.dim() == 1 else target[:, 0]
-        layout = self._find(seen.images).layout
-        (gradient,), scale = scaled_gradients(seen.logits, seen.raw, column)
-        with torch.no_grad():
-            expected = (channel_dot(layout.to_map(gradient, seen.images), feature) / scale).to(feature.dtype)
-            for classifier in reversed(found):
-                if close(final_layer_map(feature, classifier.weight, column).to(feature.dtype), expected):
-                    return classifier
-        return None
+
+def _usual(tensor: Tensor) -> Tensor:
+    """What torch.inference_mode made can be part of no graph; a copy can."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ class GuideTerm(Term):
 
     def tally(self, inputs: StepInputs, logits: Tensor | None) -> dict[str, Tensor]:
         return {"guide.annotated": _annotated(inputs, _target(inputs))}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the guide has decided is part of a checkpoint."""
+        return self.guide.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.guide.load_state_dict(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Checkpoints of versions that kept no decision: it is made anew.
+        state_dict.setdefault(f"{prefix}_extra_state", GuideTerm.get_extra_state(self))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, state: State) -> Tensor:
         assert state.seen is not None
