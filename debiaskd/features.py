@@ -33,6 +33,10 @@ class LayerError(ValueError):
     """The named layer has no single output in a forward pass."""
 
 
+class LayoutError(ValueError):
+    """An output that is no feature map."""
+
+
 class _Frames(threading.local):
     """One stack a thread: two threads that run one model must not catch each other's maps."""
 
@@ -154,10 +158,7 @@ def cut(role: str, model: object, layer: str | None = None, example: Tensor | No
         TypeError: `model` is not a module, `layer` not a name, `example` not a tensor.
         ValueError: no such layer, no way to run the model, or no feature map there; the message says which.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
-    if any(tensor.is_meta or is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError(f"{role} must hold values, got parameters on the meta device or of lazy layers")
+    model = runnable(role, model)
     if layer is not None:
         named_module("layer", role, model, layer)
     elif not has_protocol(model):
@@ -180,6 +181,39 @@ def cut(role: str, model: object, layer: str | None = None, example: Tensor | No
     for module, training in modes:
         module.training = training
     return Cut(role, model, body, images, raw, expected.shape[1], bool((expected >= 0).all()))
+
+
+def runnable(role: str, model: object) -> nn.Module:
+    """The model, if it is a module that holds values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
+    if any(tensor.is_meta or is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"{role} must hold values, got parameters on the meta device or of lazy layers")
+    return model
+
+
+def input_of(role: str, model: nn.Module, example: Tensor | None = None) -> Tensor:
+    """A small input [1,...] that `model`, called `role` in messages, runs on in eval mode.
+
+    Raises:
+        ValueError: no usual size runs, or `example` does not.
+    """
+    copied, errors = share(model).eval(), []
+    for images in _inputs(model, example):
+        try:
+            with torch.no_grad():
+                copied(images)
+        except Exception as error:  # a guessed size may fail in whatever way the model likes
+            errors.append(error)
+        else:
+            return images
+    raise _no_input(role, example, errors) from errors[0]
+
+
+def _no_input(role: str, example: Tensor | None, errors: list[Exception]) -> ValueError:
+    got = "none, and no usual size runs" if example is None else f"shape {list(example.shape)}"
+    reason = f"{type(errors[0]).__name__}: {errors[0]}"
+    return ValueError(f"example must be an input that the {role} runs on, got {got} ({reason})")
 
 
 def _confirm(role: str, body: Body, images: Tensor, expected: Tensor) -> None:
@@ -205,15 +239,13 @@ def _trial(role: str, body: Body, example: Tensor | None) -> tuple[Tensor, Tenso
             errors.append(error)
             continue
         if not isinstance(raw, Tensor):
-            raise ValueError(f"layer of the {role} must give one tensor, got {type(raw).__name__}")
+            raise LayoutError(f"layer of the {role} must give one tensor, got {type(raw).__name__}")
         ran.append((images, raw))
         # A map of a single position could not tell one kind of pooling from another.
         if raw.dim() != 4 or raw.shape[-1] * raw.shape[-2] * raw.shape[-3] > max(raw.shape[-3:]):
             break
     if not ran:
-        got = "none, and no usual size runs" if example is None else f"shape {list(example.shape)}"
-        reason = f"{type(errors[0]).__name__}: {errors[0]}"
-        raise ValueError(f"example must be an input that the {role} runs on, got {got} ({reason})") from errors[0]
+        raise _no_input(role, example, errors) from errors[0]
     return ran[-1]
 
 
@@ -224,12 +256,14 @@ def _inputs(model: nn.Module, example: Tensor | None) -> Iterator[Tensor]:
         return
     loose: Any = model
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = 3 if stem is None else stem.in_channels
+    usual = tuple((getattr(loose, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))
+    # A first convolution may stand behind a transform of the pixels; a network may have been built for other channels.
+    channels = dict.fromkeys([3 if stem is None else stem.in_channels, usual[0]])
     fixed = getattr(getattr(loose, "patch_embed", None), "img_size", None)
-    usual = (getattr(loose, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
     generator = torch.Generator().manual_seed(0)
     for size in [tuple(fixed)] if fixed else [(64, 64), tuple(usual[1:]), (224, 224), (32, 32), (28, 28)]:
-        yield torch.randn(1, channels, *size, generator=generator).to(like)
+        for count in channels:
+            yield torch.randn(1, count, *size, generator=generator).to(like)
 
 
 def layout_of(role: str, model: nn.Module, raw: Tensor, images: Tensor) -> Layout:
@@ -239,12 +273,13 @@ def layout_of(role: str, model: nn.Module, raw: Tensor, images: Tensor) -> Layou
         looks = _like(images, first, second) and not _like(images, second, third)
         return Layout("NHWC") if named or looks else Layout()
     if raw.dim() == 3:
-        prefix = int(getattr(model, "num_prefix_tokens", 0))
-        positions = raw.shape[1] - prefix
-        stride = math.isqrt(images.shape[-1] * images.shape[-2] // max(positions, 1))
-        if stride and (images.shape[-2] // stride) * (images.shape[-1] // stride) == positions:
-            return Layout("NLC", prefix, stride)
-    raise ValueError(
+        named = int(getattr(model, "num_prefix_tokens", 0))
+        for prefix in dict.fromkeys([named, 0, 1, 2]):  # not every model counts its class token
+            positions = raw.shape[1] - prefix
+            stride = math.isqrt(images.shape[-1] * images.shape[-2] // max(positions, 1))
+            if stride and (images.shape[-2] // stride) * (images.shape[-1] // stride) == positions:
+                return Layout("NLC", prefix, stride)
+    raise LayoutError(
         f"layer of the {role} must give a feature map [N,C,H,W] (or [N,H,W,C], or a grid of tokens [N,L,C]), "
         f"got {list(raw.shape)}: name the last layer before global pooling"
     )

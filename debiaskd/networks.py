@@ -110,6 +110,8 @@ def _torchvision(name: str, num_classes: int, pretrained: bool, size: tuple[int,
         return models.get_model(name, num_classes=num_classes, **options)  # type: ignore[no-any-return]
     model: nn.Module = models.get_model(name, weights="DEFAULT")
     last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    if model.get_submodule(last).out_features == num_classes:
+        return model
     parent, _, attribute = last.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Linear(model.get_submodule(last).in_features, num_classes))  # type: ignore[arg-type]
     return model
@@ -173,6 +175,18 @@ _CIFAR = {
     "mobilenetv2": cifar_models.mobilenetv2,
 }
 _FAMILIES = {"torchvision": _torchvision, "bcos": _bcos, "small": _small, "cifar": _cifar}
+
+
+def pretrained_classes(name: str, model: nn.Module) -> int:
+    """How many classes the last layer of a network's pretrained weights has; 0 if they have none.
+
+    Where a network of `build` has another number, its last layer is random, whatever else was loaded.
+    """
+    family, slash, _ = name.partition("/")
+    if slash and family in _FAMILIES:
+        return 1000  # of ImageNet: torchvision and bcos have no others
+    loose: Any = model
+    return int((getattr(loose, "pretrained_cfg", None) or {}).get("num_classes", 1000))
 
 
 def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False) -> nn.Module:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from debiaskd import checks
-from debiaskd.features import Body, cut, named_module
-from debiaskd.heads import CarriedHead, Frozen, LinearHead, freeze, head_of
+from debiaskd.features import Body, LayoutError, cut, has_protocol, input_of, named_module, runnable, share
+from debiaskd.heads import Frozen, Head, freeze, map_head, token_head
+from debiaskd.last_layers import ReadInputs
 
 PROJECTORS = ("depthwise", "dense", "linear", "identity")
 
+#: Whether a teacher's feature map is matched, or the vector that its last layers read.
+Level: TypeAlias = Literal["map", "token"]
 Names: TypeAlias = "str | tuple[str | None, str | None] | None"
 
 
@@ -34,16 +38,16 @@ class Transplanted(nn.Module):
         num_classes: K, the teacher's number of classes.
     """
 
-    def __init__(self, body: Body, projector: nn.Module, head: LinearHead | CarriedHead, num_features: int) -> None:
+    def __init__(self, body: Body, projector: nn.Module, head: Head, num_features: int) -> None:
         super().__init__()
         self.body = body
         self.projector = projector
         self.head = head
         self.num_features = num_features
-        self.num_classes = head.get_classifier().out_features
+        self.num_classes = head.num_classes
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The projected map `P(f_s(x))`, [N,C_t,H,W]: what is matched with the teacher's map."""
+        """The projected map `P(f_s(x))`, [N,C_t,H,W]: what `match_spatial` fits to the teacher's features."""
         feature: Tensor = self.projector(self.body(images))
         return feature
 
@@ -52,8 +56,8 @@ class Transplanted(nn.Module):
         output: Tensor = self.head(feature, pre_logits=pre_logits)
         return output
 
-    def get_classifier(self) -> nn.Linear:
-        """The teacher's last layer, its weight [K,D] and bias [K] as buffers."""
+    def get_classifier(self) -> Any:
+        """The teacher's last layer, its tensors as buffers; a `ModuleList` where its logits come from several."""
         return self.head.get_classifier()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,8 +117,9 @@ def transplant(
     teacher_layer, student_layer = _pair("layer", layer)
     teacher_head, student_head = _pair("head", head)
     if isinstance(teacher, FrozenTeacher):
-        teacher_layer = None
-    source = cut("teacher", teacher, teacher_layer, example)
+        source = Source(copy.deepcopy(teacher.head), None, teacher.level, teacher.num_features, teacher.nonnegative)
+    else:
+        source = find_source(teacher, teacher_layer, teacher_head, example)
     target = cut("student", student, student_layer, example)
     if isinstance(head, (tuple, list)) and student_head is not None:
         named_module("head", "student", student, student_head)
@@ -126,7 +131,7 @@ def transplant(
     model = Transplanted(
         copy.deepcopy(target.body),
         make_projector(projector, target.channels, source.channels, nonnegative=source.nonnegative),
-        copy.deepcopy(teacher.head) if isinstance(teacher, FrozenTeacher) else head_of(source, teacher_head),
+        source.head,
         source.channels,
     )
     model.projector.to(target.raw)
@@ -134,6 +139,48 @@ def transplant(
     model.projector.train(student.training)
     model.training = student.training
     return model
+
+
+@dataclass
+class Source:
+    """A teacher's head, and what it reads.
+
+    Attributes:
+        head: frozen.
+        body: from images to what is matched; None where it is not needed.
+        level: "map" or "token".
+        channels: width of what is matched.
+        nonnegative: whether no value of it lies below zero.
+    """
+
+    head: Head
+    body: nn.Module | None
+    level: Level
+    channels: int
+    nonnegative: bool
+
+
+def find_source(teacher: nn.Module, layer: str | None, head: str | None, example: Tensor | None) -> Source:
+    """At map level if the logits follow from the last feature map, else at token level; see `debiaskd.heads`."""
+    images = None
+    try:
+        made = cut("teacher", teacher, layer, example)
+        images = made.images
+        found = map_head(made, head)
+        if found is not None:
+            return Source(found, made.body, "map", made.channels, made.nonnegative)
+    except LayoutError:  # lists of features, say, which the head does not need
+        if layer is not None or not has_protocol(runnable("teacher", teacher)):
+            raise
+    if images is None:
+        images = input_of("teacher", teacher, example)
+    found, names = token_head("teacher", teacher, images, head)
+    body = ReadInputs(share(teacher), names).eval()
+    with torch.no_grad():
+        z = body(images)
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("teacher must give finite features, got NaN or infinity on random input")
+    return Source(found, body, "token", found.in_features, bool((z >= 0).all()))
 
 
 def make_projector(kind: str, inputs: int, outputs: int, *, nonnegative: bool = True) -> nn.Module:
@@ -182,7 +229,10 @@ def _pair(argument: str, names: object) -> tuple[str | None, str | None]:
 
 
 class FrozenTeacher(Frozen):
-    """A teacher as a source of targets: `forward(images)` gives (feature map [N,C_t,H,W], logits [N,K]).
+    """A teacher as a source of targets: `forward(images)` gives (its features, logits [N,K]).
+
+    The features are what a student is matched with: the last feature map [N,C_t,H,W] where the logits follow from it,
+    and at token level the vector [N,D] that the last layers read (a class token, say).
 
     A copy of the teacher, in eval mode whatever the module around it is told, without gradients, its tensors
     buffers: it has no parameters, so no optimiser can hold it, and its batch norm never moves. The teacher itself is
@@ -191,8 +241,13 @@ class FrozenTeacher(Frozen):
     Args:
         teacher: as for `transplant`.
         layer: the layer whose output is the last feature map; None: timm's protocol.
-        head: the last linear layer; None: `get_classifier()`.
+        head: the last layer; None: `get_classifier()`, or the layers whose outputs are the logits.
         example: as for `transplant`.
+
+    Attributes:
+        level: "map" or "token".
+        num_features: C_t or D.
+        num_classes: K.
 
     Raises:
         TypeError, ValueError: as `transplant` for its teacher.
@@ -211,11 +266,13 @@ class FrozenTeacher(Frozen):
         self, teacher: nn.Module, *, layer: str | None = None, head: str | None = None, example: Tensor | None = None
     ) -> None:
         super().__init__()
-        source = cut("teacher", teacher, layer, example)
-        self.head = head_of(source, head)
+        source = find_source(teacher, layer, head, example)
+        assert source.body is not None
+        self.head = source.head
         self.body = freeze(copy.deepcopy(source.body))
-        self.num_features = source.channels
-        self.num_classes = self.head.get_classifier().out_features
+        self.level: Level = source.level
+        self.num_features, self.nonnegative = source.channels, source.nonnegative
+        self.num_classes = self.head.num_classes
         self.eval()
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -227,7 +284,7 @@ class FrozenTeacher(Frozen):
         output: Tensor = self.head(feature, pre_logits=pre_logits)
         return output
 
-    def get_classifier(self) -> nn.Linear:
+    def get_classifier(self) -> Any:
         return self.head.get_classifier()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,20 +294,21 @@ class FrozenTeacher(Frozen):
 
 
 def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring two feature maps to one height and width: the larger is adaptively average-pooled to the smaller.
+    """Bring the student's feature map and the teacher's features to one size, to be compared.
 
-    Height and width are compared one by one; a map that fits already is returned as it is.
+    Two maps: the larger is adaptively average-pooled to the smaller. Height and width are compared one by one; a map
+    that fits already is returned as it is. A teacher at token level gives a vector: the student's map is averaged.
 
     Args:
         student: [N,C,H,W].
-        teacher: [N,C',H',W'].
+        teacher: [N,C',H',W'], or [N,D].
 
     Returns:
-        [N,C,min(H,H'),min(W,W')] and [N,C',min(H,H'),min(W,W')].
+        [N,C,min(H,H'),min(W,W')] and [N,C',min(H,H'),min(W,W')]; or [N,C] and [N,D].
 
     Raises:
         TypeError: not floating tensors.
-        ValueError: not 4-D, or different N.
+        ValueError: of other dimensions, or different N.
 
     Example:
         >>> import torch
@@ -258,11 +316,17 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         >>> a, b = match_spatial(torch.randn(2, 8, 14, 14), torch.randn(2, 8, 7, 7))
         >>> a.shape, b.shape
         (torch.Size([2, 8, 7, 7]), torch.Size([2, 8, 7, 7]))
+        >>> a, b = match_spatial(torch.randn(2, 8, 14, 14), torch.randn(2, 8))
+        >>> a.shape
+        torch.Size([2, 8])
     """
-    for name, value in (("student", student), ("teacher", teacher)):
-        checks.rank(name, checks.floating(name, value), "[N,C,H,W]")
+    checks.rank("student", checks.floating("student", student), "[N,C,H,W]")
+    if checks.floating("teacher", teacher).dim() != 2:
+        checks.rank("teacher", teacher, "[N,C,H,W]")
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher must have the batch size of student, {student.shape[0]}, got {teacher.shape[0]}")
+    if teacher.dim() == 2:
+        return student.mean((2, 3)), teacher
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     pooled = [value if value.shape[2:] == size else F.adaptive_avg_pool2d(value, size) for value in (student, teacher)]
     return pooled[0], pooled[1]

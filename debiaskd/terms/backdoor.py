@@ -127,10 +127,9 @@ class Intervened(nn.Module):
         self.student, self.intervention = student, intervention
         self.num_classes = intervention.fc.out_features
 
-    def get_classifier(self) -> nn.Linear:
+    def get_classifier(self) -> Any:
         inner: Any = self.student
-        found: nn.Linear = inner.get_classifier()
-        return found
+        return inner.get_classifier()
 
     def forward_features(self, images: Tensor) -> Tensor:
         inner: Any = self.student
@@ -142,7 +141,7 @@ class Intervened(nn.Module):
         pooled: Tensor = inner.forward_head(feature, pre_logits=True)
         if pre_logits:
             return pooled
-        return self.intervention(pooled, self.get_classifier()(pooled))  # type: ignore[no-any-return]
+        return self.intervention(pooled, inner.forward_head(feature))  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))

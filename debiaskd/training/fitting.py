@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from debiaskd.depths import find
 from debiaskd.features import has_protocol
 from debiaskd.guide import Guide
 from debiaskd.inputs import InputContract, default_contract, resolve
-from debiaskd.networks import build, load_weights, prepare, weights_file
+from debiaskd.networks import build, load_weights, prepare, pretrained_classes, weights_file
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.training.evaluation import Evaluation, looked_at, selectable
@@ -128,11 +129,21 @@ class Fitting:
                 pretrained=options.pretrained,
                 size=self.contract(options).size,
             )
+        as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
+        if as_it_is and options.pretrained:
+            self._check_last_layer(options, model)
         model = prepare(model, self.contract(options), x_dnn=options.bias_free)
         if options.weights is not None:
-            as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
             self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=not as_it_is))
         return model
+
+    def _check_last_layer(self, options: Network, model: nn.Module) -> None:
+        there, here = pretrained_classes(options.name, model), self.train.num_classes
+        if there != here:
+            raise RecipeError(
+                f"teacher.pretrained: the pretrained weights of {options.name} have a last layer of {there} classes, "
+                f"the data has {here}: it would be random. Train the teacher (teacher.method: erm, group_dro, …)"
+            )
 
     def _tell(self, purpose: str, path: str, taken: str) -> None:
         """What was taken from a file of weights, once, although a network may be made several times."""
@@ -237,7 +248,7 @@ class Fitting:
         wanted = {
             need.partition(".")[2] for kind in kinds.values() for need in kind.needs if need.startswith("student.")
         }
-        at = self.places(model, network) if wanted else None
+        at = self.places(model, network, wanted) if wanted else None
         split = self.train
         setting = Setting(
             num_classes=split.num_classes,
@@ -317,9 +328,9 @@ class Fitting:
     def example(self, options: Network) -> Tensor:
         return self.contract(options).example()
 
-    def places(self, model: nn.Module, options: Network) -> Places:
+    def places(self, model: nn.Module, options: Network, wanted: Iterable[str]) -> Places:
         try:
-            return find_places(model, self.example(options), options.layer, options.head)
+            return find_places(model, self.example(options), options.layer, options.head, wanted)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{options.name}: {error}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from debiaskd import files
 from debiaskd.data import DataError
+from debiaskd.depths import find
 from debiaskd.features import has_protocol
 from debiaskd.inputs import InputContract, of_weights
 from debiaskd.networks import build, load_weights, prepare
@@ -23,6 +24,7 @@ from debiaskd.terms.backdoor import Intervened, Intervention
 from debiaskd.training.evaluation import Evaluation, looked_at
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
+from debiaskd.training.teaching import Observed
 from debiaskd.training.watched import places
 from debiaskd.transplant import FrozenTeacher, transplant
 from debiaskd.version import __version__
@@ -82,7 +84,7 @@ class Loaded:
             teacher = frozen(self._bare(recipe.teacher, reads), recipe.teacher, reads.example())
             model = transplanted(recipe, teacher, model, example)
         if recipe.terms.backdoor is not None and self._intervened():
-            width = places(model, example, recipe.student.layer, recipe.student.head).pooled_width
+            width = places(model, example, recipe.student.layer, recipe.student.head, ("pooled",)).pooled_width
             options: BackdoorOptions = recipe.terms.backdoor
             model = Intervened(model, Intervention(width, len(self.classes), options.mode, options.temperature))
         return model
@@ -107,14 +109,23 @@ class Loaded:
 
 
 def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
-    """A teacher whose layers need not be named."""
+    """A teacher to be transplanted, whose layers need not be named."""
     try:
         if has_protocol(model) and network.layer is None:
             return FrozenTeacher(model, head=network.head, example=example)
-        at = places(model, example, network.layer, network.head)
-        return FrozenTeacher(model, layer=at.feature, head=at.classifier, example=example)
+        layer = network.layer or find(model, "Final", example).module
+        return FrozenTeacher(model, layer=layer, head=network.head, example=example)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"teacher: {error}") from None
+
+
+def observed(model: nn.Module, network: Network, example: Tensor, wanted: Iterable[str]) -> Observed:
+    """A teacher without a cut, from which nothing is read but what is wanted, any of "feature" and "pooled"."""
+    try:
+        at = places(model, example, network.layer, network.head, wanted) if wanted else None
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"teacher: {error}") from None
+    return Observed(model, at, wanted)
 
 
 def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, example: Tensor) -> nn.Module:
@@ -123,7 +134,7 @@ def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, exa
     layer = recipe.student.layer
     try:
         if layer is None and not has_protocol(student):
-            layer = places(student, example, None, recipe.student.head).feature
+            layer = find(student, "Final", example).module
         names = None if layer is None else (None, layer)
         return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
     except (ValueError, TypeError) as error:

@@ -18,11 +18,11 @@ from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.caching import PARTS, Cached, fill
 from debiaskd.training.fitting import Fitting
-from debiaskd.training.loaded import frozen, transplanted
+from debiaskd.training.loaded import frozen, observed, transplanted
 from debiaskd.training.run import Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
 from debiaskd.training.teachers import check_dfr, selecting, trained_teacher
-from debiaskd.training.teaching import Live, Teaching
+from debiaskd.training.teaching import Live, Observed, Teaching
 from debiaskd.transplant import FrozenTeacher
 
 
@@ -58,14 +58,26 @@ class Chain:
             source = self.fitting.network(recipe.teacher, "teacher")
             if recipe.teacher.method == "dfr":
                 check_dfr(self.fitting, recipe.teacher, begun=begun)
-                self.fitting.places(source, recipe.teacher)
-            teacher = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
-            if recipe.transplant is not None:
+                self.fitting.places(source, recipe.teacher, ("pooled",))
+            teacher = self._still(source, recipe.teacher)
+            if isinstance(teacher, FrozenTeacher):
                 model = self._transplanted(teacher, model)
         self.fitting.rehearse(model, self._terms(), None if teacher is None else Live(teacher))
 
     def _terms(self) -> dict[str, TermOptions]:
         return {name: options for name, options in vars(self.recipe.terms).items() if options is not None}
+
+    def _asked(self) -> set[str]:
+        """What the terms need of the teacher."""
+        needs = {need for name in self._terms() for need in TERMS[name].needs}
+        return {need.partition(".")[2] for need in needs if need.startswith("teacher.")}
+
+    def _still(self, source: nn.Module, options: Teacher) -> FrozenTeacher | Observed:
+        """The teacher, frozen; cut in two only where its head is transplanted."""
+        example = self.fitting.example(options)
+        if self.recipe.transplant is not None:
+            return frozen(source, options, example)
+        return observed(source, options, example, sorted(self._asked() - {"logits"}))
 
     # -- the chain ----------------------------------------------------------------------------------------------------
 
@@ -105,10 +117,10 @@ class Chain:
         if recipe.teacher is not None:
             source, fingerprint = self.teacher(recipe.teacher)
             before["teacher"] = fingerprint
-            still = frozen(source, recipe.teacher, self.fitting.example(recipe.teacher))
-            if recipe.transplant is not None:
+            still = self._still(source, recipe.teacher)
+            if isinstance(still, FrozenTeacher):
                 model = self._transplanted(still, model)
-            needs = {need.partition(".")[2] for n in terms for need in TERMS[n].needs if need.startswith("teacher.")}
+            needs = self._asked()
             if needs:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
                 teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
@@ -136,7 +148,9 @@ class Chain:
 
         return self.run.stage("student", inputs, make)
 
-    def _teaching(self, teacher: FrozenTeacher, options: Teacher, fingerprint: str, parts: tuple[str, ...]) -> Teaching:
+    def _teaching(
+        self, teacher: FrozenTeacher | Observed, options: Teacher, fingerprint: str, parts: tuple[str, ...]
+    ) -> Teaching:
         if self.recipe.compute.compile:
             teacher.body.compile()
         live = Live(teacher).to(self.fabric.device)

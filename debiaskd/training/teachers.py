@@ -81,7 +81,7 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         model = chain.fitting.network(options, "teacher").to(chain.fabric.device).eval()
         load_weights(model, erm.model)
-        classifier: Any = model.get_submodule(chain.fitting.places(model, options).classifier)
+        classifier: Any = model.get_submodule(chain.fitting.places(model, options, ("pooled",)).classifier)
         facts = _refit(chain, options, model, classifier)
         if chain.fabric.is_global_zero:
             about = chain.fitting.about("teacher", options)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from debiaskd.data import Batch
+from debiaskd.heads import Frozen, freeze
 from debiaskd.terms import Outputs
+from debiaskd.training.watched import Places, Watched
 from debiaskd.transplant import FrozenTeacher
 
 
@@ -26,20 +30,42 @@ class Teaching(Protocol):
     def to(self, device: torch.device) -> Teaching: ...
 
 
+class Observed(Frozen):
+    """A teacher that is only looked at: frozen and whole, without any cut of it.
+
+    Args:
+        teacher: any module from images to logits; it is copied.
+        at: see `Watched`.
+        wanted: any of "feature" and "pooled": what is given beside the logits.
+    """
+
+    def __init__(self, teacher: nn.Module, at: Places | None, wanted: Iterable[str]) -> None:
+        super().__init__()
+        self.body = freeze(Watched(copy.deepcopy(teacher), at, wanted))
+        self.num_features = 0 if at is None else at.pooled_width
+        self.eval()
+
+    def outputs(self, images: Tensor) -> Outputs:
+        outputs: Outputs = self.body(images)[0]
+        return outputs
+
+
 class Live:
     """The teacher looks at every batch."""
 
-    def __init__(self, teacher: FrozenTeacher) -> None:
+    def __init__(self, teacher: FrozenTeacher | Observed) -> None:
         self.teacher = teacher
-        self.width: int = teacher.get_classifier().in_features
+        self.width = teacher.num_features if isinstance(teacher, Observed) else teacher.head.in_features
         self.views: int | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         images = batch.images if batch.teacher_images is None else batch.teacher_images
+        if isinstance(self.teacher, Observed):
+            return self.teacher.outputs(images)
         feature = self.teacher.forward_features(images)
         pooled = self.teacher.forward_head(feature, pre_logits=True)
-        return Outputs(feature, pooled, self.teacher.get_classifier()(pooled))
+        return Outputs(feature, pooled, self.teacher.forward_head(feature))
 
     def to(self, device: torch.device) -> Live:
         self.teacher.to(device)

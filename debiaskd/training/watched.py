@@ -1,4 +1,4 @@
-"""One pass of a model that gives its last feature map, what its last layer reads, and its logits.
+"""One pass of a model that gives its last feature map, what its last layers read, and its logits.
 
 Any model will do: the two places are found on a small run, and looked at while the model runs as ever. Nothing is
 computed twice, and nothing that is not asked for.
@@ -14,61 +14,71 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.depths import find
-from debiaskd.features import Layout, named_module, share
+from debiaskd.features import Layout, share
 from debiaskd.guide import Guide, Seen
+from debiaskd.last_layers import last_layers
 from debiaskd.terms import Outputs
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a model's last feature map comes from, and its last linear layer: names of modules."""
+    """Where a model's last feature map comes from, and the layers that it ends in: names of modules.
+
+    feature: "" where it was not asked for; `width` of its channels.
+    readers: the layers whose inputs are the pooled features, one after another; `pooled_width` of all of them.
+    classifier: the last layer, if it is one.
+    """
 
     feature: str
     layout: Layout
-    classifier: str
+    readers: tuple[str, ...]
     width: int
     pooled_width: int
 
+    @property
+    def classifier(self) -> str:
+        if len(self.readers) != 1:
+            raise ValueError(f"model must end in one layer, it ends in {list(self.readers)}")
+        return self.readers[0]
 
-def places(model: nn.Module, images: Tensor, layer: str | None = None, head: str | None = None) -> Places:
+
+def places(
+    model: nn.Module,
+    images: Tensor,
+    layer: str | None = None,
+    head: str | None = None,
+    wanted: Iterable[str] = ("feature", "pooled"),
+) -> Places:
     """Finds them.
 
     Args:
         model: from images to logits [N,K].
         images: [N,3,H,W] that it runs on.
         layer, head: names, where they are known.
+        wanted: any of "feature" and "pooled": nothing else is looked for.
 
     Raises:
         ValueError: not found, or no such module.
     """
-    depth = find(model, layer or "Final", images)
-    assert depth.module is not None
-    copied: Any = share(model).eval()
-    caught: dict[str, Any] = {}
+    feature, layout, width = "", Layout(), 0
+    if "feature" in wanted:
+        depth = find(model, layer or "Final", images)
+        assert depth.module is not None
+        feature, layout = depth.module, depth.layout
+        width = layout.to_map(_output(model, feature, images[:1].detach()), images[:1]).shape[1]
+    if "pooled" not in wanted:
+        return Places(feature, layout, (), width, 0)
+    found = last_layers("model", share(model).eval(), images[:1].detach(), head)
+    return Places(feature, layout, tuple(found.distinct), width, sum(shape.numel() for shape in found.distinct_shapes))
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            caught[name] = output
 
-        return hook
-
-    linear = {name: module for name, module in copied.named_modules() if isinstance(module, nn.Linear)}
-    for name, module in linear.items():
-        module.register_forward_hook(note(name))
-    copied.get_submodule(depth.module).register_forward_hook(note("feature"))
+def _output(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    copied, caught = share(model).eval(), []
+    copied.get_submodule(name).register_forward_hook(lambda module, arguments, output: caught.append(output))
     with torch.no_grad():
-        logits = copied(images[:1].detach())
-    feature = depth.layout.to_map(caught.pop("feature"), images[:1])
-    if head is not None:
-        if not isinstance(named_module("head", "model", model, head), nn.Linear):
-            raise ValueError(f"head must name an nn.Linear of the model, got {head!r}")
-    else:
-        found = [name for name, output in caught.items() if output is logits]
-        # A model that changes its logits after its last layer still has one; the last that ran.
-        head = found[-1] if found else next(reversed(caught), None)
-        if head is None:
-            raise ValueError(f"model must end in an nn.Linear, got {type(model).__name__} without one that runs")
-    return Places(depth.module, depth.layout, head, feature.shape[1], linear[head].in_features)
+        copied(images)
+    found: Tensor = caught[0]
+    return found
 
 
 class Watched(nn.Module):
@@ -84,13 +94,15 @@ class Watched(nn.Module):
         super().__init__()
         self.model, self.at = model, at
         self.caught: dict[str, Tensor] = {}
+        self.read: list[Tensor] = []
         self.looking = False  # nothing is held on to when others run the model
         if at is None:
             return
         if "feature" in wanted:
             model.get_submodule(at.feature).register_forward_hook(self._catch_feature)
         if "pooled" in wanted:
-            model.get_submodule(at.classifier).register_forward_pre_hook(self._catch_pooled)
+            for name in at.readers:
+                model.get_submodule(name).register_forward_pre_hook(self._catch_pooled)
 
     def _catch_feature(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         if self.looking:
@@ -98,7 +110,7 @@ class Watched(nn.Module):
 
     def _catch_pooled(self, module: nn.Module, arguments: Any) -> None:
         if self.looking:
-            self.caught["pooled"] = arguments[0]
+            self.read.append(arguments[0])
 
     def forward(self, images: Tensor, guide: Guide | None = None) -> tuple[Outputs, Seen | None]:
         """What the model gives; with a guide, of the same model, what that watches in the same pass."""
@@ -108,7 +120,9 @@ class Watched(nn.Module):
             logits = seen.logits if seen is not None else self.model(images)
         finally:
             self.looking = False
-        feature, pooled = self.caught.pop("feature", None), self.caught.pop("pooled", None)
+        feature = self.caught.pop("feature", None)
+        pooled = torch.cat([part.flatten(1) for part in self.read], 1) if self.read else None
+        self.read.clear()
         if feature is not None and self.at is not None:
             feature = self.at.layout.to_map(feature, images)
         return Outputs(feature, pooled, logits), seen

@@ -1,0 +1,153 @@
+"""Teachers whose logits read a class token, or whose head no cut could be made of, in whole recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchdata")
+pytest.importorskip("safetensors")
+pytest.importorskip("timm")
+
+import timm
+import training_runs as runs
+from timm.models.deit import VisionTransformerDistilled as Distilled
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from debiaskd import cli, networks
+from debiaskd.recipe import RecipeError
+from debiaskd.training.loaded import Loaded, evaluate_run
+from debiaskd.transplant import Transplanted
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("stages"),
+    pytest.mark.filterwarnings("ignore::debiaskd.reweight.ErrorSetWarning"),
+]
+FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+
+
+class Functional(nn.Module):
+    """Logits without any last layer to be found: a matrix and a function."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2)
+        self.matrix = nn.Parameter(torch.randn(classes, 4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.stem(images).amax((2, 3)) @ self.matrix.T
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vit(name: str, classes: int, pretrained: bool) -> nn.Module:
+        kinds = {"token": VisionTransformer, "distilled": Distilled}
+        return kinds[name](num_classes=classes, **VIT)
+
+    monkeypatch.setitem(networks._FAMILIES, "vit", vit)
+    monkeypatch.setitem(networks._FAMILIES, "functional", lambda name, classes, pretrained: Functional(classes))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.birds(tmp_path_factory.mktemp("tokens"))
+
+
+def recipe(teacher: str, student: str, **more: Any) -> dict[str, Any]:
+    found = {
+        "teacher": {"name": teacher, "method": "erm", "schedule": FAST},
+        "student": {"name": student},
+        "schedule": {**FAST, "epochs": 2},
+        "compute": {"accelerator": "cpu"},
+    }
+    return {**found, **more}
+
+
+DETT = {"transplant": {}, "terms": {"match": {}}, "weights": {"method": "errors", "up": 20, "epochs": 1}}
+
+
+@pytest.mark.parametrize(
+    "teacher, student", [("vit/token", "small/4,6"), ("vit/distilled", "small/4,6"), ("plain/6", "vit/token")]
+)
+def test_dett_between_transformers_and_convolutions(data: Path, tmp_path: Path, teacher: str, student: str) -> None:
+    document = recipe(teacher, student, **DETT)
+    file = runs.write(tmp_path / "r.yaml", data, document)
+    runs.train(file, tmp_path / "run")
+    loaded = Loaded(tmp_path / "run")
+    assert isinstance(loaded.model, Transplanted)
+    assert loaded.model.num_features == {"vit/token": 12, "vit/distilled": 24, "plain/6": 6}[teacher]
+    found = Loaded(tmp_path / "run", "teacher").model
+    held = dict(loaded.model.head.named_buffers())
+    last = [t for n, t in found.named_parameters() if n.rpartition(".")[0] in ("head", "head_dist", "fc")]
+    assert all(any(torch.equal(t, h) for h in held.values()) for t in last)
+    figures, _ = evaluate_run(tmp_path / "run", "student", None, None)
+    assert 0 <= figures["figures"]["accuracy"] <= 1
+
+
+def test_a_teachers_class_token_is_remembered(data: Path, tmp_path: Path) -> None:
+    document = recipe("vit/token", "small/4,6", **DETT)
+    document["terms"] = {"match": {}, "kd": {}, "sample": {}, "guide": {"weight": 0.1}}
+    live = runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "live")
+    document["teacher"]["cache"] = "fp32"
+    document["data"] = {"flip": False}
+    runs.train(runs.write(tmp_path / "c.yaml", data, document), tmp_path / "cached")
+    assert (tmp_path / "cached" / "teacher-cache" / "view-00" / "00000" / "feature.npy").exists()
+    assert json.loads((live.folder / "stage.json").read_text())["facts"]["epochs"] == 2
+
+
+@pytest.mark.parametrize("teacher", ["functional/x", "vit/token"])
+def test_kd_asks_for_no_cut(data: Path, tmp_path: Path, teacher: str) -> None:
+    document = recipe(teacher, "functional/x", terms={"kd": {}})
+    runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"(teacher|transplant): "):
+        runs.train(runs.write(tmp_path / "m.yaml", data, {**document, **DETT}), tmp_path / "match")
+
+
+def test_pooled_features_ask_for_no_map(data: Path, tmp_path: Path) -> None:
+    document = recipe("vit/distilled", "vit/token", terms={"kd": {}, "sample": {}, "relation": {}})
+    runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
+
+
+# -- a last layer that was not loaded ---------------------------------------------------------------------------------
+
+
+@timm.models.register_model
+def debiaskd_test_resnet(pretrained: bool = False, num_classes: int = 7, **more: object) -> ResNet:
+    """Stands in for a pretrained network of seven classes; nothing is downloaded."""
+    shape = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (4, 4, 4, 6)}
+    config = {"url": "", "num_classes": 7, "classifier": "fc", "input_size": (3, 16, 16)}
+    if pretrained:
+        torch.save(ResNet(**shape, num_classes=7).state_dict(), Path(more["folder"]) / "seven.pth")
+        config["file"] = str(Path(more.pop("folder")) / "seven.pth")
+    return timm.models.build_model_with_cfg(
+        ResNet, "debiaskd_test_resnet", pretrained, pretrained_cfg=config, **shape, num_classes=num_classes
+    )
+
+
+def pretrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inner = timm.create_model
+    folder = {"folder": str(tmp_path)}
+    monkeypatch.setattr(timm, "create_model", lambda name, **o: inner(name, **o, **folder if o["pretrained"] else {}))
+
+
+def test_a_random_last_layer_is_no_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained(monkeypatch, tmp_path)
+    document = recipe("debiaskd_test_resnet", "small/4", terms={"kd": {}})
+    document["teacher"] = {"name": "debiaskd_test_resnet", "pretrained": True}
+    file = runs.write(tmp_path / "r.yaml", data, document)
+    assert cli.main(["train", str(file), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "teacher.pretrained: the pretrained weights of debiaskd_test_resnet have a last layer of 7 classes" in said
+    assert not (tmp_path / "run").exists()
