@@ -26,6 +26,13 @@ def test_both_sets(tmp_path: Path, packed: bool) -> None:
         assert (made[name][0] == more.mnist_digits(len(labels), seed)).all()
 
 
+def test_files_with_a_dot_in_place_of_the_hyphen(tmp_path: Path) -> None:
+    more.mnist(tmp_path, [1, 2, 3], packed=False)
+    for file in list(tmp_path.iterdir()):
+        file.rename(tmp_path / file.name.replace("-idx", ".idx"))
+    assert mnist.read(tmp_path)["t10k"][1].tolist() == [1, 2, 3]
+
+
 def packed(content: bytes) -> bytes:
     """Without the time, which would be in the names of tests."""
     return gzip.compress(content, mtime=0)

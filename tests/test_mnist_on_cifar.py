@@ -230,6 +230,17 @@ def test_digits_without_ink_are_left_out(tmp_path: Path) -> None:
     assert used.isdisjoint(["t10k:3", "t10k:77"])
 
 
+def test_labels_without_a_class_are_counted_among_the_photographs(tmp_path: Path) -> None:
+    root = more.mnist_on_cifar(tmp_path)
+    more.cifar10(root / "cifar10", "npz", [7, 8, 9] * 4 + [10] * 200, [7, 8, 9])
+    with pytest.raises(DataError, match="train: 200 of 212 pictures were passed over: 200 × unknown category"):
+        mnist_on_cifar.read(root, Problems(), train=4, val=4, test=4)
+    problems = Problems(lenient=True)
+    source = mnist_on_cifar.read(root, problems, train=4, val=4, test=4)
+    assert len(problems.found["unknown category"]) == 200
+    assert ("train", "pictures") not in problems.tallies and len(source.splits["train"]) == 4
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     root = more.mnist_on_cifar(tmp_path)
     (root / "cifar10" / "test_1.npz").unlink()

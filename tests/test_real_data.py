@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ pytest.importorskip("PIL", reason="pictures are decoded with pillow")
 
 import data_trees as trees
 
-from debiaskd.data import Augment, PackedDataset, collate, prepare
+from debiaskd.data import Augment, PackedDataset, collate, prepare, waterbirds
+from debiaskd.data.records import Problems
 
 VOC, COCO = trees.SHARED / "voc2012_sample", trees.SHARED / "coco64"
+BIRDS = trees.SHARED / "waterbirds100"
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason=f"no real pictures at {VOC}")
 def test_voc(tmp_path: Path) -> None:
     prepared = prepare("voc", VOC, tmp_path / "out", size=96, shard_size=40)
-    assert prepared.problems.found == {}
+    assert prepared.problems.found == prepared.problems.notes == {}
     data = PackedDataset(tmp_path / "out", verify=True)
     assert len(data) == 100
     assert data.boxes.coords.shape == (273, 4)
@@ -42,11 +45,23 @@ def test_voc(tmp_path: Path) -> None:
     assert dropped.manifest["splits"]["trainval"]["boxes"] == 273 - 38
 
 
+@pytest.mark.skipif(not BIRDS.is_dir(), reason=f"no real pictures at {BIRDS}")
+def test_waterbirds_without_the_list_of_images(tmp_path: Path) -> None:
+    problems = Problems()
+    whole = waterbirds.read(BIRDS, problems)
+    shutil.copy(BIRDS / "bounding_boxes.txt", tmp_path)
+    alone = waterbirds.read(BIRDS, problems, boxes=tmp_path)
+    assert alone.fingerprint() == whole.fingerprint()
+    assert {name: len(split) for name, split in alone.splits.items()} == {"train": 4795, "val": 1199, "test": 5794}
+    assert all(split.part(0, len(split)).annotated.all() for split in alone.splits.values())
+    assert problems.found == problems.notes == {}
+
+
 @pytest.mark.skipif(not COCO.is_dir(), reason=f"no real pictures at {COCO}")
 def test_coco(tmp_path: Path) -> None:
     document = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
     prepared = prepare("coco", COCO, tmp_path / "out", size=96, crowd="mask")
-    assert prepared.problems.found == {}
+    assert prepared.problems.found == prepared.problems.notes == {}
     data = PackedDataset(tmp_path / "out", verify=True)
     assert len(data) == 64
     assert len(data.classes) == 80

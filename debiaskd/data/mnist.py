@@ -1,4 +1,5 @@
-"""MNIST's IDX files, packed or not: `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`."""
+"""MNIST's IDX files, packed or not: `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`, or with
+`.idx3-ubyte` in place of `-idx3-ubyte`, as they are called when unpacked by some tools."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def read(folder: Path) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
+    names = [spelled + packed for spelled in (name, name.replace("-idx", ".idx")) for packed in (".gz", "")]
+    return next((folder / spelled for spelled in names if (folder / spelled).is_file()), None)
 
 
 def _idx(file: Path, sides: tuple[int, ...]) -> NDArray[np.uint8]:

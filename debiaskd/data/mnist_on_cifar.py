@@ -19,7 +19,8 @@ from torch import Tensor
 from debiaskd import checks
 from debiaskd.data import cifar, mnist, pasting, shortcut
 from debiaskd.data.cifar_files import Images
-from debiaskd.data.records import DataError, Problems, Source, Split, choose_splits
+from debiaskd.data.problems import DataError, Problems
+from debiaskd.data.records import Source, Split, choose_splits
 
 DIGITS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 CLASSES, PLACES = ("0 to 4", "5 to 9"), ("land", "water")
@@ -126,8 +127,10 @@ def _digits(folder: Path, generator: torch.Generator, problems: Problems) -> tup
     labels = torch.from_numpy(np.concatenate([labels for _, labels in sets.values()]))
     classes = torch.isin(labels, torch.tensor(DIGITS[1])).long()
     visible = torch.from_numpy(images.max((1, 2)) >= 128)
+    tally = problems.tally(folder.name, "digits", of_file=True)
+    tally.total = len(names)
     for number in (~visible).nonzero()[:, 0].tolist():
-        problems.add("digit without ink, left out", names[number])
+        problems.add("digit without ink, left out", names[number], tally)
     in_test = torch.arange(len(images)) >= len(sets["train"][0]) if len(sets) == 2 else torch.zeros_like(visible)
     train, test = (_kinds(classes, visible & part, generator) for part in (~in_test, in_test))
     return _Digits(images, names), _deal(train, test if len(sets) == 2 else None, "digits", folder)
@@ -137,7 +140,10 @@ def _photographs(
     folder: Path, generator: torch.Generator, problems: Problems
 ) -> tuple[dict[str, _Photographs], dict[str, list[Tensor]]]:
     """The photographs of each split, and the numbers of those it may use, by place."""
-    source = cifar.read(folder, problems, splits=("train", "test"))
+    own = Problems(problems.strict, problems.lenient)  # its splits are not those that are drawn
+    source = cifar.read(folder, own, splits=("train", "test"))
+    own.check(source.splits)
+    problems.merge(own.found)
     missing = [name for name in (*LAND, *WATER) if name not in source.classes]
     if missing:
         raise DataError(f"{folder}: must be CIFAR-10, and has no class {', '.join(missing)}")
