@@ -51,12 +51,12 @@ class Plain(nn.Module):
 networks._FAMILIES["plain"] = lambda width, classes, pretrained: Plain(classes, int(width))
 
 
-def birds(root: Path) -> Path:
+def birds(root: Path, size: int = 16) -> Path:
     """48 training, 16 validation and 16 test pictures of two classes and four groups, with boxes."""
     rows = [(i % 2, 0 if i < 48 else 1 if i < 64 else 2, (i // 2) % 2 if i % 4 < 2 else i % 2) for i in range(80)]
     trees.waterbirds(root / "birds", rows)
-    prepare("waterbirds", root / "birds", root / "birds16", size=16, workers=1)
-    return root / "birds16"
+    prepare("waterbirds", root / "birds", root / f"birds{size}", size=size, workers=1)
+    return root / f"birds{size}"
 
 
 #: The labels alone.
