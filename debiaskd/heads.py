@@ -39,7 +39,23 @@ def freeze(module: Module) -> Module:
             if parameter is not None:
                 del part._parameters[name]
                 part.register_buffer(name, parameters[id(parameter)])
+                part.__dict__.setdefault("learned_buffers", []).append(name)
     return module.eval()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Learned numbers in a model as it is deployed, each tensor once: its parameters, the frozen tensors of a
+    transplanted head, which are buffers, and other buffers that a module names in `learned_buffers` (CID's contexts).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), freeze(nn.Linear(4, 2)))
+        >>> sum(parameter.numel() for parameter in model.parameters()), count_parameters(model)
+        (36, 46)
+    """
+    learned = list(model.parameters())
+    for module in model.modules():
+        learned += [getattr(module, name) for name in getattr(module, "learned_buffers", ())]
+    return sum({id(tensor): tensor.numel() for tensor in learned}.values())
 
 
 class Frozen(nn.Module):

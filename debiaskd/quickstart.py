@@ -20,10 +20,10 @@ from debiaskd import doctor, report
 from debiaskd.data import digits
 from debiaskd.gallery import Gallery
 from debiaskd.guide import Guide
+from debiaskd.heads import count_parameters
 from debiaskd.methods import METHODS, Context, Method, Settings, label_loss
 from debiaskd.metrics import energy_in_box, group_accuracy
 from debiaskd.reweight import group_weights
-from debiaskd.terms.backdoor import Intervention
 from debiaskd.train import Fitted, fit, in_batches
 from debiaskd.training.learner import Learner
 
@@ -199,7 +199,7 @@ def _row(
         "worst_group_accuracy": accuracy.worst_group,
         "energy_in_box": 100 * float(energy.double().mean()),
         "seconds": round(seconds, 3),
-        "parameters": _parameters(model),
+        "parameters": count_parameters(model),
         "unbiased_accuracy": accuracy.unbiased,
         "adjusted_accuracy": accuracy.adjusted,
         "group_accuracies": {
@@ -215,11 +215,3 @@ def _maps(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Input × gradient at the last feature map: in closed form, but for logits that are adjusted for contexts."""
     guide = Guide(model)
     return torch.cat([guide.attribute(*part) for part in zip(images.split(500), labels.split(500))])
-
-
-def _parameters(model: nn.Module) -> int:
-    """Learned numbers in what is deployed: a transplanted head counts though it is no parameter, contexts likewise."""
-    classifier: nn.Linear = model.get_classifier()  # type: ignore[operator]
-    learned = [*model.parameters(), classifier.weight, classifier.bias]
-    learned += [module.context for module in model.modules() if isinstance(module, Intervention)]
-    return sum({id(tensor): tensor.numel() for tensor in learned if tensor is not None}.values())

@@ -193,6 +193,8 @@ def test_reports(made: tuple[Path, Reader], reader: Reader) -> None:
     found = measure(run, "run", "val")
     reader.check(6)
     scores = expected(run).softmax(1)
+    weights = load_file(run / "student" / "model.safetensors").values()  # without batch norm all floats are learned
+    assert found.parameters == sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
     assert found.looks
     for example, look in zip(found.examples, found.looks):
         assert look.score == pytest.approx(float(scores[example.number, example.target]), abs=1e-5)

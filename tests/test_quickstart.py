@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from debiaskd import methods, quickstart, report, train
+from debiaskd.heads import count_parameters
 from debiaskd.methods import METHODS, Context, Settings
 from debiaskd.models import SmallNet
 from debiaskd.reweight import ErrorSetWarning
@@ -185,9 +186,9 @@ def test_parameters_count_the_transplanted_head(context):
     model = context.transplanted()
     head = sum(tensor.numel() for tensor in context.teacher.get_classifier().parameters())
     trained = sum(parameter.numel() for parameter in model.parameters())
-    assert quickstart._parameters(model) == trained + head
+    assert count_parameters(model) == trained + head
     student = context.student()
-    assert quickstart._parameters(student) == sum(p.numel() for p in student.parameters())
+    assert count_parameters(student) == sum(p.numel() for p in student.parameters())
 
 
 def test_contexts_are_part_of_what_is_deployed(context):
@@ -200,8 +201,8 @@ def test_contexts_are_part_of_what_is_deployed(context):
     deployed = model.deployed().eval()
     assert deployed.intervention.context.any() and not deployed.intervention.context.requires_grad
     assert not torch.allclose(deployed(context.images[:8]), model.watched.model(context.images[:8]))
-    learned = quickstart._parameters(model.watched.model) + sum(t.numel() for t in deployed.intervention.parameters())
-    assert quickstart._parameters(deployed) == learned + deployed.intervention.context.numel()
+    learned = count_parameters(model.watched.model) + sum(t.numel() for t in deployed.intervention.parameters())
+    assert count_parameters(deployed) == learned + deployed.intervention.context.numel()
 
 
 def test_fit_keeps_the_best_epoch():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from debiaskd import files
 from debiaskd.boxes import Boxes
 from debiaskd.gallery import data_uri, glowing
+from debiaskd.heads import count_parameters
 from debiaskd.ignoring import of_class
 from debiaskd.metrics import energy_in_box
 from debiaskd.recipe import to_dict
@@ -137,7 +138,7 @@ def measure(folder: Path, name: str, split: str | None = None, data: str | None 
         validated=digest([inputs.get("data"), recipe.data.validation, recipe.data.seed]),
         groups=tuple(pictures.whole.groups),
         figures=document["figures"],
-        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        parameters=count_parameters(loaded.model),
         looked_at=_in_words(evaluated.guide),
         steps=steps,
         epochs=epochs,

@@ -42,6 +42,7 @@ class BackdoorOptions(TermOptions):
 class Intervention(nn.Module):
     """The second head, [N,D] features and [N,K] logits to adjusted logits [N,K]; the contexts [K,D] are a buffer."""
 
+    learned_buffers: ClassVar[tuple[str, ...]] = ("context",)
     context: Tensor
 
     def __init__(self, width: int, num_classes: int, mode: str, temperature: float) -> None:
