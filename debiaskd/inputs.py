@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from debiaskd.weight_files import weights_file
+
 #: Of ImageNet's pixels in 0..1, what most weights were trained with.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -208,6 +210,41 @@ def saved(file: Path, name: str) -> InputContract | None:
         return None if text is None else of_weights(json.loads(text), name)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_contract(path: Path | str) -> InputContract:
+    """The contract that `debiaskd train` saved with weights.
+
+    Args:
+        path: the folder of a run, for its student; a stage's folder; or a `.safetensors` file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no safetensors file, or none that has a contract.
+
+    Example:
+        >>> import tempfile
+        >>> from debiaskd.weight_files import save_weights
+        >>> about = {"input": InputContract((48, 48)).to_dict()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(nn.Linear(2, 1), Path(folder, "model.safetensors"), about)
+        ...     print(read_contract(folder))
+        3×48×48, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), bilinear
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = weights_file(path)
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("debiaskd", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{file}: no safetensors file ({error})") from None
+    if about.get("input") is None:
+        raise ValueError(
+            f"{file}: has no input contract; weights that debiaskd wrote before there were any read ImageNet's mean "
+            "and std, or six channels for B-cos"
+        )
+    return InputContract.from_dict(about["input"])
 
 
 def of_weights(about: Mapping[str, Any], name: str, key: str = "input") -> InputContract:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import debiaskd as dk
+from debiaskd.inputs import InputContract, Preprocess, resize
 from debiaskd.models import SmallNet
+from debiaskd.networks import save_weights
 from debiaskd.ops import backdoor, backend
 from debiaskd.terms.backdoor import Intervened, Intervention
 
@@ -125,11 +127,39 @@ def test_the_page_on_deployment_does_what_it_says(tmp_path: Path, monkeypatch: p
     require_onnx()
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"student": built("exact on a transplanted student"), "images": images(2)}
+    names["pixels"] = torch.randint(0, 256, (2, 3, 48, 40), dtype=torch.uint8)
+    contract = InputContract((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+    folder = tmp_path / "runs" / "birds" / "student"
+    folder.mkdir(parents=True)
+    save_weights(names["student"], folder / "model.safetensors", {"input": contract.to_dict()})
     page = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(block, names)
     close(names["logits"], names["student"](names["images"]))
     assert (tmp_path / "student.pt2").exists() and (tmp_path / "student.onnx").exists()
+    read = resize(names["pixels"] / 255, (32, 32), "bicubic") * 2 - 1
+    close(torch.export.load(tmp_path / "whole.pt2").module()(names["pixels"]), names["student"](read))
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [
+        InputContract((32, 32), interpolation="bicubic"),  # not resized
+        InputContract((24, 20), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        InputContract((24, 20), interpolation="nearest"),
+    ],
+    ids=str,
+)
+def test_onnx_reads_pixels(contract: InputContract) -> None:
+    require_onnx()
+    model = nn.Sequential(Preprocess(contract), built("transplanted")).eval()
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    program: Any = torch.onnx.export(model, (pixels[:2],), dynamo=True, dynamic_shapes=BATCH, verbose=False)
+    file = io.BytesIO()
+    program.save(file)
+    session = importlib.import_module("onnxruntime").InferenceSession(file.getvalue())
+    (logits,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    close(torch.from_numpy(logits), model(pixels))
 
 
 LOADED = """

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from debiaskd.boxes import Boxes
 from debiaskd.data import Augment, Batch
-from debiaskd.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, accepts, resize, resolve, saved
+from debiaskd.inputs import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InputContract,
+    Preprocess,
+    accepts,
+    read_contract,
+    resize,
+    resolve,
+    saved,
+)
 from debiaskd.networks import NetworkError, build, prepare, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +90,20 @@ def test_a_run_of_before_there_were_contracts_takes_the_default(tmp_path: Path) 
     save_weights(nn.Linear(1, 1), file, {"size": 48, "stage": "student"})
     assert found("tf_efficientnet_lite0", weights=file) == InputContract((48, 48))
     assert saved(file, "bcos/resnet18") == found("bcos/resnet18", 48)
+
+
+def test_reading_a_contract_from_files_that_have_none(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError):
+        read_contract(file)
+    save_weights(nn.Linear(1, 1), file, {"size": 48, "stage": "student"})
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: has no input contract; weights that debiaskd wrote before"
+    ):
+        read_contract(tmp_path)
+    file.write_bytes(b"?" * 64)
+    with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file \("):
+        read_contract(file)
 
 
 def test_the_recipe_comes_first_key_by_key(tmp_path: Path) -> None:
