@@ -1,6 +1,7 @@
 """A run: the chain of stages that a recipe asks for, each in a folder of its own.
 
-    RUN/recipe.yaml             what was asked for, with every default
+    RUN/recipe.yaml             what is asked for, with every default
+    RUN/begun.yaml              what it was begun with, of which fingerprints are made
     RUN/teacher/                a teacher that is trained here
     RUN/identification/         a brief training, whose mistakes are to weigh more
     RUN/weights/                the samples' weights
@@ -22,6 +23,7 @@ from typing import Any
 from debiaskd import files
 from debiaskd.data import manifest
 from debiaskd.recipe import Recipe, RecipeError, to_dict
+from debiaskd.training import begun
 from debiaskd.version import __version__
 
 STAGE = "stage.json"
@@ -46,28 +48,24 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe, *, write: bool = True) -> None:
         self.folder, self.recipe, self.write = folder, recipe, write
-        if not write:
-            return
-        strangers = folder.exists() and any(folder.iterdir()) and not (folder / "recipe.yaml").exists()
+        strangers = write and folder.exists() and any(folder.iterdir()) and not (folder / "recipe.yaml").exists()
         if strangers:
             raise RunError(f"{folder}: is neither empty nor a run's folder; choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        text = as_yaml(recipe)
-        if not (folder / "recipe.yaml").exists() or (folder / "recipe.yaml").read_text(encoding="utf-8") != text:
-            self._unchanged()
-            files.write_text(folder / "recipe.yaml", text)
-
-    def _unchanged(self) -> None:
-        """What decides the outcome of something begun must not have changed; anything else may."""
-        if not (self.folder / "recipe.yaml").exists():
+        before, now = begun.read(folder), to_dict(recipe)
+        #: What the run was begun with, of which fingerprints are made.
+        self.document = now if before is None else begun.settled(before, now)
+        if not write:
             return
-        import yaml
-
-        before = decisive(yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8")))
-        difference = first_difference(before, decisive(to_dict(self.recipe)))
-        if difference is not None:
-            key, old, new = difference
-            raise RunError(f"{self.folder}: was begun with {key}: {old}, not {new}; choose another --out")
+        if before is not None:
+            difference = first_difference(decisive(before), decisive(self.document))
+            if difference is not None:
+                key, old, new = difference
+                raise RunError(f"{folder}: was begun with {key}: {old}, not {new}; choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        if before is not None:  # first, because it is what is lost with the recipe of an earlier version
+            _write_yaml(folder / "begun.yaml", before, again=False)
+        _write_yaml(folder / "recipe.yaml", now)
+        _write_yaml(folder / "begun.yaml", now, again=False)
 
     def stage(
         self,
@@ -91,7 +89,8 @@ class Run:
         folder, fingerprint = self.folder / name, digest({"format": FORMAT, **inputs})
         found = Stage.read(folder)
         known = {fingerprint, *([] if older is None else [digest({"format": FORMAT, **older})])}
-        if found is not None and found.fingerprint in known:
+        same = found is not None and begun.same_inputs(found.inputs, json.loads(json.dumps(inputs)))
+        if found is not None and (same or found.fingerprint in known):
             found.verify()
             return found
         if found is not None:
@@ -195,9 +194,12 @@ def data_fingerprint(path: str) -> str:
 
 def decisive(document: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without what has no influence on the outcome, and without where the data lies."""
-    compute = {key: document["compute"].get(key) for key in ("precision", "compile", "sync_batchnorm")}
-    data = {key: value for key, value in document["data"].items() if key not in ("path", "url", "test")}
-    return {**document, "compute": compute, "data": data}
+    found = dict(document)
+    if "compute" in document:
+        chosen = ("precision", "compile", "sync_batchnorm")
+        found["compute"] = {key: value for key, value in document["compute"].items() if key in chosen}
+    found["data"] = {key: value for key, value in document["data"].items() if key not in ("path", "url", "test")}
+    return found
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
@@ -216,7 +218,18 @@ def digest(document: Any) -> str:
 
 
 def as_yaml(recipe: Recipe) -> str:
+    return _yaml(to_dict(recipe))
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
     import yaml
 
-    text: str = yaml.safe_dump(to_dict(recipe), sort_keys=False)
+    text: str = yaml.safe_dump(document, sort_keys=False)
     return text
+
+
+def _write_yaml(path: Path, document: Mapping[str, Any], *, again: bool = True) -> None:
+    """Unless it is there: as it would be, or, without `again`, at all."""
+    text = _yaml(document)
+    if not path.exists() or (again and path.read_text(encoding="utf-8") != text):
+        files.write_text(path, text)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from debiaskd import files
 from debiaskd.networks import load_weights, weights_hash
-from debiaskd.recipe import Network, Recipe, Schedule, Teacher, to_dict
+from debiaskd.recipe import Network, Recipe, Schedule, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.caching import PARTS, Cached, fill
@@ -83,14 +83,10 @@ class Chain:
 
     def common(self) -> dict[str, Any]:
         """What decides about every training, whatever the stage."""
-        everything = decisive(to_dict(self.recipe))
+        everything = decisive(self.run.document)
         data = {k: v for k, v in everything["data"].items() if k not in ("annotated_fraction", "dilate")}
-        return {
-            "pictures": data,
-            "compute": everything["compute"],
-            "selection": everything["selection"],
-            "seed": self.recipe.seed,
-        }
+        found = {"pictures": data, "seed": self.recipe.seed}
+        return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
 
     def student(self) -> Stage:
         """The last stage, after all those that it needs.
@@ -125,7 +121,7 @@ class Chain:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
                 teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
-        inputs = {**before, **self.fitting.inputs(*networks), "recipe": decisive(to_dict(recipe))}
+        inputs = {**before, **self.fitting.inputs(*networks), "recipe": decisive(self.run.document)}
 
         chosen = selecting(self.fitting)
 
@@ -186,7 +182,7 @@ class Chain:
         assert recipe.pretraining is not None
         schedule = recipe.pretraining
         inputs = {**self.base, **self.common(), **self.fitting.inputs(recipe.student)}
-        inputs |= {"student": dataclasses.asdict(recipe.student), "schedule": vars(schedule)}
+        inputs |= {"student": self.run.document["student"], "schedule": self.run.document["pretraining"]}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             model = self.fitting.network(recipe.student, "student")
@@ -234,10 +230,12 @@ class Chain:
 
     def identified(self, name: str, network: Network, schedule: Schedule) -> tuple[Any, str]:
         """Which training pictures a briefly and plainly trained network gets right, once it is trained."""
-        said = dataclasses.asdict(network)
-        plain = {field.name: said[field.name] for field in dataclasses.fields(Network)}  # of a teacher, too
+        teacher = isinstance(network, Teacher)
+        said = self.run.document["teacher" if teacher else "student"]
+        words = (said if teacher else self.run.document)["schedule"]
+        plain = {field.name: said[field.name] for field in dataclasses.fields(Network) if field.name in said}
         inputs = {**self.base, **self.common(), **self.fitting.inputs(network)}
-        inputs |= {"network": plain, "schedule": vars(schedule)}
+        inputs |= {"network": plain, "schedule": {key: value for key, value in vars(schedule).items() if key in words}}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             model = self.fitting.network(network, name)

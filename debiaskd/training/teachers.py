@@ -7,7 +7,6 @@ that follow it, so that those pictures do not select the student's epoch unless 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
     inputs = {**chain.base, **chain.common(), **chain.fitting.inputs(options)}
-    inputs["teacher"] = dataclasses.asdict(options)
+    inputs["teacher"] = dict(chain.run.document["teacher"])
     if options.method in ("balanced", "group_dro"):
         assert groups is not None
         sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)

@@ -1,0 +1,93 @@
+"""What a run was begun with, and what a newer version or another place makes of it.
+
+A run's fingerprints are of the recipe that it was begun with, which stays in its folder as `begun.yaml`. A key that
+came with a newer version and is left at its default does not enter them. A file of weights that lies elsewhere now is
+told by its content alone. Everything else that decides the outcome has to be as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from debiaskd.recipe import Compute, Data, Network, Recipe, Schedule, Selection, Teacher
+
+#: What a stage's inputs have of a recipe, by their keys.
+SECTIONS: dict[str, type] = {
+    "recipe": Recipe,
+    "pictures": Data,
+    "compute": Compute,
+    "selection": Selection,
+    "student": Network,
+    "network": Network,
+    "teacher": Teacher,
+    "schedule": Schedule,
+}
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The recipe that the run in a folder was begun with, as it was written; None if there is no run yet."""
+    import yaml
+
+    # In this order: of a run of an earlier version, another process writes begun.yaml before it changes recipe.yaml.
+    texts = []
+    for name in ("recipe.yaml", "begun.yaml"):
+        try:
+            texts.append((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+    if not texts:
+        return None
+    found: dict[str, Any] = yaml.safe_load(texts[-1])
+    return found
+
+
+def settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe `now` in the words of the recipe `before`: without newer keys at their defaults, and with the paths
+    that weights were begun from."""
+    found = without_newer(Recipe, before, now)
+    for name in ("student", "teacher"):
+        here, there = found.get(name), before.get(name)
+        if isinstance(here, dict) and isinstance(there, Mapping) and here.get("weights") and there.get("weights"):
+            here["weights"] = there["weights"]
+    return found
+
+
+def without_newer(cls: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`now` without the keys that `before` lacks and that have their defaults.
+
+    Args:
+        cls: the dataclass whose options both are.
+        before, now: as `dataclasses.asdict` gives them; parts of it may be missing in both.
+    """
+    hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    found: dict[str, Any] = {}
+    for name, value in now.items():
+        if name not in before and name in fields and value == _default(fields[name]):
+            continue
+        kinds = (hints.get(name), *get_args(hints.get(name)))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+        both = isinstance(value, Mapping) and isinstance(before.get(name), Mapping)
+        found[name] = without_newer(inner, before[name], value) if inner is not None and both else value
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether stages' inputs differ in nothing but keys that one of them lacks and the other has at its default."""
+    return _settled(before, now) == _settled(now, before)
+
+
+def _settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: without_newer(SECTIONS[name], before[name], value)
+        if name in SECTIONS and isinstance(value, Mapping) and isinstance(before.get(name), Mapping)
+        else value
+        for name, value in now.items()
+    }
