@@ -86,5 +86,5 @@ def _averaged(learner: Learner) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in learner.state_dict().items()
-        if tensor.is_floating_point() and name not in buffers
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and name not in buffers  # not a guide's decision
     }
