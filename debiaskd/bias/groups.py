@@ -1,0 +1,119 @@
+"""Groups that were found, not annotated: what they are, how sure, how they compare with known ones."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from debiaskd import checks, files
+
+
+@dataclass(frozen=True)
+class FoundGroups:
+    """A cluster within its class for each of N samples.
+
+    Attributes:
+        labels: int64 [N], the classes.
+        clusters: int64 [N] from 0 within each class, the largest first.
+        confidence: float64 [N] in [0,1], 1 − (distance to the own cluster's centre) / (distance to the next one's); 1
+            in a class of one cluster.
+    """
+
+    labels: Tensor
+    clusters: Tensor
+    confidence: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("clusters", "confidence"):
+            checks.shape(name, getattr(self, name), "[N]", [len(self.labels)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def groups(self) -> Tensor:
+        """int64 [N] from 0: one number for each pair of class and cluster that occurs, by class, then by cluster."""
+        pairs = torch.stack([self.labels, self.clusters], 1)
+        numbers: Tensor = pairs.unique(dim=0, return_inverse=True)[1]
+        return numbers
+
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """Samples of each (class, cluster)."""
+        pairs, counts = torch.stack([self.labels, self.clusters], 1).unique(dim=0, return_counts=True)
+        return {(int(label), int(cluster)): int(count) for (label, cluster), count in zip(pairs, counts)}
+
+    def score(self, known: Tensor) -> dict[str, float]:
+        """Agreement with annotated groups.
+
+        Args:
+            known: int64 [N], the annotated group of each sample. Two samples of different classes may share a number
+                (an annotated bias attribute): classes are told apart here.
+
+        Returns:
+            adjusted_rand_index: within each class that has more than one known group, averaged by its samples; the
+                class itself was given and counts for nothing. 1 is perfect, 0 chance.
+            smallest_group_recall: of the smallest known group, the share among as many samples as it has, taken from
+                its class's smallest cluster on, the surest first.
+            smallest_group: samples of that group.
+
+        Raises:
+            TypeError, ValueError: known is not int64 [N], or no class has two known groups.
+        """
+        from sklearn.metrics import adjusted_rand_score
+
+        checks.shape("known", checks.tensor("known", known), "[N]", [len(self)])
+        if known.dtype != torch.int64:
+            raise TypeError(f"known must be int64, got {known.dtype}")
+        found, samples = 0.0, 0
+        smallest: tuple[int, int, int] | None = None
+        for label in self.labels.unique().tolist():
+            of_class = self.labels == label
+            groups, counts = known[of_class].unique(return_counts=True)
+            if len(groups) < 2:
+                continue
+            index = adjusted_rand_score(known[of_class].tolist(), self.clusters[of_class].tolist())
+            found, samples = found + index * int(of_class.sum()), samples + int(of_class.sum())
+            count, group = min(zip(counts.tolist(), groups.tolist()))
+            if smallest is None or count < smallest[0]:
+                smallest = (count, group, label)
+        if smallest is None:
+            raise ValueError("known must have two groups in some class, got one in each")
+        count, group, label = smallest
+        of_class = (self.labels == label).nonzero()[:, 0]
+        # The last cluster is the smallest. lexsort: by cluster first, then by confidence.
+        order = of_class[self.confidence[of_class].argsort(descending=True, stable=True)]
+        order = order[self.clusters[order].argsort(descending=True, stable=True)][:count]
+        recall = float((known[order] == group).double().mean())
+        return {
+            "adjusted_rand_index": found / samples,
+            "smallest_group_recall": recall,
+            "smallest_group": float(count),
+        }
+
+    def to_csv(self, path: Path | str, names: Sequence[str], classes: Sequence[str] | None = None) -> None:
+        """Write `bias.csv` as `debiaskd prepare folder` reads it, with two more columns.
+
+        Args:
+            path: of the file: path, bias, class, confidence. The bias is `found-0`, `found-1`, …: the cluster within
+                the class.
+            names: [N], each picture's path.
+            classes: names of the classes; None: their numbers.
+        """
+        if len(names) != len(self):
+            raise ValueError(f"names must be of N={len(self)} pictures, got {len(names)}")
+
+        def write(unfinished: Path) -> None:
+            with open(unfinished, "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file)
+                rows.writerow(["path", "bias", "class", "confidence"])
+                for name, label, cluster, sure in zip(
+                    names, self.labels.tolist(), self.clusters.tolist(), self.confidence.tolist()
+                ):
+                    rows.writerow([name, f"found-{cluster}", classes[label] if classes else label, f"{sure:.4f}"])
+
+        files.write(Path(path), write)
