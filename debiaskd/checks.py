@@ -8,11 +8,12 @@ of `packed_boxes`, which read values and therefore run only where reading them c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def tensor(name: str, value: object) -> Tensor:
@@ -119,9 +120,34 @@ def size(name: str, value: object) -> tuple[int, int]:
     return int(value[0]), int(value[1])
 
 
+#: Whether one of `torch.func`'s transforms is at work, as torch itself asks before each autograd.Function.
+_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def transformed() -> bool:
+    """Whether tensors may carry more than values: under `torch.func`'s transforms and forward-mode differentiation."""
+    return forward_ad._current_level >= 0 or _transforms()
+
+
+def readable(value: Tensor) -> bool:
+    """Whether looking at values costs nothing and can be done: on the CPU, outside of compiled graphs and of `vmap`."""
+    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    return not (transformed() and _batched(value))
+
+
+def _batched(value: Tensor) -> bool:
+    """Whether `vmap` is among the transforms that a tensor is wrapped by."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            return True
+        value = torch._C._functorch.get_unwrapped(value)
+    return False
+
+
 def finite_nonnegative(name: str, value: Tensor) -> None:
     """Values, not only metadata: on the CPU and outside of a compiled graph, where looking costs nothing."""
-    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+    if not readable(value):
         return
     low, high = (float(v) for v in torch.aminmax(value))
     if not (low >= 0 and high < math.inf):

@@ -260,6 +260,62 @@ def test_epochs_are_set_alike_for_both_formats(prepared: Path, streamed: Path, f
         set_epoch(batches, -1)
 
 
+@pytest.mark.parametrize("format", ["npy", "litdata"])
+def test_epochs_and_states_go_through_lightning_fabric(
+    prepared: Path, streamed: Path, tmp_path: Path, format: str
+) -> None:
+    """Its loaders count their own iterations and give that to the sampler, whatever was set before."""
+    pytest.importorskip("torchdata", reason="needs the data extra")
+    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    path = prepared if format == "npy" else streamed
+
+    def made() -> Any:
+        return loader(open_dataset(path), 4, shuffle=True, seed=2)
+
+    orders = []
+    for epoch in range(4):
+        alone = made()
+        set_epoch(alone, epoch)
+        orders.append(numbers(alone))
+    wrapped = fabric.setup_dataloaders(made())
+    for epoch in (2, 0, 3):
+        set_epoch(wrapped, epoch)
+        assert numbers(wrapped) == orders[epoch]
+    counted = fabric.setup_dataloaders(made())
+    if format == "npy":
+        assert [numbers(counted) for _ in range(2)] == orders[:2], "its own count, where none was set"
+    begun = made()
+    set_epoch(begun, 2)
+    iterator = iter(begun)
+    _ = [next(iterator) for _ in range(2)]
+    state = begun.state_dict()
+    for epoch, expected in ((2, orders[2][2:]), (3, orders[3]), (1, orders[1])):  # goes on; begins another
+        resumed = made()
+        resumed.load_state_dict(state)
+        resumed = fabric.setup_dataloaders(resumed)
+        set_epoch(resumed, epoch)
+        assert numbers(resumed) == expected
+    if format == "npy":
+        wrapped = fabric.setup_dataloaders(made())
+        set_epoch(wrapped, 2)
+        iterator = iter(wrapped)
+        _ = [next(iterator) for _ in range(2)]
+        fabric.save(tmp_path / "state.ckpt", {"batches": wrapped})
+        resumed = fabric.setup_dataloaders(made())
+        fabric.load(tmp_path / "state.ckpt", {"batches": resumed})
+        set_epoch(resumed, 2)
+        assert numbers(resumed) == orders[2][2:]
+        forgotten = made()
+        forgotten.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"of epoch 2, .* called with 0, .* say which epoch comes next"):
+            numbers(fabric.setup_dataloaders(forgotten))
+
+
+def test_what_has_no_epochs_of_ours_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"what debiaskd.data.loader returned, got DataLoader"):
+        set_epoch(torch.utils.data.DataLoader([1, 2]), 1)
+
+
 def test_litdata_groups_and_areas_to_be_ignored(tmp_path: Path) -> None:
     pytest.importorskip("litdata", reason="needs the data extra")
     prepare("waterbirds", trees.waterbirds(tmp_path / "birds"), tmp_path / "b", size=10, format="litdata")

@@ -59,10 +59,16 @@ class EpochSampler(DistributedSampler[Any]):
         self.total, self.weights = len(dataset), weights
         self.position = self.start = 0
         self.wanted: int | None = None
+        self.certain = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Before each epoch. Another one than that of a state that was loaded begins at its beginning."""
+        """torch's, before each epoch; Lightning Fabric's loaders call it by themselves, counting from 0.
+
+        Since they know nothing of a state that was loaded, an epoch before that of the state is refused when the
+        iteration begins. `debiaskd.data.set_epoch` and `start_at` say it for certain.
+        """
         super().set_epoch(epoch)
+        self.certain = self.certain and epoch == self.wanted
         self.wanted = epoch
 
     def __len__(self) -> int:
@@ -84,18 +90,21 @@ class EpochSampler(DistributedSampler[Any]):
         return drawn[self.rank :: self.num_replicas].tolist()
 
     def start_at(self, epoch: int, position: int) -> None:
-        """The next iteration reads `epoch`, without the first `position` pictures of this rank."""
+        """The next iteration reads `epoch`, without the first `position` pictures of this rank, whatever state was
+        loaded for another epoch."""
         self.set_epoch(epoch)
+        self.certain = True
         self.position = self.start = position
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity(), "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, unless `set_epoch` asked for another epoch.
+        """Go on where `state` was taken, unless another epoch was asked for.
 
         Raises:
-            ValueError: it is of another order: seed, number of pictures or ranks differ.
+            ValueError: it is of another order: seed, number of pictures or ranks differ; or of a later epoch than
+                torch's `set_epoch` asked for.
         """
         for key, value in self._identity().items():
             if state.get(key) != value:
@@ -104,6 +113,12 @@ class EpochSampler(DistributedSampler[Any]):
                 )
         # A DataLoader calls this only when it begins to iterate: which epoch that is may have been said since.
         same = self.wanted in (None, state["epoch"])
+        if self.wanted is not None and self.wanted < state["epoch"] and not self.certain:
+            raise ValueError(
+                f"the state that was loaded is of epoch {state['epoch']}, and the sampler's set_epoch was called with "
+                f"{self.wanted}, as Lightning Fabric's loaders do, which count from 0: say which epoch comes next with "
+                "debiaskd.data.set_epoch(batches, epoch), before each"
+            )
         self.epoch = state["epoch"] if self.wanted is None else self.wanted
         self.position = self.start = state["position"] if same else 0
 
@@ -130,6 +145,10 @@ def loader(
     Call `set_epoch(batches, epoch)` before each epoch; the order depends on seed and epoch alone. `state_dict()` and
     `load_state_dict()` carry the place within an epoch: the next iteration reads what was left of it or, if another
     epoch was set, all of that. A `PackedDataset` wants no workers: reading it is copying.
+
+    Lightning Fabric's `setup_dataloaders` keeps the sampler; `set_epoch`, `Fabric.save` and `Fabric.load` take what it
+    returns. Make the loader after `launch()`, or give `rank` and `world_size`. Without `set_epoch` Fabric counts epochs
+    from 0, and going on with the state of a later one is refused.
 
     For a `StreamedDataset` LitData takes the rank from torch.distributed, and the order depends on the numbers of ranks
     and workers as well.
@@ -208,14 +227,29 @@ def open_dataset(path: Path | str, split: str | None = None, **options: Any) -> 
 def set_epoch(batches: Any, epoch: int) -> None:
     """Say which epoch the next iteration of what `loader` returned is, counted from 0.
 
-    One that was loaded with `load_state_dict` goes on if it is of this epoch, and else begins it.
+    One that was loaded with `load_state_dict` goes on if it is of this epoch, and else begins it. What
+    `Fabric.setup_dataloaders` made of such a loader may be given as well: by itself it counts its own iterations.
+
+    Raises:
+        TypeError, ValueError: the epoch is no integer >= 0, or the loader is not one of `loader`'s.
     """
     if checks.integer("epoch", epoch) < 0:
         raise ValueError(f"epoch must be an integer >= 0, got {epoch}")
-    if isinstance(batches.sampler, EpochSampler):
-        batches.sampler.set_epoch(epoch)
-    elif not (batches.restore and batches.current_epoch == epoch + 1):  # LitData counts from 1 as it begins
-        batches.restore, batches.current_epoch = False, epoch
+    if hasattr(batches, _FABRICS_COUNT):
+        setattr(batches, _FABRICS_COUNT, epoch)
+    inner = getattr(batches, "_dataloader", batches)
+    sampler = getattr(inner, "sampler", None)
+    if isinstance(sampler, EpochSampler):
+        sampler.set_epoch(epoch)
+        sampler.certain = True
+    elif not hasattr(inner, "current_epoch"):
+        raise TypeError(f"batches must be what debiaskd.data.loader returned, got {type(inner).__name__}")
+    elif not (inner.restore and inner.current_epoch == epoch + 1):  # LitData counts from 1 as it begins
+        inner.restore, inner.current_epoch = False, epoch
+
+
+#: Where a loader of Lightning Fabric's keeps the epoch that it gives to the sampler as it begins to iterate.
+_FABRICS_COUNT = "_num_iter_calls"
 
 
 def _distributed() -> tuple[int, int]:

@@ -139,8 +139,15 @@ def _exact(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) ->
 
 def eager(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> Tensor:
     """The oracle: both log-matrix-products as streaming log-sum-exps, exact whatever the range."""
-    norm = _LogMatmul.apply(feature_logits, context_logits)
-    return feature_logits + _LogMatmul.apply(log_prior - norm, context_logits.mT)  # type: ignore[no-any-return]
+    # torch.func's transforms take no autograd.Function of this kind: there, the sums are held.
+    log_matmul = _held if checks.transformed() else _LogMatmul.apply
+    norm = log_matmul(feature_logits, context_logits)
+    return feature_logits + log_matmul(log_prior - norm, context_logits.mT)
+
+
+def _held(x: Tensor, y: Tensor) -> Tensor:
+    """log sum_l exp(x_il + y_jl), all of them at once, [I,J,L]."""
+    return _sums(x, y).logsumexp(2)
 
 
 class _LogMatmul(torch.autograd.Function):

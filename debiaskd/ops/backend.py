@@ -4,6 +4,8 @@ Four backends: `eager` (plain PyTorch, every device), `cpp` (C++, CPU), `cuda` (
 device). Left alone, each op takes the fastest that runs where its tensors lie. `with backend("eager"):` or the
 environment variable `DEBIASKD_BACKEND` choose instead; what was asked for and cannot run raises and says why. Programs
 that `torch.export` and `torch.onnx.export` make hold `eager`, unless another is chosen: they run without this package.
+Under `torch.func`'s transforms (`grad`, `vmap`, `jvp`, `jacrev`, …) and in forward mode, which kernels know nothing of,
+every op is `eager`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from debiaskd import checks
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -104,6 +108,8 @@ def choose(op: str, tensor: Tensor) -> str:
     """The backend that runs `op` on this tensor's device."""
     device = tensor.device.type
     name = requested()
+    if checks.transformed():
+        return _transformable(op, name)
     if name is not None:
         if name not in IMPLEMENTATIONS[op]:
             return "eager"  # without kernels of its own there, the op is a composition of PyTorch's
@@ -117,6 +123,15 @@ def choose(op: str, tensor: Tensor) -> str:
         # Interpreted, a kernel is there to be tested and has to be asked for.
         if why_not(op, candidate, device) is None and not (candidate == "triton" and INTERPRETED):
             return candidate
+    return "eager"
+
+
+def _transformable(op: str, name: str | None) -> str:
+    if name not in (None, "eager") and name in IMPLEMENTATIONS[op]:
+        raise BackendError(
+            f"backend {name!r} was asked for but cannot run {op} under torch.func's transforms (grad, vmap, jvp, ...) "
+            "and in forward mode, which only the eager backend can do: ask for that, or for none"
+        )
     return "eager"
 
 

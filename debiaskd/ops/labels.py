@@ -11,13 +11,13 @@ from debiaskd import checks
 def check_labels(labels: Tensor, reference_name: str, reference: Tensor, classes: int | None = None) -> None:
     """`labels` is int64 [N], one for each row of the reference, in [0, classes), or not negative where that is None.
 
-    Values are looked at on the CPU and outside of a compiled graph only, where that costs nothing.
+    Values are looked at where that costs nothing: on the CPU, outside of a compiled graph and of `vmap`.
     """
     if checks.tensor("labels", labels).dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     checks.shape("labels", labels, "[N]", reference.shape[:1])
     checks.same_device("labels", labels, reference_name, reference)
-    if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
+    if not checks.readable(labels):
         return
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or (classes is not None and high >= classes):

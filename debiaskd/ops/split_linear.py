@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from debiaskd import checks
+
 
 def split_linear(feature: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, summed: bool) -> Any:
     """feature W1' + bias [N,K] and rows W2' [M,K] of weight [W1 W2] [K,D+E]; their sum where `summed`.
 
     feature [N,D], weight and bias get gradients; rows [M,E] are constants.
     """
+    if checks.transformed():
+        first, second = weight.split([feature.shape[1], rows.shape[1]], 1)
+        of_feature, of_rows = F.linear(feature, first, bias), F.linear(rows, second)
+        return of_feature + of_rows if summed else (of_feature, of_rows)
     return _SplitLinear.apply(feature, weight, bias, rows, summed)
 
 
