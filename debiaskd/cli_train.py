@@ -159,7 +159,8 @@ def _probe(options: argparse.Namespace) -> list[str]:
         f"linear probe on {document['features']} frozen features of {options.run}: fitted on {fitted}, measured on "
         f"{measured} pictures of {options.probe}"
     ]
-    lines += [f"{name:>24} {value:.4f}" for name, value in document["figures"].items()]
+    found = {name: value for name, value in document["figures"].items() if value is not None}
+    lines += [f"{name:>24} {_number(value)}" for name, value in found.items()]
     return [*lines, str(path)]
 
 

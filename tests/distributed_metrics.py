@@ -46,7 +46,11 @@ def computed(ranks: tuple[int, ...]) -> dict[str, Any]:
         accuracy.update(given["correct"], given["groups"])
     found = {"energy": energy, "chosen": chosen, "fixed": fixed, "f1": f1, "each_f1": each_f1}
     found |= {"precision": precision, "uneven": uneven, "accuracy": accuracy}
-    return {name: metric.compute() for name, metric in found.items()} | {"threshold": chosen.best_threshold()}
+    return {name: metric.compute() for name, metric in found.items()} | {
+        "threshold": chosen.best_threshold(),
+        "classes": precision.classes(),
+        "uneven_classes": uneven.classes(),
+    }
 
 
 def run(rank: int, folder: str) -> None:

@@ -131,6 +131,22 @@ def test_other_data_is_measured_without_a_training_split_and_has_a_file_of_its_o
     assert again["figures"] == json.loads(own)["figures"] and again["data"]["path"] == str(moved)
 
 
+def test_other_data_may_have_the_classes_in_another_order(
+    capsys: pytest.CaptureFixture[str], run: Path, data: Path
+) -> None:
+    def accuracy(*arguments: object) -> float:
+        code, out, _ = command(capsys, "evaluate", run, *arguments)
+        assert code == 0
+        figures: dict[str, float] = json.loads(Path(out.splitlines()[-1]).read_text())["figures"]
+        return figures["accuracy"]
+
+    turned = Path(shutil.copytree(data, run.parent / "turned"))
+    manifest = json.loads((turned / "manifest.json").read_text())
+    manifest["classes"].reverse()  # each label is that of the other class now
+    (turned / "manifest.json").write_text(json.dumps(manifest))
+    assert accuracy("--data", turned, "--split", "train") == pytest.approx(1 - accuracy("--split", "train"))
+
+
 def test_a_run_that_did_not_save_its_groups_reads_them_from_its_data(
     capsys: pytest.CaptureFixture[str], run: Path
 ) -> None:

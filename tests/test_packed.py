@@ -265,3 +265,29 @@ def test_shard_in_which_all_was_bad(tmp_path: Path) -> None:
 
 def test_batch_has_a_length() -> None:
     assert len(Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2), Boxes.from_lists([[], []]))) == 2
+
+
+def test_labels_are_numbered_among_the_classes_of_another_data_set(tmp_path: Path) -> None:
+    prepare("coco", trees.coco(tmp_path / "src"), tmp_path / "several", size=20, workers=1)
+    prepare(
+        "folder", trees.folder(tmp_path / "pets", boxes="dog/0.png,0,0,9,9,dog\n"), tmp_path / "one", size=20, workers=1
+    )
+    names = ["person", "dog", "zebra", "cat"]
+    for name in ("several", "one"):
+        data, as_it_was = PackedDataset(tmp_path / name), PackedDataset(tmp_path / name)
+        data.number_among(names)
+        assert data.classes == tuple(names)
+        place = {old: names.index(label) for old, label in enumerate(as_it_was.classes)}
+        batch, before = (one.__getitems__(range(len(one))) for one in (data, as_it_was))
+        if data.multi_label:
+            assert batch.target.shape == (len(data), 4) and batch.target.dtype == before.target.dtype
+            for old, new in place.items():
+                assert torch.equal(batch.target[:, new], before.target[:, old])
+            assert not batch.target[:, 2].any()
+        else:
+            assert batch.target.tolist() == [place[old] for old in before.target.tolist()]
+        assert batch.boxes.labels is not None and before.boxes.labels is not None
+        assert batch.boxes.labels.tolist() == [place[old] for old in before.boxes.labels.tolist()]
+        assert torch.equal(batch.boxes.coords, before.boxes.coords) and len(batch.boxes.coords)
+        with pytest.raises(ValueError, match=r"classes must have those of .*, got none called zebra"):
+            data.number_among(names[:2] + names[3:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def test_several_labels_a_picture(run: Path, tmp_path: Path) -> None:
     ]
     prepare("voc", trees.voc(tmp_path, objects), tmp_path / "voc16", size=16, workers=1)
     document, _ = probe_run(run, "student", str(tmp_path / "voc16"), ("train[:70%]", "train[70%:]"))
-    assert set(document["figures"]) == {"f1", "map"}
-    assert all(0 <= value <= 1 for value in document["figures"].values())
+    assert set(document["figures"]) == {"f1", "map", "map_classes"}
+    assert all(0 <= document["figures"][name] <= 1 for name in ("f1", "map"))
+    assert document["figures"]["map_classes"] == 2
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -133,6 +135,8 @@ def test_scores_of_classes_that_nothing_or_everything_shows() -> None:
     expected = np.array([[0, 0, 1], [1, 1, 1]])
     assert probing._f1(scores, expected) == pytest.approx(2 * 3 / (3 + 4))
     assert probing._map(scores, expected) == pytest.approx((0.5 + 1 + 1) / 3)
+    assert probing._map(scores[:, :2], expected[:, [1, 0]] * [[0, 1]]) == 0.5, "of the one class that is shown"
+    assert math.isnan(probing._map(scores, 0 * expected)) and math.isnan(probing._f1(scores[:1, :2], expected[:1, :2]))
 
 
 def test_pictures_to_fit_on_are_not_those_to_measure_on(run: Path) -> None:

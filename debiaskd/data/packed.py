@@ -116,6 +116,25 @@ class PackedDataset(Dataset[Any]):
         rest = Batch(images.permute(0, 3, 1, 2), self.target[index], boxes, groups, index, ignore)
         return rest.pin_memory() if self.pin_memory else rest
 
+    def number_among(self, classes: Sequence[str]) -> None:
+        """Number labels by the places of their classes' names in `classes`, of which those of this data set are some.
+
+        Raises:
+            ValueError: a class is none of them.
+        """
+        strangers = [name for name in self.classes if name not in classes]
+        if strangers:
+            raise ValueError(f"classes must have those of {self.path}, got none called {', '.join(strangers)}")
+        places = torch.tensor([list(classes).index(name) for name in self.classes])
+        if self.multi_label:
+            target = self.target.new_zeros(len(self.target), len(classes))
+            self.target = target.index_copy_(1, places, self.target)
+        else:
+            self.target = places[self.target]
+        self.boxes = _renumbered(self.boxes, places)
+        self.ignore = None if self.ignore is None else _renumbered(self.ignore, places)
+        self.classes = tuple(classes)
+
     def paths(self) -> list[str]:
         """Where each picture came from, below the folder of its split's pictures."""
         return [str(name) for folder in self._folders for name in load(folder / "path.npy")]
@@ -154,6 +173,11 @@ class PackedDataset(Dataset[Any]):
         flags = self._column("flags")
         rows = (self._column("coords"), self._column("labels"), flags, image)
         return select_boxes(*rows, annotated, self.has_ignored)
+
+
+def _renumbered(boxes: Boxes, places: Tensor) -> Boxes:
+    labels = None if boxes.labels is None else places[boxes.labels]
+    return Boxes(boxes.coords, boxes.offsets, labels, boxes.annotated)
 
 
 def gather(boxes: Boxes, numbers: NDArray[np.int64]) -> Boxes:

@@ -156,15 +156,20 @@ def measured_on(loaded: Loaded, split: str | None) -> Split:
 
     Raises:
         RecipeError: there is none such.
-        RunError: it has other classes than the run knows.
+        RunError: it has a class that the run does not know; it may lack some, and have them in another order.
     """
     data = loaded.recipe.data
     found = open_split(dataclasses.replace(data, test=split or data.test), "test")
-    if list(found.whole.classes) != loaded.classes:
-        theirs = _in_short(found.whole.classes)
+    whole = found.whole
+    if not set(whole.classes) <= set(loaded.classes):
+        theirs = _in_short(whole.classes)
         raise RunError(
             f"{loaded.folder}: knows other classes than {data.path}: {_in_short(loaded.classes)}; not {theirs}"
         )
+    if list(whole.classes) != loaded.classes:  # some of them, or in another order: the model's numbers are what counts
+        whole.number_among(loaded.classes)
+        found.target, found.boxes = whole.target[found.numbers], whole.boxes[found.numbers]
+        found.num_classes = len(whole.classes)
     return found
 
 
@@ -216,8 +221,11 @@ def _counted(loaded: Loaded, data: str) -> dict[str, int]:
 
 def _stages(loaded: Loaded) -> list[Stage]:
     """All of a run that are finished, the loaded one first."""
-    found = (Stage.read(path.parent) for path in sorted(loaded.folder.glob(f"*/{STAGE}")))
-    return [loaded.stage, *(stage for stage in found if stage is not None)]
+    found = [loaded.stage]
+    for path in sorted(loaded.folder.glob(f"*/{STAGE}")):
+        with suppress(RunError):  # a damaged one of another name is no matter here
+            found += [stage for stage in [Stage.read(path.parent)] if stage is not None]
+    return found
 
 
 class Evaluated:

@@ -7,6 +7,7 @@ student is trained. CID claims that its students' features transfer better (Deng
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
         "pictures": [len(train), len(test)],
         "features": fitted.shape[1],
         "strength": strength,
-        "figures": figures,
+        "figures": {name: value if value == value else None for name, value in figures.items()},
     }
     suffix = "" if stage == "student" else f"-{stage}"
     path = folder / f"probe-{Path(data).name}{suffix}.json"
@@ -96,9 +97,15 @@ def _several(
     fitted: NDArray[Any], target: NDArray[Any], measured: NDArray[Any], expected: NDArray[Any]
 ) -> tuple[dict[str, float], float]:
     held, rest = _held(len(fitted))
-    strength = max(STRENGTHS, key=lambda c: _f1(_scores(c, fitted[rest], target[rest], fitted[held]), target[held]))
+
+    def worth(strength: float) -> float:
+        found = _f1(_scores(strength, fitted[rest], target[rest], fitted[held]), target[held])
+        return found if found == found else 1.0  # nothing is shown, and nothing said to be
+
+    strength = max(STRENGTHS, key=worth)
     scores = _scores(strength, fitted, target, measured)
-    return {"f1": _f1(scores, expected), "map": _map(scores, expected)}, strength
+    found = {"f1": _f1(scores, expected), "map": _map(scores, expected)}
+    return {**found, "map_classes": int(expected.any(0).sum())}, strength
 
 
 def _held(count: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -129,13 +136,14 @@ def _scores(strength: float, feature: NDArray[Any], target: NDArray[Any], measur
 
 def _f1(scores: NDArray[Any], target: NDArray[Any]) -> float:
     predicted = scores >= 0
-    right = float((predicted & (target > 0)).sum())
-    return 2 * right / max(float(predicted.sum() + target.sum()), 1.0)
+    right, judged = float((predicted & (target > 0)).sum()), float(predicted.sum() + target.sum())
+    return 2 * right / judged if judged else math.nan
 
 
 def _map(scores: NDArray[Any], target: NDArray[Any]) -> float:
+    """Over the classes that are shown."""
     from sklearn.metrics import average_precision_score
 
     shown = [k for k in range(target.shape[1]) if target[:, k].any()]
     finite = np.clip(scores, -1e30, 1e30)
-    return float(np.mean([average_precision_score(target[:, k], finite[:, k]) for k in shown])) if shown else 0.0
+    return float(np.mean([average_precision_score(target[:, k], finite[:, k]) for k in shown])) if shown else math.nan
