@@ -107,13 +107,26 @@ def _torchvision(name: str, num_classes: int, pretrained: bool, size: tuple[int,
         options: dict[str, Any] = {}
         if size is not None:
             options = {"input_size": size} if name.startswith("maxvit_") else {"image_size": size[0]}
-        return models.get_model(name, num_classes=num_classes, **options)  # type: ignore[no-any-return]
-    model: nn.Module = models.get_model(name, weights="DEFAULT")
+        return _without_auxiliary(models.get_model(name, num_classes=num_classes, **options))
+    model = _without_auxiliary(models.get_model(name, weights="DEFAULT"))
     last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     if model.get_submodule(last).out_features == num_classes:
         return model
     parent, _, attribute = last.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Linear(model.get_submodule(last).in_features, num_classes))  # type: ignore[arg-type]
+    return model
+
+
+def _without_auxiliary(model: nn.Module) -> nn.Module:
+    """Take off GoogLeNet's and Inception's auxiliary heads, which make the output a tuple in training mode.
+
+    They have losses of their own in the papers, and no term here has those.
+    """
+    if getattr(model, "aux_logits", False):
+        model.aux_logits = False  # type: ignore[assignment]
+        for name in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(model, name):
+                setattr(model, name, None)
     return model
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from debiaskd.training import caching
 from debiaskd.training.caching import Views
+from debiaskd.training.rehearsal import Rehearsal
 from debiaskd.transplant import FrozenTeacher
 
 pytestmark = pytest.mark.xdist_group("training")
@@ -49,6 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(FrozenTeacher, "forward_features", counted)
     monkeypatch.setattr(caching, "SHARD", 20)
+    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
     return found
 
 

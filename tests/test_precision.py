@@ -21,6 +21,7 @@ from training_runs import PLAIN
 from debiaskd import networks
 from debiaskd.recipe import Schedule
 from debiaskd.training.loop import Training
+from debiaskd.training.rehearsal import Rehearsal
 from debiaskd.training.schedule import rate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("student_runs")]
@@ -60,6 +61,7 @@ def test_each_step_has_its_rate_and_trains_in_training_mode(
             return super().forward(images)
 
     monkeypatch.setattr(torch.optim, "SGD", Noting)
+    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
     monkeypatch.setitem(networks._FAMILIES, "moody", lambda width, classes, pretrained: Moody(classes, int(width)))
     schedule = {"epochs": 3, "batch": 12, "learning_rate": 0.1, "optimizer": "sgd", "warmup": 1, "shape": "cosine"}
     schedule["accumulate"] = 2

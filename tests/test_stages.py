@@ -27,6 +27,7 @@ from debiaskd.reweight import ErrorSetWarning
 from debiaskd.terms import State, Supervised
 from debiaskd.training import stages
 from debiaskd.training.loaded import Loaded
+from debiaskd.training.rehearsal import Rehearsal
 from debiaskd.training.run import RunError
 from debiaskd.training.stages import Chain
 
@@ -185,6 +186,7 @@ def test_pictures_are_drawn_by_their_weights_instead_of_weighing_the_loss(
         return loss
 
     monkeypatch.setattr(Supervised, "forward", noting)
+    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
     monkeypatch.setattr(stages, "group_weights", lambda groups: torch.where(groups == 2, 30.0, 1.0))
     weights = {"method": "groups", "draw": draw}
     document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": weights}

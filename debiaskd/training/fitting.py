@@ -23,6 +23,7 @@ from debiaskd.training.keeping import RULES, Keeper
 from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
 from debiaskd.training.pictures import Pictures, Split, open_split
+from debiaskd.training.rehearsal import Rehearsal
 from debiaskd.training.run import Say
 from debiaskd.training.teaching import Teaching
 from debiaskd.training.watched import Places, Watched
@@ -160,9 +161,41 @@ class Fitting:
             found["teacher_input"] = teacher.to_dict()
         return found
 
-    def rehearse(self, model: nn.Module, terms: dict[str, TermOptions], teacher: Teaching | None) -> None:
-        """Raises RecipeError if the student cannot be trained so; `model` is of no use afterwards."""
-        self._learner(model, terms, teacher, None, self.recipe.student)
+    def rehearse(
+        self,
+        model: nn.Module,
+        terms: dict[str, TermOptions],
+        schedule: Schedule,
+        *,
+        teacher: Teaching | None = None,
+        network: Network | None = None,
+        schedule_key: str = "schedule",
+        run: bool = True,
+    ) -> None:
+        """Raises RecipeError if a network cannot be trained so; `model` is of no use afterwards.
+
+        Args:
+            model, terms, schedule, teacher, network: as for `fit`.
+            schedule_key: the schedule's section in the recipe.
+            run: one training step, too, of a pass's pictures.
+        """
+        network = network or self.recipe.student
+        learner, share = self._learner(model, terms, teacher, None, network), self._share(schedule, schedule_key)
+        if not run:
+            return
+        pictures = self.pictures(self.train, network, training=True, batch=share, teaching=teacher, alone=True)
+        key = "teacher" if isinstance(network, Teacher) else "student"
+        several = self.recipe.compute.sync_batchnorm and self.ranks.world_size > 1
+        Rehearsal(self.fabric, pictures, network.name, key, schedule_key, schedule, several=several).run(learner)
+
+    def _share(self, schedule: Schedule, key: str = "schedule") -> int:
+        """Pictures of each process in a pass."""
+        share = schedule.batch // schedule.accumulate // self.ranks.world_size
+        if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
+            passes = f" × {schedule.accumulate} passes" if schedule.accumulate > 1 else ""
+            processes = f"{self.ranks.world_size} processes{passes}"
+            raise RecipeError(f"{key}.batch: {schedule.batch} is no multiple of {processes}")
+        return share
 
     def fit(
         self,
@@ -184,9 +217,7 @@ class Fitting:
         learner = self._learner(model, terms, teacher, weight, network)
         if recipe.compute.compile:
             model.compile()
-        share = schedule.batch // schedule.accumulate // self.ranks.world_size
-        if share * schedule.accumulate * self.ranks.world_size != schedule.batch:
-            raise RecipeError(f"schedule.batch: {schedule.batch} is no multiple of {self.ranks.world_size} processes")
+        share = self._share(schedule)
         pictures = self.pictures(self.train, network, training=True, batch=share, sampling=sampling, teaching=teacher)
         validated = self.pictures(validation or self.validation, network, training=False, batch=share)
         evaluation = Evaluation(validated, self.train.groups, looked_at(recipe, name))

@@ -19,9 +19,9 @@ from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.caching import PARTS, Cached, fill
 from debiaskd.training.fitting import Fitting
 from debiaskd.training.loaded import frozen, observed, transplanted
-from debiaskd.training.run import Run, Say, Stage, data_fingerprint, decisive
+from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
-from debiaskd.training.teachers import check_dfr, selecting, trained_teacher
+from debiaskd.training.teachers import check_dfr, selecting, teacher_terms, trained_teacher
 from debiaskd.training.teaching import Live, Observed, Teaching
 from debiaskd.transplant import FrozenTeacher
 
@@ -43,7 +43,8 @@ class Chain:
         self.recipe, self.fabric = recipe, fabric
         self.fitting = Fitting(recipe, fabric, say)
         self.student_network = self.fitting.network(recipe.student, "student")
-        self._rehearse(begun=(folder / "recipe.yaml").exists())
+        finished = (folder / "student" / STAGE).exists()  # so all of it has been trained
+        self._rehearse(begun=(folder / "recipe.yaml").exists(), run=not finished)
         self.run = Run(folder, recipe, write=fabric.is_global_zero)
         self.base = {"data": data_fingerprint(recipe.data.path)}
         begun = {"student": recipe.student, "teacher": recipe.teacher}
@@ -51,18 +52,36 @@ class Chain:
             if network is not None and network.weights is not None:
                 self.base[f"{name}.weights"] = weights_hash(network.weights)
 
-    def _rehearse(self, *, begun: bool) -> None:
-        """Networks and terms are put together once, so that what does not fit is said before hours of training."""
+    def _rehearse(self, *, begun: bool, run: bool) -> None:
+        """Networks and terms are put together once, and with `run` each network runs a training step, so that what does
+        not fit is said before hours of training."""
         recipe, model, teacher = self.recipe, copy.deepcopy(self.student_network), None
+        labels: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
         if recipe.teacher is not None:
             source = self.fitting.network(recipe.teacher, "teacher")
             if recipe.teacher.method == "dfr":
                 check_dfr(self.fitting, recipe.teacher, begun=begun)
                 self.fitting.places(source, recipe.teacher, ("pooled",))
+            if recipe.teacher.schedule is not None:
+                self.fitting.rehearse(
+                    copy.deepcopy(source),
+                    teacher_terms(recipe.teacher),
+                    recipe.teacher.schedule,
+                    network=recipe.teacher,
+                    schedule_key="teacher.schedule",
+                    run=run,
+                )
             teacher = self._still(source, recipe.teacher)
             if isinstance(teacher, FrozenTeacher):
                 model = self._transplanted(teacher, model)
-        self.fitting.rehearse(model, self._terms(), None if teacher is None else Live(teacher))
+        if recipe.pretraining is not None:
+            plain = copy.deepcopy(self.student_network)
+            self.fitting.rehearse(plain, labels, recipe.pretraining, schedule_key="pretraining", run=run)
+        if recipe.weights is not None and recipe.weights.method == "errors" and recipe.transplant is not None:
+            plain = copy.deepcopy(self.student_network)
+            self.fitting.rehearse(plain, labels, brief(recipe.schedule, recipe.weights.epochs), run=run)
+        taught = None if teacher is None else Live(teacher)
+        self.fitting.rehearse(model, self._terms(), recipe.schedule, teacher=taught, run=run)
 
     def _terms(self) -> dict[str, TermOptions]:
         return {name: options for name, options in vars(self.recipe.terms).items() if options is not None}

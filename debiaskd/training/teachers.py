@@ -29,11 +29,18 @@ if TYPE_CHECKING:
     from debiaskd.training.stages import Chain
 
 
+def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
+    """The loss of its training; jtt's is weighted."""
+    if options.method == "group_dro":
+        return {"group_dro": GroupDroOptions(step_size=0.01 if options.step_size is None else options.step_size)}
+    return {"supervised": SupervisedOptions(weighted=options.method == "jtt")}
+
+
 def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     """The stage that trained it."""
     assert options.schedule is not None
     groups, schedule = chain.fitting.train.groups, options.schedule
-    terms: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
+    terms = teacher_terms(options)
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
     inputs = {**chain.base, **chain.common(), **chain.fitting.inputs(options)}
@@ -41,15 +48,11 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     if options.method in ("balanced", "group_dro"):
         assert groups is not None
         sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)
-    if options.method == "group_dro":
-        step_size = 0.01 if options.step_size is None else options.step_size
-        terms = {"group_dro": GroupDroOptions(step_size=step_size)}
-    elif options.method == "jtt":
+    if options.method == "jtt":
         assert options.up is not None
         identification = brief(schedule, options.identification_epochs)
         correct, fingerprint = chain.identified("teacher-identification", options, identification)
         inputs["identification"] = fingerprint
-        terms = {"supervised": SupervisedOptions(weighted=True)}
         up = options.up
 
         def weight() -> Tensor:

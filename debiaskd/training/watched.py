@@ -120,6 +120,8 @@ class Watched(nn.Module):
             logits = seen.logits if seen is not None else self.model(images)
         finally:
             self.looking = False
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"model must give logits [N,K], got {type(logits).__name__}")
         feature = self.caught.pop("feature", None)
         pooled = torch.cat([part.flatten(1) for part in self.read], 1) if self.read else None
         self.read.clear()
