@@ -128,6 +128,15 @@ def test_attributes_in_other_words(tmp_path: Path, has: str, lacks: str) -> None
     assert problems.found == {}
 
 
+def test_csv_with_numbered_rows(tmp_path: Path) -> None:
+    whole = celeba.read(more.celeba(tmp_path / "a", csv=True), Problems()).fingerprint()
+    root = more.celeba(tmp_path / "b", csv=True)
+    for file in root.glob("*.csv"):
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([f",{lines[0]}", *(f"{i},{line}" for i, line in enumerate(lines[1:]))]))
+    assert celeba.read(root, Problems(strict=True)).fingerprint() == whole
+
+
 def test_partition_of_no_known_split_says_why(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there are no pictures in it: 2 × row with unknown partition: .*'train'"):
         celeba.read(more.celeba(tmp_path, [(1, 1, "train"), (-1, 1, "train")]), Problems())

@@ -145,6 +145,22 @@ def test_ids_in_any_writing(tmp_path: Path, written: Any) -> None:
     assert source.fingerprint() == coco.read(trees.coco(tmp_path / "b"), Problems()).fingerprint()
 
 
+def test_a_picture_with_several_ids(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["images"] += [{**document["images"][0], "id": i} for i in (50, 51, 50)]
+
+    boxes = [{**good, "image_id": i, "category_id": c} for i, c in ((10, 3), (51, 7), (50, 90), (50, 3))]
+    problems = Problems()
+    split = coco.read(trees.coco(tmp_path, 2, boxes=boxes, change=change), problems).splits["train2017"]
+    assert split.paths == ["0000.png", "0001.png"]
+    assert [label for _, label, _ in boxes_of(split, 0)] == [0, 1, 2]
+    assert {kind: len(names) for kind, names in problems.found.items()} == {
+        "duplicate image id": 1,
+        "duplicate annotation": 1,
+    }
+    assert [len(names) for names in problems.notes.values()] == [2]
+
+
 def test_image_ids_that_are_names(tmp_path: Path) -> None:
     def change(document: dict[str, Any]) -> None:
         document["images"][0]["id"] = document["annotations"][0]["image_id"] = "scan-a"

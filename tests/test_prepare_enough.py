@@ -62,6 +62,14 @@ def test_notes_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert notes == {"class of VOC in another case": {"count": 1, "first": ["000000.xml: 'Dog' read as 'dog'"]}}
 
 
+def test_pictures_in_two_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        root = trees.voc(tmp_path / "src", [trees.voc_object("dog", (1, 1, 5, 5))] * 2, split=split)
+    (root / "VOCdevkit/VOC2007/ImageSets/Main/val.txt").write_text("000001\n")
+    lines = command(capsys, "voc", root, tmp_path / "out")[1]
+    assert "1 × picture in two splits: 000001.jpg in train and val" in lines
+
+
 def test_many_classes_are_one_line_that_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src = more.cifar100(tmp_path / "src", "binary", [1], [1])
     lines = command(capsys, "cifar", src, tmp_path / "out")[1]

@@ -147,9 +147,11 @@ def _rows(file: Path, wanted: list[str], stated: list[int] | None) -> Iterator[t
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             rows = enumerate(csv.reader(lines) if as_csv else (line.split() for line in lines), 1)
-            names = wanted
+            names, key = wanted, 0
             if as_csv:
-                names = [name.strip() for name in next(rows, (0, []))[1][1:]]
+                header = [name.strip() for name in next(rows, (0, []))[1]]
+                key = header.index("image_id") if "image_id" in header else 0  # behind a column of row numbers, for one
+                names = header[:key] + header[key + 1 :]
             elif stated is not None:
                 count = " ".join(next(rows, (0, []))[1])
                 if not count.isdecimal():
@@ -162,8 +164,8 @@ def _rows(file: Path, wanted: list[str], stated: list[int] | None) -> Iterator[t
                     continue
                 if len(row) != 1 + len(names):
                     raise DataError(f"{file}, line {number}: must have {1 + len(names)} values, got {len(row)}")
-                name = relative_path(row[0].strip(), f"{file}, line {number}")
-                yield number, name, [row[1 + column].strip() for column in columns]
+                name = relative_path(row.pop(key).strip(), f"{file}, line {number}")
+                yield number, name, [row[column].strip() for column in columns]
     except DataError:
         raise
     except (ValueError, csv.Error) as error:  # not text, for one

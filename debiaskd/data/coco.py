@@ -105,8 +105,8 @@ def _read_split(
 ) -> tuple[tuple[str, ...], Split]:
     document = _load(file)
     classes, names = _categories(document["categories"], file)
-    images = _images(document["images"], file, path, root, problems, problems.tally(name, "pictures"))
-    annotations = _Annotations(file, classes, images, crowd, problems, problems.tally(name, "boxes"))
+    images, aliases = _images(document["images"], file, path, root, problems, problems.tally(name, "pictures"))
+    annotations = _Annotations(file, classes, images, aliases, crowd, problems, problems.tally(name, "boxes"))
     for entry in document["annotations"]:
         annotations.add(entry)
     if not document["annotations"]:
@@ -169,10 +169,16 @@ def _key(value: Any) -> int | str | None:
 
 
 _Images = dict[int | str, tuple[str, tuple[int, int]]]
+_Aliases = dict[int | str, int | str]
 
 
-def _images(entries: list[Any], file: Path, path: Path, root: Path, problems: Problems, tally: Tally) -> _Images:
+def _images(
+    entries: list[Any], file: Path, path: Path, root: Path, problems: Problems, tally: Tally
+) -> tuple[_Images, _Aliases]:
+    """Pictures by id, and further ids of a picture with the one by which it is there."""
     images: _Images = {}
+    aliases: _Aliases = {}
+    first: dict[str, int | str] = {}
     for entry in entries:
         key = _key(entry.get("id")) if isinstance(entry, dict) else None
         tally.total += 1
@@ -180,16 +186,23 @@ def _images(entries: list[Any], file: Path, path: Path, root: Path, problems: Pr
             problems.add("image entry without id or file_name", f"{file.name}: {_short(entry)}", tally)
             continue
         name = _below(root, path, relative_path(entry["file_name"], str(file)))
-        known = images.get(key)
+        known = images.get(aliases.get(key, key))
         if known is not None:
             if known[0] != name:
                 raise DataError(f"{file}: image id {key} is that of both {known[0]} and {name}")
             problems.add("duplicate image id", f"{file.name}: {key}")
             tally.total -= 1
             continue
+        if first.setdefault(name, key) != key:
+            aliases[key] = first[name]
+            problems.note(
+                "picture with several image ids, read once with all of its annotations", f"{file.name}: {name}"
+            )
+            tally.total -= 1
+            continue
         height, width = side_length(entry.get("height")), side_length(entry.get("width"))
         images[key] = name, (height, width) if height and width else (0, 0)
-    return images
+    return images, aliases
 
 
 def _below(root: Path, path: Path, name: str) -> str:
@@ -212,6 +225,7 @@ class _Annotations:
     file: Path
     classes: Mapping[int, int]
     images: _Images
+    aliases: _Aliases
     crowd: str
     problems: Problems
     tally: Tally
@@ -224,6 +238,7 @@ class _Annotations:
         if image is None:
             self.problems.add("annotation without image_id", f"{self.file.name}: {_short(entry)}", self.tally)
             return
+        image = self.aliases.get(image, image)
         where = f"{self.file.name}: annotation {entry.get('id')}"
         if image not in self.images:
             unlisted = "annotation of an image that is not listed"

@@ -29,8 +29,20 @@ def check_annotations(source: Source, problems: Problems) -> None:
             problems.refuse(
                 f"{name}: its boxes all lie within one pixel: they must be in pixels, not shares of the picture"
             )
+    _note_shared(source, problems)
     if not any(map(len, source.splits.values())):
         raise DataError(f"{source.path}: there are no pictures in {', '.join(source.splits)}{problems.why()}")
+
+
+def _note_shared(source: Source, problems: Problems) -> None:
+    """Takes a note of pictures that are in several splits."""
+    where: dict[Any, str] = {}
+    for name, split in source.splits.items() if len(source.splits) > 1 else ():
+        if split.pictures is None:
+            for path in split.paths:
+                first = where.setdefault((split.root, path), name)
+                if first != name:
+                    problems.note("picture in two splits", f"{path} in {first} and {name}")
 
 
 def _are_shares(split: Split) -> bool:
