@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         if wrapped is None:
             return inner  # type: ignore[no-any-return]
         inner = wrapped
+
+
+def as_read(model: nn.Module, images: Tensor) -> Tensor:
+    """In the precision of the model's parameters, as what wraps a model passes them on."""
+    return images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype))
 
 
 def check_layer(model: nn.Module, layer: object) -> None:
@@ -150,11 +155,10 @@ def _run(model: nn.Module, image: Tensor, reaching: bool) -> _Trial:
     for name, module in copied.named_modules():
         if name:
             module.register_forward_hook(note(name))
-    like = next((t for t in model.parameters() if t.is_floating_point()), image)
     # In float16 a gradient that is small would be none at all.
-    precise = torch.autocast(image.device.type, enabled=False) if like.dtype == image.dtype else nullcontext()
+    precise = torch.autocast(image.device.type, enabled=False)
     with torch.inference_mode(False), torch.set_grad_enabled(reaching), precise:
-        given = image.clone().requires_grad_(reaching).clone()  # which a model may change in place
+        given = as_read(model, image.clone()).requires_grad_(reaching).clone()  # which a model may change in place
         if callable(getattr(copied, "forward_features", None)) and callable(getattr(copied, "forward_head", None)):
             trial.final = copied.forward_features(given)
             logits = copied.forward_head(trial.final)
@@ -238,6 +242,9 @@ def _last_usable(trial: _Trial, before: _Run | None) -> str | None:
     stages = [run for run in usable if run.name in listed]
     if stages:
         return stages[-1].name
+    final = trial.final if before is None else before.output
+    if isinstance(final, Tensor) and final.dim() == 3:  # queries, keys and attention weights have other widths
+        usable = [run for run in usable if run.output.dim() == 3 and run.output.shape[2] == final.shape[2]] or usable
     return _block_of(trial.model, usable).name if usable else None
 
 

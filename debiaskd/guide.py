@@ -27,7 +27,7 @@ from debiaskd.attribution import (
 from debiaskd.batch_statistics import Statistics, attribution_gradient, constant_statistics
 from debiaskd.boxes import Boxes
 from debiaskd.closed_form import LinearCalls, pooled_linear
-from debiaskd.depths import Depth, check_layer, find, output_of, statistics_kept, unwrap
+from debiaskd.depths import Depth, as_read, check_layer, find, output_of, statistics_kept, unwrap
 from debiaskd.features import Layout
 from debiaskd.ignoring import judged
 from debiaskd.ops.channel_dot import channel_dot
@@ -354,7 +354,7 @@ class Guide:
         inner.use_gradients()
         inner._depth, inner._independent = self._depth, self._independent
         with explanation_mode(inner.model), statistics_kept(inner.model), torch.enable_grad():
-            seen = inner.watch(images)
+            seen = inner.watch(as_read(inner.model, images))
             return inner._maps(seen, target, create_graph)
 
     def _head(self, seen: Seen, layout: Layout, detach: bool) -> Callable[[Tensor], Tensor]:
@@ -364,7 +364,7 @@ class Guide:
 
         def run(images: Tensor) -> Tensor:
             replay = None if seen.statistics is None else seen.statistics.replay(detach=detach)
-            return self._logits(self._run(model, images, replay=replay))
+            return self._logits(self._run(model, as_read(model, images), replay=replay))
 
         def head(feature: Tensor) -> Tensor:
             if layer is None:

@@ -9,7 +9,9 @@ cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), witho
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -133,14 +135,53 @@ def _without_auxiliary(model: nn.Module) -> nn.Module:
 def _bcos(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     from bcos import models
 
-    for module in ("resnet", "densenet", "vgg", "convnext", "vit"):
-        make = getattr(getattr(models, module, None), name, None)
-        if callable(make):
-            found: nn.Module = make(num_classes=num_classes)
-            if pretrained:
-                _load_bcos(found, name)
-            return found
-    raise NetworkError(f"bcos/{name}: the bcos package has no such network")
+    found: nn.Module | None = None
+    if re.fullmatch(r"vgg\d+(_bnu)?", name):
+        found = _bcos_vgg(name, num_classes)
+    elif re.fullmatch(r"(vitc|simple_vit)_\w+", name):
+        found = _bcos_vit(name, num_classes)
+    else:
+        for module in ("resnet", "densenet", "convnext"):
+            make = getattr(getattr(models, module), name, None)
+            if found is None and callable(make):
+                found = make(num_classes=num_classes)
+    if found is None:
+        raise NetworkError(f"bcos/{name}: the bcos package has no such network")
+    if pretrained:
+        _load_bcos(found, name)
+    return found
+
+
+def _bcos_vgg(name: str, num_classes: int) -> nn.Module | None:
+    """With the layers that its authors' configurations give it; its own defaults are incomplete."""
+    from bcos.models import vgg
+    from bcos.modules import BcosConv2d, norms
+
+    make = getattr(vgg, name, None)
+    layers = {"norm_layer": norms.NoBias(norms.BatchNormUncentered2d)} if name.endswith("_bnu") else {}
+    return None if make is None else make(num_classes=num_classes, conv_layer=BcosConv2d, **layers)
+
+
+def _bcos_vit(name: str, num_classes: int) -> nn.Module | None:
+    """With the layers, and the bias of the logits, that its authors' configurations give it."""
+    from bcos.models import vit
+    from bcos.modules import BcosConv2d, BcosLinear, LogitLayer, norms
+    from bcos.modules.common import BcosSequential
+
+    make = getattr(vit, name, None)
+    if make is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to use the entrypoints")  # which lack these layers
+        model = make(
+            num_classes=num_classes,
+            linear_layer=BcosLinear,
+            conv2d_layer=BcosConv2d,
+            norm_layer=norms.NoBias(norms.DetachableLayerNorm),
+            norm2d_layer=norms.NoBias(norms.DetachableGNLayerNorm2d),
+            act_layer=nn.Identity,
+        )
+    return BcosSequential(model, LogitLayer(logit_bias=-math.log(max(num_classes - 1, 1))))  # type: ignore[no-any-return]
 
 
 def _load_bcos(model: nn.Module, name: str) -> None:

@@ -13,6 +13,9 @@ from debiaskd.attribution import final_layer_map, input_x_gradient
 from debiaskd.models import SmallNet
 from debiaskd.terms import GuideOptions
 from debiaskd.terms.guidance import GuideTerm, make_guide
+from debiaskd.training.learner import Learner
+from debiaskd.training.schedule import Ema
+from debiaskd.training.watched import Watched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOXES = dk.Boxes.from_lists([[[2, 3, 14, 20]], None, [], [[0, 0, 9, 9], [20, 20, 32, 32]]])
@@ -178,3 +181,15 @@ def test_the_decision_is_part_of_a_terms_state(tmp_path):
     older = GuideTerm(GuideOptions(), make_guide(GuideOptions(), model))
     nn.ModuleDict({"guide": older}).load_state_dict({})
     assert older.guide.closed_form is None
+
+
+def test_averaged_weights_leave_the_decision_alone():
+    model = net().float()
+    guide = make_guide(GuideOptions(), model)
+    learner = Learner(Watched(model, None, ()), {"guide": GuideTerm(GuideOptions(), guide)}, guide=guide)
+    guide(images().float(), TARGET, BOXES)
+    ema = Ema(learner, 0.5)
+    ema.update(learner, 1)
+    ema.swap(learner)
+    assert guide.closed_form is True
+    assert all(isinstance(tensor, torch.Tensor) for tensor in ema.tensors.values())
