@@ -18,6 +18,7 @@ from debiaskd.inputs import InputContract, default_contract, resolve
 from debiaskd.networks import build, load_weights, prepare, pretrained_classes, weights_file
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
+from debiaskd.training.design import base_of
 from debiaskd.training.evaluation import Evaluation, looked_at, selectable
 from debiaskd.training.keeping import RULES, Keeper
 from debiaskd.training.learner import Learner
@@ -59,6 +60,10 @@ class Fitting:
         self._check_data()
         self._names(self._rule(guided=recipe.terms.guide is not None))
         self.contracts = self._contracts()
+        networks = {"student": recipe.student, "teacher": recipe.teacher}
+        self.bases = {
+            name: None if network is None else base_of(name, network, recipe) for name, network in networks.items()
+        }
 
     def _check_data(self) -> None:
         recipe, split = self.recipe, self.train
@@ -105,7 +110,7 @@ class Fitting:
 
     def contract(self, network: Network) -> InputContract:
         """What one of the recipe's networks reads."""
-        return self.contracts["teacher" if isinstance(network, Teacher) else "student"]
+        return self.contracts[role(network)]
 
     def inputs(self, *networks: Network) -> dict[str, Any]:
         """What decides a stage's outcome of what networks read: nothing where that is the default, as it was before
@@ -114,7 +119,7 @@ class Fitting:
         side = self.recipe.data.size or prepared[0]
         found = {}
         for network in networks:
-            contract, name = self.contract(network), "teacher" if isinstance(network, Teacher) else "student"
+            contract, name = self.contract(network), role(network)
             default = default_contract(network.name, (side, side))
             if not contract.same_as(default, resized=contract.size != prepared):
                 found[f"{name}.input"] = contract.to_dict()
@@ -122,8 +127,13 @@ class Fitting:
 
     def network(self, options: Network, purpose: str) -> nn.Module:
         """With initial weights of the recipe's seed and this purpose alone, or with those it begins from."""
+        base = self.bases.get(role(options))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/{purpose}".encode()))
+            if base is not None and options.weights is not None:
+                model, taken = base.begin(options.weights, self.contract(options), self.train.num_classes)
+                self._tell(purpose, options.weights, taken)
+                return model
             model = build(
                 options.name,
                 self.train.num_classes,
@@ -159,7 +169,16 @@ class Fitting:
         found["input"] = contract.to_dict()
         if stage == "student" and teacher is not None:  # whose head the student may have
             found["teacher_input"] = teacher.to_dict()
+        bases = {name: base.kept() for name, base in self.bases.items() if base is not None}
+        if any(bases.values()):
+            found["bases"] = {name: base for name, base in bases.items() if base is not None}
         return found
+
+    def begin_projector(self, model: nn.Module) -> None:
+        """Weights of the run that the student began from, for a projector that fits them."""
+        base, path = self.bases.get("student"), self.recipe.student.weights
+        if base is not None and path is not None and base.new_head:
+            base.load_projector(model, path)
 
     def rehearse(
         self,
@@ -364,6 +383,10 @@ class Fitting:
             return find_places(model, self.example(options), options.layer, options.head, wanted)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{options.name}: {error}") from None
+
+
+def role(network: Network) -> str:
+    return "teacher" if isinstance(network, Teacher) else "student"
 
 
 def none_for_nan(value: float) -> float | None:

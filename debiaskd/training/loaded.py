@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from debiaskd import files
 from debiaskd.data import DataError
-from debiaskd.depths import find
-from debiaskd.features import has_protocol
-from debiaskd.inputs import InputContract, of_weights
-from debiaskd.networks import build, load_weights, prepare
-from debiaskd.recipe import Network, Recipe, RecipeError
-from debiaskd.terms import BackdoorOptions, Ranks
-from debiaskd.terms.backdoor import Intervened, Intervention
+from debiaskd.networks import load_weights
+from debiaskd.recipe import Network, RecipeError
+from debiaskd.terms import Ranks
+from debiaskd.training.design import of_stage
 from debiaskd.training.evaluation import Evaluation, looked_at
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
-from debiaskd.training.teaching import Observed
-from debiaskd.training.watched import places
-from debiaskd.transplant import FrozenTeacher, transplant
 from debiaskd.version import __version__
 
 #: Counts up when what a figure means changes, so that reports measure anew.
@@ -57,44 +51,16 @@ class Loaded:
         self.stage = finished(folder, stage)
         if not self.stage.model.exists():
             raise RunError(f"{self.stage.folder}: has no model; try one of student, pretraining, teacher")
-        about = _about(self.stage)
+        about, names = _header(self.stage)
+        self.design = of_stage(self.recipe, about, stage, names)
         self.classes: list[str] = about["classes"]
-        teaching = stage.startswith("teacher") and self.recipe.teacher is not None
-        self.network: Network = self.recipe.teacher if teaching else self.recipe.student  # type: ignore[assignment]
-        self.about = about
-        self.contract = of_weights(about, self.network.name)
+        self.network: Network = self.design.network
+        self.contract = self.design.contract
         self.size = self.contract.size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = self._bare(self.network, self.contract)
-        if stage == "student":
-            model = self._student(model)
+        model = self.design.build()
         load_weights(model, self.stage.model)
         self.model = model.to(self.device).eval()
-
-    def _bare(self, network: Network, contract: InputContract) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            model = build(network.name, len(self.classes), size=contract.size)
-        return prepare(model, contract, x_dnn=network.bias_free)
-
-    def _student(self, model: nn.Module) -> nn.Module:
-        """What training made around the student's network: the transplanted head, the intervention."""
-        recipe, example = self.recipe, self.contract.example()
-        if recipe.transplant is not None and recipe.teacher is not None:
-            reads = of_weights(self.about, recipe.teacher.name, "teacher_input")
-            teacher = frozen(self._bare(recipe.teacher, reads), recipe.teacher, reads.example())
-            model = transplanted(recipe, teacher, model, example)
-        if recipe.terms.backdoor is not None and self._intervened():
-            width = places(model, example, recipe.student.layer, recipe.student.head, ("pooled",)).pooled_width
-            options: BackdoorOptions = recipe.terms.backdoor
-            model = Intervened(model, Intervention(width, len(self.classes), options.mode, options.temperature))
-        return model
-
-    def _intervened(self) -> bool:
-        """An epoch before the contexts were built may have been the best."""
-        from safetensors import safe_open
-
-        with safe_open(self.stage.model, "pt") as file:
-            return any(name.startswith("intervention.") for name in file.keys())  # noqa: SIM118
 
     def pictures(self, split: Split, batch: int = 64) -> Pictures:
         return Pictures(
@@ -108,47 +74,14 @@ class Loaded:
         )
 
 
-def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
-    """A teacher to be transplanted, whose layers need not be named."""
-    try:
-        if has_protocol(model) and network.layer is None:
-            return FrozenTeacher(model, head=network.head, example=example)
-        layer = network.layer or find(model, "Final", example).module
-        return FrozenTeacher(model, layer=layer, head=network.head, example=example)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"teacher: {error}") from None
-
-
-def observed(model: nn.Module, network: Network, example: Tensor, wanted: Iterable[str]) -> Observed:
-    """A teacher without a cut, from which nothing is read but what is wanted, any of "feature" and "pooled"."""
-    try:
-        at = places(model, example, network.layer, network.head, wanted) if wanted else None
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"teacher: {error}") from None
-    return Observed(model, at, wanted)
-
-
-def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, example: Tensor) -> nn.Module:
-    """The student with the teacher's head; the projector's initial weights come from the global generator."""
-    assert recipe.transplant is not None
-    layer = recipe.student.layer
-    try:
-        if layer is None and not has_protocol(student):
-            layer = find(student, "Final", example).module
-        names = None if layer is None else (None, layer)
-        return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"transplant: {error}") from None
-
-
-def _about(stage: Stage) -> dict[str, Any]:
+def _header(stage: Stage) -> tuple[dict[str, Any], set[str]]:
+    """What a stage's weights say of themselves, and the names of their tensors."""
     import json
 
     from safetensors import safe_open
 
     with safe_open(stage.model, "pt") as file:
-        about: dict[str, Any] = json.loads(file.metadata()["debiaskd"])
-        return about
+        return json.loads(file.metadata()["debiaskd"]), set(file.keys())
 
 
 def measured_on(loaded: Loaded, split: str | None) -> Split:

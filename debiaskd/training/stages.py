@@ -17,8 +17,8 @@ from debiaskd.recipe import Network, Recipe, Schedule, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.caching import PARTS, Cached, fill
+from debiaskd.training.design import frozen, observed, transplanted
 from debiaskd.training.fitting import Fitting
-from debiaskd.training.loaded import frozen, observed, transplanted
 from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
 from debiaskd.training.teachers import check_dfr, selecting, teacher_terms, trained_teacher
@@ -280,7 +280,9 @@ class Chain:
     def _transplanted(self, teacher: FrozenTeacher, student: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/projector".encode()))
-            return transplanted(self.recipe, teacher, student, self.fitting.example(self.recipe.student))
+            model = transplanted(self.recipe, teacher, student, self.fitting.example(self.recipe.student))
+        self.fitting.begin_projector(model)
+        return model
 
     def spread(self, weights: Tensor) -> Tensor:
         """From the training pictures to all of the prepared split, by number."""
