@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from debiaskd import cli_prepare, cli_train
 from debiaskd.version import __version__
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif rest:
             raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see debiaskd {options.command} --help)")
         _check_environment()
-        code = _COMMANDS[options.command](options)
+        with _warnings_in_one_line():
+            code = _COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +70,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail("stopped")
         return INTERRUPTED
     return code or 0
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Ours; those of libraries stay as these have them."""
+    formatted = warnings.formatwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if category.__module__.partition(".")[0] != "debiaskd":
+            return formatted(message, category, *where, **line)
+        return f"debiaskd: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _fail(message: str) -> int:

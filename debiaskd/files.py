@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 #: Names that begin so are of files still being written.
 TEMPORARY = ".unfinished-"
@@ -52,6 +52,39 @@ def probe(path: Path) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     unfinished.unlink()
+
+
+class Lock:
+    """A file that one process at a time holds, until `release` or its end, however that comes.
+
+    A POSIX record lock: unlike those of `flock`, processes forked from the holder do not go on holding it. Within one
+    process it keeps nobody out. Where there are no locks, or nothing can be written, it does nothing.
+
+    Args:
+        path: of the file, which is made and stays; its folder exists.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[str] | None = None
+        try:
+            import fcntl
+
+            self._file = open(path, "a")  # noqa: SIM115  # held beyond this function
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            return
+        except OSError as error:
+            self.release()
+            if path.exists() and error.errno in (errno.EACCES, errno.EAGAIN) and os.access(path, os.W_OK):
+                raise BlockingIOError(errno.EAGAIN, "another process holds it", str(path)) from None
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -262,6 +262,10 @@ def test_anchors_and_merged_keys_stay_as_yaml_has_them(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(PLAIN) + "pretraining: &a {epochs: 3}\nschedule:\n  <<: *a\n  batch: 8\n")
     recipe = read(file)
     assert (recipe.schedule.epochs, recipe.schedule.batch) == (3, 8)
+    alike = written(tmp_path, yaml.safe_dump(PLAIN) + "pretraining: &a {epochs: 3}\nschedule: *a\n")
+    recipe = read(alike, ["--schedule.epochs", "5"])
+    assert recipe.pretraining is not None and (recipe.pretraining.epochs, recipe.schedule.epochs) == (3, 5)
+    refused(written(tmp_path, "data: &a {path: *a}"), (), "r.yaml: an anchor stands within what it names")
 
 
 # -- what is typed over it ---------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def load(text: str) -> tuple[Any, list[str]]:
         if node is None:
             return None, []
         empty = list(_empty(node, "", set()))
-        return loader.construct_document(node), empty
+        return _unshared(loader.construct_document(node), ()), empty
     except yaml.YAMLError as error:
         raise DocumentError(f"not YAML ({_place(error)}{_problem(error)})") from None
 
@@ -52,6 +52,16 @@ def _empty(node: Any, name: str, seen: set[int]) -> Iterator[str]:
     elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[0-9_]|.*:", node.value):
         base = "60" if ":" in node.value else "8"
         raise DocumentError(f"{name or 'value'}: {node.value} is a number in base {base} in YAML; write it in base 10")
+
+
+def _unshared(value: Any, above: tuple[int, ...]) -> Any:
+    """A copy in which what an anchor names is not one and the same wherever it is referred to."""
+    if id(value) in above:
+        raise DocumentError("an anchor stands within what it names")
+    inside = (*above, id(value))
+    if isinstance(value, dict):
+        return {key: _unshared(inner, inside) for key, inner in value.items()}
+    return [_unshared(inner, inside) for inner in value] if isinstance(value, list) else value
 
 
 def _place(error: yaml.YAMLError) -> str:

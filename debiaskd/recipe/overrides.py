@@ -38,16 +38,13 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def put(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of a document in place; a mapping changes the keys that it names and leaves the others.
-
-    Sections above the key are copied: a YAML alias makes one mapping of two sections, and only one of them is meant.
-    """
+    """Set a key of a document in place; a mapping changes the keys that it names and leaves the others."""
     *above, last = key.split(".")
     for name in above:
-        document[name] = dict(document[name]) if isinstance(document.get(name), dict) else {}
+        if not isinstance(document.get(name), dict):
+            document[name] = {}
         document = document[name]
     if isinstance(value, Mapping) and isinstance(document.get(last), dict):
-        document[last] = dict(document[last])
         for name, inner in value.items():
             put(document[last], name, inner)
     else:

@@ -23,6 +23,7 @@ from debiaskd.training.evaluation import Evaluation, looked_at, selectable
 from debiaskd.training.keeping import RULES, Keeper
 from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
+from debiaskd.training.parts import check_overlap
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.rehearsal import Rehearsal
 from debiaskd.training.run import Say
@@ -57,6 +58,7 @@ class Fitting:
         self.ranks = Ranks()
         self.train = open_split(recipe.data, "train", training=True)
         self.validation = open_split(recipe.data, "validation")
+        check_overlap(recipe, warn=self.ranks.rank == 0)
         self._check_data()
         self._names(self._rule(guided=recipe.terms.guide is not None))
         self.contracts = self._contracts()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +16,13 @@ from debiaskd.data import Augment, Batch, ChunkedDataset, DataError, EpochSample
 from debiaskd.inputs import InputContract, Preprocess, default_contract, with_inverse
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.terms import Ranks
+from debiaskd.training import parts
 
 
 class Random(Protocol):
     """Draws uniform numbers, a row for each picture."""
 
     def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor: ...
-
-
-_PART = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<from>\d+(\.\d+)?%)?:(?P<to>\d+(\.\d+)?%)?\])?")
 
 
 class Slice(Dataset[Any]):
@@ -56,13 +53,11 @@ class Split:
 
     def __init__(self, data: Data, key: str, *, training: bool = False) -> None:
         text = getattr(data, key)
-        found = _PART.fullmatch(text)
-        if found is None:
-            raise RecipeError(f'data.{key}: must be a split such as "train" or "train[:80%]", got {text!r}')
+        part = parts.parse(text, f"data.{key}")
         options = {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate} if training else {}
-        whole = _opened(data, found["name"], **options)
+        whole = _opened(data, part.name, **options)
         self.name, self.whole = text, whole
-        self.numbers = _part(len(whole), found["from"], found["to"], data.seed, f"data.{key}")
+        self.numbers = parts.numbers(part, len(whole), data.seed, f"data.{key}")
         self.dataset: Any = whole if len(self.numbers) == len(whole) else Slice(whole, self.numbers)
         self.target = whole.target[self.numbers]
         self.groups = None if whole.group_ids is None else whole.group_ids[self.numbers]
@@ -90,18 +85,6 @@ def _opened(data: Data, name: str, **options: Any) -> PackedDataset:
     if data.url is not None:
         raise RecipeError(f"data.url: only for data prepared with `--format litdata`, and {data.path} is not")
     return PackedDataset(data.path, name, seed=data.seed, **options)
-
-
-def _part(count: int, start: str | None, end: str | None, seed: int, key: str) -> Tensor:
-    low, high = (
-        round(count * float(share[:-1]) / 100) if share else whole for share, whole in ((start, 0), (end, count))
-    )
-    if not 0 <= low < high <= count:
-        raise RecipeError(f"{key}: [{start or ''}:{end or ''}] of {count} pictures holds none")
-    if high - low == count:
-        return torch.arange(count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[low:high].sort().values
 
 
 class Intake:

@@ -26,7 +26,7 @@ from debiaskd.recipe import Recipe, RecipeError, to_dict
 from debiaskd.training import begun
 from debiaskd.version import __version__
 
-STAGE = "stage.json"
+STAGE, LOCK = "stage.json", ".lock"
 FORMAT = 1
 
 #: (what is being done, share of it that is over, a line of news or "").
@@ -43,14 +43,21 @@ class Run:
     Args:
         folder: made if it does not exist.
         recipe: as checked.
-        write: whether this process is the one that writes.
+        write: whether this process is the one that writes. It alone may, until `release` or its end.
+
+    Raises:
+        RunError: not a run's folder, another recipe's, or one that another process trains in.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, write: bool = True) -> None:
         self.folder, self.recipe, self.write = folder, recipe, write
-        strangers = write and folder.exists() and any(folder.iterdir()) and not (folder / "recipe.yaml").exists()
-        if strangers:
-            raise RunError(f"{folder}: is neither empty nor a run's folder; choose another --out")
+        self._lock: files.Lock | None = None
+        if write:
+            strangers = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+            if strangers and not (folder / "recipe.yaml").exists():
+                raise RunError(f"{folder}: is neither empty nor a run's folder; choose another --out")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _alone(folder)
         before, now = begun.read(folder), to_dict(recipe)
         #: What the run was begun with, of which fingerprints are made.
         self.document = now if before is None else begun.settled(before, now)
@@ -61,11 +68,15 @@ class Run:
             if difference is not None:
                 key, old, new = difference
                 raise RunError(f"{folder}: was begun with {key}: {old}, not {new}; choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
         if before is not None:  # first, because it is what is lost with the recipe of an earlier version
             _write_yaml(folder / "begun.yaml", before, again=False)
         _write_yaml(folder / "recipe.yaml", now)
         _write_yaml(folder / "begun.yaml", now, again=False)
+
+    def release(self) -> None:
+        """Let other processes train here."""
+        if self._lock is not None:
+            self._lock.release()
 
     def stage(
         self,
@@ -112,6 +123,13 @@ class Run:
             }
             files.write_json(folder / STAGE, document)
         return Stage(folder, fingerprint, dict(inputs), facts, {})
+
+
+def _alone(folder: Path) -> files.Lock:
+    try:
+        return files.Lock(folder / LOCK)
+    except BlockingIOError:
+        raise RunError(f"{folder}: another process is training here; wait for it, or choose another --out") from None
 
 
 class Stage:

@@ -41,16 +41,18 @@ class Chain:
 
     def __init__(self, recipe: Recipe, folder: Path, fabric: Any, say: Say) -> None:
         self.recipe, self.fabric = recipe, fabric
-        self.fitting = Fitting(recipe, fabric, say)
+        news: list[tuple[str, float, str]] = []
+        self.fitting = Fitting(recipe, fabric, lambda *one: news.append(one))
         self.student_network = self.fitting.network(recipe.student, "student")
         finished = (folder / "student" / STAGE).exists()  # so all of it has been trained
         self._rehearse(begun=(folder / "recipe.yaml").exists(), run=not finished)
-        self.run = Run(folder, recipe, write=fabric.is_global_zero)
         self.base = {"data": data_fingerprint(recipe.data.path)}
         begun = {"student": recipe.student, "teacher": recipe.teacher}
         for name, network in begun.items():
             if network is not None and network.weights is not None:
                 self.base[f"{name}.weights"] = weights_hash(network.weights)
+        self.run = Run(folder, recipe, write=fabric.is_global_zero)
+        self.fitting.say = _later(news, say)
 
     def _rehearse(self, *, begun: bool, run: bool) -> None:
         """Networks and terms are put together once, and with `run` each network runs a training step, so that what does
@@ -108,11 +110,17 @@ class Chain:
         return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
 
     def student(self) -> Stage:
-        """The last stage, after all those that it needs.
+        """The last stage, after all those that it needs. The folder is free for others afterwards.
 
         Raises:
             DivergedError, CheckpointError, OSError: see `Training.run`.
         """
+        try:
+            return self._student()
+        finally:
+            self.run.release()
+
+    def _student(self) -> Stage:
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
         weight = sampling = None
         if recipe.weights is not None:
@@ -289,6 +297,17 @@ class Chain:
         whole = torch.zeros(len(self.fitting.train.whole))
         whole[self.fitting.train.numbers] = weights
         return whole
+
+
+def _later(news: list[tuple[str, float, str]], say: Say) -> Say:
+    """What was to be said while networks were put together, once something is trained: a refusal is one line alone."""
+
+    def said(task: str, done: float, text: str) -> None:
+        while news:
+            say(*news.pop(0))
+        say(task, done, text)
+
+    return said
 
 
 def _load(path: Path) -> dict[str, Tensor]:
