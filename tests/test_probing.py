@@ -135,7 +135,7 @@ def test_scores_of_classes_that_nothing_or_everything_shows() -> None:
     expected = np.array([[0, 0, 1], [1, 1, 1]])
     assert probing._f1(scores, expected) == pytest.approx(2 * 3 / (3 + 4))
     assert probing._map(scores, expected) == pytest.approx((0.5 + 1 + 1) / 3)
-    assert probing._map(scores[:, :2], expected[:, [1, 0]] * [[0, 1]]) == 0.5, "of the one class that is shown"
+    assert probing._map(scores[:, :2], expected[:, [1, 0]] * [[0, 1]]) == 1, "of the one class that is shown"
     assert math.isnan(probing._map(scores, 0 * expected)) and math.isnan(probing._f1(scores[:1, :2], expected[:1, :2]))
 
 
