@@ -1,14 +1,16 @@
 """The comparisons in docs/results.md, trained from the ground up on the CPU; each writes its rows as JSON.
 
-    python docs/evidence.py shortcut SRC OUT [SEED ...]     docs/results/shortcut.json
-    python docs/evidence.py cifar SRC OUT [SEED ...]        docs/results/cifar.json
+    python docs/evidence.py shortcut SRC OUT [SEED ...]                  docs/results/shortcut.json
+    python docs/evidence.py shortcut SRC OUT [SEED ...] --teacher dfr    the same file's rows of that teacher
+    python docs/evidence.py cifar SRC OUT [SEED ...]                     docs/results/cifar.json
 
 SRC holds mnist/ (IDX files) and cifar10/ (as `debiaskd prepare cifar` reads it), for `cifar` also weights/ with
 cifar10_resnet56*.th, and voc2012_sample/ (Pascal VOC). OUT gets data, runs and rows.
 
 Every model is a run of `debiaskd.training`, as `debiaskd train` makes one. The epoch is chosen on validation pictures,
 test pictures are looked at once, at the end. Interrupted and started again it goes on; seeds may run side by side, and
-whoever finds all of them done writes the result.
+whoever finds all of them done writes the result. With --teacher only the rows of that teacher are trained; they replace
+those in the file, which keeps the environment of the others beside theirs.
 """
 
 from __future__ import annotations
@@ -221,13 +223,13 @@ def train(recipe: Document, seed: int, data: Path, run: Path) -> None:
     Chain(found, run, launch(found.compute), lambda *news: None).student()
 
 
-def rows_of(experiment: Any, seed: int) -> list[Document]:
-    """Of one seed; what is there already is not done again."""
+def rows_of(experiment: Any, seed: int, teacher: str | None) -> list[Document]:
+    """Of one seed, and of one teacher or of all; what is there already is not done again."""
     path = experiment.out / f"rows-{seed}.json"
     rows: list[Document] = files.read_json(path) or []
     started = time.perf_counter()
     for said, run, stage, recipe in experiment.runs(seed):
-        if any({**row, **said} == row for row in rows):
+        if teacher not in (None, said.get("teacher")) or any({**row, **said} == row for row in rows):
             continue
         train(recipe, seed, experiment.folder, run)
         document, _ = evaluate_run(run, stage, None, None)
@@ -238,25 +240,33 @@ def rows_of(experiment: Any, seed: int) -> list[Document]:
     return rows
 
 
-def main(name: str, source: Path, out: Path, seeds: tuple[int, ...]) -> None:
+def main(name: str, source: Path, out: Path, seeds: tuple[int, ...], teacher: str | None) -> None:
     for noisy in ("lightning.fabric", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore", ErrorSetWarning)
     experiment = {"shortcut": Shortcut, "cifar": Cifar}[name](source, out)
     for seed in seeds:
-        rows_of(experiment, seed)
+        rows_of(experiment, seed, teacher)
     everything = [files.read_json(out / f"rows-{seed}.json") or [] for seed in SEEDS]
     if len({len(rows) for rows in everything}) > 1 or not everything[0]:
         return
     environment = {**doctor.environment(), "threads": torch.get_num_threads()}
     rows = [row for rows in everything for row in rows]
-    files.write_json(
-        ROOT / "docs" / "results" / f"{name}.json",
-        {"rows": rows, "settings": experiment.settings, "seeds": SEEDS, "environment": environment},
-    )
+    path = ROOT / "docs" / "results" / f"{name}.json"
+    document: Document = {"rows": rows, "settings": experiment.settings, "seeds": SEEDS, "environment": environment}
+    if teacher is not None:
+        document = files.read_json(path)
+        kept = [row for row in document["rows"] if row["teacher"] != teacher]
+        renewed = {**document.get("renewed", {}), teacher: environment}
+        document |= {"rows": kept + rows, "settings": experiment.settings, "renewed": renewed}
+    files.write_json(path, document)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4 or sys.argv[1] not in ("shortcut", "cifar"):
+    words, only = sys.argv[1:], None
+    if "--teacher" in words[:-1]:
+        at = words.index("--teacher")
+        only, words = words[at + 1], words[:at] + words[at + 2 :]
+    if len(words) < 3 or words[0] not in ("shortcut", "cifar") or only not in (None, *TEACHERS):
         sys.exit(__doc__)
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), tuple(map(int, sys.argv[4:])) or SEEDS)
+    main(words[0], Path(words[1]), Path(words[2]), tuple(map(int, words[3:])) or SEEDS, only)

@@ -1,7 +1,8 @@
 """What is measured, always: accuracies over groups, and how much of an attribution lies on the object.
 
 Functions that take a batch: `group_accuracy`; `energy_in_box`, `energy_pointing_game`, `iou_with_boxes`,
-`box_coverage`, `box_size_bins`.
+`box_coverage`, `box_size_bins`; `worst_group_interval`, `paired_difference`, `calibration_error`,
+`group_calibration_error`, `deletion`.
 
 Metrics that add up batches and ranks, on torchmetrics, which the `train` extra brings and which is imported only when
 one of them is asked for: `EnergyPointingGame`, `BoxIoU`, `MultilabelF1`, `MultilabelMeanAveragePrecision`,
@@ -16,7 +17,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from debiaskd.metrics.calibration import calibration_error, group_calibration_error
+from debiaskd.metrics.faithfulness import Deletion, deletion
 from debiaskd.metrics.groups import GroupAccuracies, group_accuracy
+from debiaskd.metrics.intervals import Interval, paired_difference, worst_group_interval
 from debiaskd.metrics.localization import (
     box_coverage,
     box_size_bins,
@@ -31,17 +35,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BoxIoU",
+    "Deletion",
     "EnergyPointingGame",
     "GroupAccuracies",
     "GroupAccuracy",
+    "Interval",
     "MultilabelF1",
     "MultilabelMeanAveragePrecision",
     "box_coverage",
     "box_size_bins",
+    "calibration_error",
+    "deletion",
     "energy_in_box",
     "energy_pointing_game",
     "group_accuracy",
+    "group_calibration_error",
     "iou_with_boxes",
+    "paired_difference",
+    "worst_group_interval",
 ]
 
 _ON_TORCHMETRICS = {

@@ -1,0 +1,139 @@
+"""Confidence intervals for accuracies over groups, and for the difference between two methods on the same images.
+
+A bootstrap over images within groups: every resample has as many images of each group as there are, so that the
+smallest group decides how wide the interval of the worst group is. Images are right or wrong, so a resample of a group
+is a binomial draw (a multinomial one for two methods at once), and no image has to be looked at again. The minimum over
+groups is taken inside each resample: the group that is worst is not known beforehand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from debiaskd import checks
+from debiaskd.metrics.groups import check_correct, check_groups
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a confidence interval, as fractions in [-1,1].
+
+    Attributes:
+        value: on the images themselves.
+        low, high: percentiles of the resamples.
+        smallest: images of the smallest group.
+    """
+
+    value: float
+    low: float
+    high: float
+    smallest: int
+
+
+def worst_group_interval(
+    correct: Tensor, groups: Tensor, *, level: float = 0.95, resamples: int = 10000, seed: int = 0
+) -> Interval:
+    """Worst-group accuracy with a bootstrap interval.
+
+    The minimum of noisy accuracies lies below the accuracy of any group, so that the value on the images is biased
+    downwards, and the resamples are once more: the interval reaches further down than up.
+
+    Args:
+        correct: bool [N], whether each image is predicted rightly.
+        groups: int64 [N] ≥ 0. Ids that no image has count nowhere.
+        level: of confidence, in (0,1).
+        resamples: of the bootstrap.
+        seed: of its random numbers.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.metrics import worst_group_interval
+        >>> correct = torch.tensor([True] * 90 + [False] * 10 + [True] * 6 + [False] * 4)
+        >>> found = worst_group_interval(correct, torch.tensor([0] * 100 + [1] * 10))
+        >>> found.value, found.low, found.high, found.smallest
+        (0.6, 0.3, 0.9, 10)
+    """
+    tables = _tables(groups, correct)
+    _options(level, resamples)
+    counts = np.array([len(of_group) for of_group in tables])
+    right = np.array([of_group.sum() for of_group in tables])
+    random = np.random.default_rng(seed)
+    drawn = random.binomial(counts, right / counts, size=(resamples, len(counts))) / counts
+    return _interval((right / counts).min(), drawn.min(1), level, counts)
+
+
+def paired_difference(
+    first: Tensor,
+    second: Tensor,
+    groups: Tensor,
+    *,
+    level: float = 0.95,
+    resamples: int = 10000,
+    seed: int = 0,
+) -> Interval:
+    """The worst-group accuracy of `first` less that of `second`, both on the same images, with a paired bootstrap.
+
+    Images that both methods get right, or both wrong, move no resample's difference within a group: a difference can be
+    sure where neither accuracy is. If the interval lies above 0, the first method is better at this level.
+
+    Args:
+        first, second: bool [N], whether each image is predicted rightly by either.
+        groups, level, resamples, seed: as `worst_group_interval`.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.metrics import paired_difference
+        >>> second = torch.tensor([True] * 60 + [False] * 40)
+        >>> first = torch.tensor([True] * 70 + [False] * 30)
+        >>> found = paired_difference(first, second, torch.zeros(100, dtype=torch.int64))
+        >>> round(found.value, 2), found.low > 0
+        (0.1, True)
+    """
+    check_correct(second)
+    checks.shape("second", second, "[N]", [len(checks.tensor("first", first))])
+    tables = _tables(groups, first, second)
+    _options(level, resamples)
+    counts = np.array([len(of_group) for of_group in tables])
+    random = np.random.default_rng(seed)
+    # Per group: both right, only the first, only the second, neither.
+    drawn = []
+    values = []
+    for of_group in tables:
+        kinds = np.bincount(of_group @ np.array([2, 1]), minlength=4) / len(of_group)
+        values.append((kinds[3] + kinds[2], kinds[3] + kinds[1]))
+        shares = random.multinomial(len(of_group), kinds, size=resamples) / len(of_group)
+        drawn.append(np.stack([shares[:, 3] + shares[:, 2], shares[:, 3] + shares[:, 1]], 1))
+    worst = np.stack(drawn).min(0)
+    value = np.array(values).min(0)
+    return _interval(value[0] - value[1], worst[:, 0] - worst[:, 1], level, counts)
+
+
+def _tables(groups: Tensor, *correct: Tensor) -> list[NDArray[np.int64]]:
+    """Of each group that occurs [n] or, of several methods, [n,methods]: 1 where right."""
+    for each in correct:
+        check_correct(each)
+    check_groups("groups", groups)
+    checks.shape("groups", groups, "[N]", [len(correct[0])])
+    joined = torch.stack([each.cpu() for each in correct], -1).long()
+    joined = joined[:, 0] if len(correct) == 1 else joined
+    return [joined[groups.cpu() == group].numpy() for group in groups.unique().tolist()]
+
+
+def _options(level: float, resamples: int) -> None:
+    if not 0 < checks.number("level", level) < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    if checks.integer("resamples", resamples) < 1:
+        raise ValueError(f"resamples must be >= 1, got {resamples}")
+
+
+def _interval(value: float, drawn: NDArray[np.float64], level: float, counts: NDArray[np.int64]) -> Interval:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high), int(counts.min()))
