@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from debiaskd.data import prepare
 from debiaskd.recipe import Schedule
 from debiaskd.terms.backdoor import Intervened
+from debiaskd.training.design import frozen
 from debiaskd.training.keeping import Keeper
-from debiaskd.training.loaded import Loaded, frozen
+from debiaskd.training.loaded import Loaded
 from debiaskd.training.run import RunError
 from debiaskd.training.schedule import brief
 from debiaskd.training.stages import Chain
