@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from debiaskd import cli_prepare, cli_train
+from debiaskd.cli_arguments import Parser, UsageError, parse
 from debiaskd.version import __version__
 
 if TYPE_CHECKING:
@@ -26,29 +27,14 @@ if TYPE_CHECKING:
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
-class UsageError(Exception):
-    """Something the user can put right: printed as one line, exit code 2."""
-
-
 class Failure(Exception):  # noqa: N818
     """Something went wrong that is no mistake of usage: printed as one line, exit code 1."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `debiaskd` command; returns its exit code."""
     try:
-        options, rest = _parser().parse_known_args(arguments)
-        if options.command == "train":
-            options.overrides = rest
-        elif rest:
-            raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see debiaskd {options.command} --help)")
+        options = parse(_parser(), sys.argv[1:] if arguments is None else arguments)
         _check_environment()
         with _warnings_in_one_line():
             code = _COMMANDS[options.command](options)

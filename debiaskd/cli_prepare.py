@@ -131,7 +131,7 @@ def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> 
     from debiaskd.data import prepare
 
     rest = dict(vars(options))  # size, fit, … and the source's own, by their names in `prepare`
-    for name in ("command", "source", "src", "out", "split", "workers"):
+    for name in ("command", "overrides", "source", "src", "out", "split", "workers"):
         del rest[name]
     prepared = prepare(
         options.source,

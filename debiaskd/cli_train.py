@@ -16,10 +16,12 @@ def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train the student that a recipe describes",
+        usage="%(prog)s [-h] [--out RUN] [--print] RECIPE [--KEY VALUE ...]",
         description="Trains what RECIPE describes, with all that it needs before: teacher, weights, pretraining. "
         "Interrupted and started again it goes on where it was; finished stages are used again. Whatever a recipe "
         "says can be said anew: --schedule.epochs 5 --terms.guide.loss l1.",
     )
+    train.takes_keys, train.more = True, _keys
     train.add_argument(
         "recipe",
         type=Path,
@@ -84,6 +86,12 @@ def add(commands: Any) -> None:
     )
     report.add_argument("--split", metavar="NAME", help="of all runs' data; default: the test of each recipe")
     report.add_argument("--data", metavar="DIR", help="measure all runs on these prepared pictures; default: their own")
+
+
+def _keys(width: int) -> str:
+    from debiaskd.recipe.reference import as_text
+
+    return as_text(width)
 
 
 def train(options: argparse.Namespace, overrides: Sequence[str], progress: Callable[[], Any]) -> list[str]:

@@ -18,6 +18,11 @@ def test_every_figure_is_what_the_result_files_say() -> None:
     assert done.returncode == 0, f"run python docs/figures.py: {done.stdout}{done.stderr}"
 
 
+def test_the_page_of_a_recipes_keys_is_what_the_docstrings_say() -> None:
+    done = subprocess.run([sys.executable, "docs/recipe_keys.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"run python docs/recipe_keys.py: {done.stdout}{done.stderr}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
