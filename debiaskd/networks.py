@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from debiaskd import cifar_models
 from debiaskd.bias_free import bias_free
-from debiaskd.inputs import InputContract, accepts
+from debiaskd.input_sources import accepts
+from debiaskd.inputs import InputContract
 from debiaskd.models import CifarResNet, SmallNet
 from debiaskd.weight_files import (
     LastLayerWarning,

@@ -20,11 +20,12 @@ pytest.importorskip("sklearn")
 
 import training_runs as runs
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from debiaskd import cli
 from debiaskd.data import PackedDataset
+from debiaskd.files import sha256
 from debiaskd.inputs import InputContract, Preprocess, resize
 from debiaskd.training import loop
 from debiaskd.training.caching import Views
@@ -34,6 +35,7 @@ from debiaskd.training.learner import Learner
 from debiaskd.training.loaded import Loaded, evaluate_run
 from debiaskd.training.pictures import Intake, open_split
 from debiaskd.training.probing import _features
+from debiaskd.training.stages import Chain
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("inputs")]
 #: So far apart that the range of what a network reads tells whose contract it is: [-9, 1] and [-0.2, 1.8].
@@ -142,7 +144,7 @@ def test_every_stage_reads_what_its_network_reads(made: tuple[Path, Reader]) -> 
 
 def test_both_networks_read_the_same_crop(made: tuple[Path, Reader]) -> None:
     pairs = [(own, teachers) for own, teachers in made[1].steps if teachers is not None]
-    assert len(pairs) == 8  # the student's steps
+    assert len(pairs) == 1 + 8  # in rehearsal, and the student's steps
     for own, teachers in pairs:
         pixels = teachers * 0.5 + 0.1
         assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
@@ -288,3 +290,80 @@ def test_the_cache_is_of_the_crops_that_the_student_reads(made: tuple[Path, Read
     read = torch.cat([own for own, _ in reader.steps[-4:]])
     order = torch.cdist(read.flatten(1), placed.images.flatten(1)).min(1)
     assert order.values.max() < 0.1 and len(order.indices.unique()) == 48
+
+
+# -- other networks, other times --------------------------------------------------------------------------------------
+
+
+def test_what_each_network_reads_is_said_once_when_training_begins(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    document = {**runs.PLAIN, "schedule": {"epochs": 1, "batch": 12}, "weights": {}, "teacher": None}
+    document["terms"] = {"supervised": {"weighted": True}}
+    recipe = runs.read(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document))
+    said: list[tuple[str, float, str]] = []
+
+    def train() -> list[str]:
+        said.clear()
+        Chain(recipe, tmp_path / "run", runs.launch(recipe.compute), lambda *news: said.append(news)).student()
+        return [news for _, _, news in said if news.startswith("input")]
+
+    line = "input of the student: 3×16×16, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), bilinear "
+    assert train() == [line + "(ImageNet's mean and std by default)"]
+    assert (said[0][0], said[0][2]) == ("identification", "")
+    assert train() == []  # a finished run trains nothing
+
+
+def test_a_network_of_one_size_reads_that_beside_a_small_student(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    """And the finished run is built again with that."""
+    pytest.importorskip("timm")
+    document = {
+        **runs.PLAIN,
+        "data": {"train": "train[:50%]"},
+        "teacher": {"name": "levit_128s", "method": "erm", "schedule": {"epochs": 1, "batch": 24}},
+        "student": {"name": "plain/6", "input": {"size": 12}},
+        "transplant": {"projector": "linear"},
+        "terms": {"match": {}},
+        "schedule": {"epochs": 1, "batch": 24},
+    }
+    runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
+    assert Loaded(tmp_path / "run", "teacher").contract == InputContract((224, 224))
+    document, _ = evaluate_run(tmp_path / "run", "student", "val", None)
+    assert document["figures"]["accuracy"] is not None
+    assert Loaded(tmp_path / "run").contract == InputContract((12, 12))
+
+
+@pytest.mark.parametrize("swapped", (False, True))
+def test_b_cos_networks_and_others_teach_each_other(made: tuple[Path, Reader], tmp_path: Path, swapped: bool) -> None:
+    pytest.importorskip("bcos")
+    names = ["bcos/cifar10_resnet20", "plain/6"]
+    teacher, student = reversed(names) if swapped else names
+    document = {
+        **runs.PLAIN,
+        "teacher": {"name": teacher, "method": "erm", "schedule": {"epochs": 1, "batch": 24}},
+        "student": {"name": student},
+        "terms": {"kd": {}, "sample": {}},
+        "schedule": {"epochs": 1, "batch": 24},
+    }
+    runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
+    channels = [Loaded(tmp_path / "run", stage).contract.channels for stage in ("teacher", "student")]
+    assert channels == ([3, 6] if swapped else [6, 3])
+
+
+def test_a_run_of_before_there_were_contracts(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    """Its weights do not say what they read: ImageNet's mean and std, at the size that is written in them."""
+    runs.train(
+        runs.write(tmp_path / "r.yaml", made[0] / "birds16", {**runs.PLAIN, "data": {"size": 12}}), tmp_path / "run"
+    )
+    run = tmp_path / "run"
+    stage, file = run / "student" / "stage.json", run / "student" / "model.safetensors"
+    document = json.loads(stage.read_text())
+    assert not any(key.endswith(".input") for key in document["inputs"])
+    figures = evaluate_run(run, "student", "val", None)[0]["figures"]
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["debiaskd"])
+    assert about.pop("input") == InputContract((12, 12)).to_dict()
+    save_file(tensors, file, metadata={"debiaskd": json.dumps(about)})
+    document["outputs"]["model.safetensors"] = sha256(file)
+    stage.write_text(json.dumps(document))
+    assert Loaded(run).contract == InputContract((12, 12))
+    assert evaluate_run(run, "student", "val", None)[0]["figures"] == figures

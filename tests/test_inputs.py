@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,8 @@ from torch import Tensor, nn
 
 from debiaskd.boxes import Boxes
 from debiaskd.data import Augment, Batch
-from debiaskd.inputs import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    InputContract,
-    Preprocess,
-    accepts,
-    read_contract,
-    resize,
-    resolve,
-    saved,
-)
+from debiaskd.input_sources import accepts, resolve
+from debiaskd.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, read_contract, resize, saved
 from debiaskd.networks import NetworkError, build, prepare, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +50,38 @@ def test_pretrained_weights_bring_their_own(tmp_path: Path) -> None:
     assert [round(value, 3) for value in tagged.mean] == [0.481, 0.458, 0.408]
     assert found("resnet18", pretrained=True).mean == IMAGENET_MEAN
     assert found("small/8", weights=tmp_path / "w.safetensors") == InputContract((64, 64))
+
+
+@pytest.mark.parametrize(
+    ("file", "document", "expected"),
+    [
+        (
+            "config.json",  # timm's, on the hub
+            {
+                "architecture": "x",
+                "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "interpolation": "nearest"},
+            },
+            InputContract((64, 64), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), "nearest"),
+        ),
+        (
+            "preprocessor_config.json",  # transformers'
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2},
+            InputContract((64, 64), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear"),
+        ),
+        (
+            "preprocessor_config.json",
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_normalize": False},
+            InputContract((64, 64), (0.0,) * 3, (1.0,) * 3, "bicubic"),
+        ),
+        ("config.json", {"hidden_size": 8, "mean": 3, "std": 4}, InputContract((64, 64), HALF, HALF, "bicubic")),
+        ("config.json", ["what"], InputContract((64, 64), HALF, HALF, "bicubic")),
+    ],
+)
+def test_the_configuration_beside_a_file(tmp_path: Path, file: str, document: Any, expected: InputContract) -> None:
+    pytest.importorskip("timm")
+    (tmp_path / file).write_text(json.dumps(document))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert found("tf_efficientnet_lite0", weights=tmp_path / "model.safetensors") == expected
 
 
 def test_torchvisions_weights() -> None:

@@ -14,10 +14,11 @@ from debiaskd import files
 from debiaskd.depths import find
 from debiaskd.features import has_protocol
 from debiaskd.guide import Guide
-from debiaskd.inputs import InputContract, default_contract, resolve
-from debiaskd.networks import build, load_weights, prepare, pretrained_classes, weights_file
+from debiaskd.inputs import InputContract
+from debiaskd.networks import build, load_weights, prepare, pretrained_classes
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
+from debiaskd.training.contracts import Contracts
 from debiaskd.training.design import base_of
 from debiaskd.training.evaluation import Evaluation, looked_at, selectable
 from debiaskd.training.keeping import RULES, Keeper
@@ -61,7 +62,7 @@ class Fitting:
         check_overlap(recipe, warn=self.ranks.rank == 0)
         self._check_data()
         self._names(self._rule(guided=recipe.terms.guide is not None))
-        self.contracts = self._contracts()
+        self.contracts = Contracts(recipe, self.train.whole.size)
         networks = {"student": recipe.student, "teacher": recipe.teacher}
         self.bases = {
             name: None if network is None else base_of(name, network, recipe) for name, network in networks.items()
@@ -92,40 +93,9 @@ class Fitting:
                 found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
                 raise RecipeError(f"{name}.batch: {found}")
 
-    def _contracts(self) -> dict[str, InputContract]:
-        """What student and teacher read, which is said once."""
-        prepared, found = self.train.whole.size, {}
-        for key, network in (("student", self.recipe.student), ("teacher", self.recipe.teacher)):
-            if network is None:
-                continue
-            contract, source = resolve(
-                network.name,
-                prepared,
-                asked=None if network.input is None else vars(network.input),
-                data_size=self.recipe.data.size,
-                pretrained=network.pretrained,
-                weights=None if network.weights is None else weights_file(network.weights),
-            )
-            self.say(key, 0.0, f"input {contract} ({source})")
-            found[key] = contract
-        return found
-
     def contract(self, network: Network) -> InputContract:
         """What one of the recipe's networks reads."""
-        return self.contracts[role(network)]
-
-    def inputs(self, *networks: Network) -> dict[str, Any]:
-        """What decides a stage's outcome of what networks read: nothing where that is the default, as it was before
-        there were other contracts."""
-        prepared = self.train.whole.size
-        side = self.recipe.data.size or prepared[0]
-        found = {}
-        for network in networks:
-            contract, name = self.contract(network), role(network)
-            default = default_contract(network.name, (side, side))
-            if not contract.same_as(default, resized=contract.size != prepared):
-                found[f"{name}.input"] = contract.to_dict()
-        return found
+        return self.contracts.of(network)
 
     def network(self, options: Network, purpose: str) -> nn.Module:
         """With initial weights of the recipe's seed and this purpose alone, or with those it begins from."""
@@ -166,11 +136,7 @@ class Fitting:
 
     def about(self, stage: str, network: Network) -> dict[str, Any]:
         """What a file of weights says of itself."""
-        contract, teacher = self.contract(network), self.contracts.get("teacher")
-        found = {"stage": stage, "classes": list(self.train.whole.classes), "size": contract.size[0]}
-        found["input"] = contract.to_dict()
-        if stage == "student" and teacher is not None:  # whose head the student may have
-            found["teacher_input"] = teacher.to_dict()
+        found = {"stage": stage, "classes": list(self.train.whole.classes), **self.contracts.about(stage, network)}
         bases = {name: base.kept() for name, base in self.bases.items() if base is not None}
         if any(bases.values()):
             found["bases"] = {name: base for name, base in bases.items() if base is not None}
@@ -258,9 +224,14 @@ class Fitting:
             every=recipe.selection.every,
             views=None if teacher is None else teacher.views,
         )
-        training = Training(plan, self.fabric, lambda done, news: self.say(name, done, news))
+        training = Training(plan, self.fabric, lambda done, news: self._progress(name, done, news))
         training.run()
         return self._finish(folder, keeper, training, rule, names)
+
+    def _progress(self, stage: str, done: float, news: str) -> None:
+        self.say(stage, done, news)
+        for line in self.contracts.untold():
+            self.say(stage, done, line)
 
     def _finish(
         self, folder: Path, keeper: Keeper, training: Training, rule: str, names: tuple[str, ...]
@@ -355,7 +326,7 @@ class Fitting:
             seed=self.recipe.seed,
             workers=self.recipe.compute.workers,
             contract=self.contract(network),
-            teacher=None if teaching is None else self.contracts["teacher"],
+            teacher=None if teaching is None else self.contracts.teacher,
             taught=teaching is not None and teaching.views is None,
             sampling=sampling,
         )

@@ -148,7 +148,7 @@ class Chain:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
                 teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
-        inputs = {**before, **self.fitting.inputs(*networks), "recipe": decisive(self.run.document)}
+        inputs = {**before, **self.fitting.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
 
         chosen = selecting(self.fitting)
 
@@ -184,7 +184,7 @@ class Chain:
         inputs = {**self.base, "pictures": self.common()["pictures"], "teacher": fingerprint, "seed": seed}
         inputs |= {"parts": parts, "dtype": options.cache, "views": views}
         # Of both networks: the student's size, too, decides how large the crop is that the teacher's input is made of.
-        inputs |= fitting.inputs(self.recipe.student, options)
+        inputs |= fitting.contracts.decisive(self.recipe.student, options)
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             pictures = fitting.pictures(
@@ -208,7 +208,7 @@ class Chain:
         recipe = self.recipe
         assert recipe.pretraining is not None
         schedule = recipe.pretraining
-        inputs = {**self.base, **self.common(), **self.fitting.inputs(recipe.student)}
+        inputs = {**self.base, **self.common(), **self.fitting.contracts.decisive(recipe.student)}
         inputs |= {"student": self.run.document["student"], "schedule": self.run.document["pretraining"]}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class Chain:
         said = self.run.document["teacher" if teacher else "student"]
         words = (said if teacher else self.run.document)["schedule"]
         plain = {field.name: said[field.name] for field in dataclasses.fields(Network) if field.name in said}
-        inputs = {**self.base, **self.common(), **self.fitting.inputs(network)}
+        inputs = {**self.base, **self.common(), **self.fitting.contracts.decisive(network)}
         inputs |= {"network": plain, "schedule": {key: value for key, value in vars(schedule).items() if key in words}}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:

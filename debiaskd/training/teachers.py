@@ -43,7 +43,7 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
     terms = teacher_terms(options)
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
-    inputs = {**chain.base, **chain.common(), **chain.fitting.inputs(options)}
+    inputs = {**chain.base, **chain.common(), **chain.fitting.contracts.decisive(options)}
     inputs["teacher"] = dict(chain.run.document["teacher"])
     if options.method in ("balanced", "group_dro"):
         assert groups is not None
