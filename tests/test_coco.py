@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("PIL", reason="pictures are made with pillow")
 
@@ -246,6 +250,54 @@ def test_categories_of_one_name(tmp_path: Path) -> None:
     )
     assert source.classes == ("dog", "cat", "dog", "person")
     assert list(problems.notes.values()) == [["dog"]]
+
+
+def readable(entries: list[dict[str, Any]]) -> bool:
+    """Whether one of them gives a box."""
+    return any(entry["category_id"] in (3, "7", 90) and entry["bbox"] in BOXES[:3] for entry in entries)
+
+
+BOXES: list[Any] = [[1, 1, 5, 5], [1.0, 1, 5, 5], [2, 2, 9, 9], [1, 1, 0, 5], [9, 9, -1, 1], None, "x"]
+ENTRIES = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from([0, 1, "1", None, "x"]),
+        "image_id": st.sampled_from([10, "10", 11.0, 12, 99, None]),
+        "category_id": st.sampled_from([3, "7", 90.0, 4, None]),
+        "bbox": st.sampled_from(BOXES),
+        "iscrowd": st.sampled_from([0, 1, "1", True]),
+    }
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(ENTRIES, max_size=12), st.sampled_from(coco.OPTIONS))
+def test_no_annotation_vanishes(entries: list[dict[str, Any]], crowd: str) -> None:
+    """Each is a box, or is named as passed over, or is left out as `crowd` says; no picture is a negative for want of a
+    readable annotation."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        (root / "annotations").mkdir()
+        (root / "train2017").mkdir()
+        document = {
+            "images": [{"id": 10 + i, "file_name": f"{i}.png"} for i in range(3)],
+            "categories": [{"id": key, "name": str(key)} for key in (3, 7, 90)],
+            "annotations": entries,
+        }
+        (root / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+        problems = Problems()
+        split = coco.read(root, problems, crowd=crowd).splits["train2017"]
+    part = split.part(0, 3)
+    counts = part.offsets[1:] - part.offsets[:-1]
+    boxes = int(counts[part.annotated].sum())
+    tally = problems.tallies["train2017", "boxes"]
+    assert tally.total - tally.skipped == boxes
+    named = sum(map(len, problems.found.values()))
+    crowds = len(entries) - boxes - named
+    assert crowds == 0 or (crowd == "drop" and crowds > 0)
+    for i in range(3):
+        mine = [entry for entry in entries if entry["image_id"] in (10 + i, str(10 + i))]
+        if crowd != "drop":
+            assert part.annotated[i] == (bool(entries) and (not mine or readable(mine)))
 
 
 def test_coco_bad_image_entries(tmp_path: Path) -> None:

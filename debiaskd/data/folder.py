@@ -265,15 +265,16 @@ def _biases(file: Path, found: _Found, problems: Problems) -> dict[str, str]:
 
 def _placed(rows: dict[str, list[_T]], found: _Found, file: Path, problems: Problems) -> dict[str, list[_T]]:
     """`rows` by pictures that are there, whose paths may be written in another case or from the folder above on."""
-    here = set(found.all())
-    renamed = match_paths(rows, here, found.path.resolve().name)
+    unknown = set(rows)
+    unknown.difference_update(found.all())
+    renamed = match_paths(unknown, found.all(), found.path.resolve().name) if unknown else {}
     tally = problems.tally(file.name, "pictures", of_file=True)
     made: dict[str, list[_T]] = {}
     for picture, items in rows.items():
         tally.total += 1
         if picture in renamed:
             problems.note("path written otherwise", f"{file.name}: {picture!r} read as {renamed[picture]!r}")
-        elif picture not in here:
+        elif picture in unknown:
             problems.add("annotation of an image that is not there", f"{file.name}: {picture}", tally)
             continue
         made.setdefault(renamed.get(picture, picture), []).extend(items)

@@ -97,17 +97,21 @@ def fold_case(by_split: Mapping[str, Iterable[str]], problems: Problems) -> dict
 def match_paths(written: Iterable[str], present: Iterable[str], prefix: str) -> dict[str, str]:
     """For those of `written` that are not `present`, but are in another case or below `prefix`: the path that is meant.
 
-    Paths that fit none or several are left out.
+    Paths that fit none or several are left out. `present` is gone through once, and only what fits is kept of it.
     """
     unknown = set(written)
-    folded: dict[str, list[str]] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    for path in unknown:
+        first, _, rest = path.casefold().partition("/")
+        keys[path] = (path.casefold(), rest) if first == prefix.casefold() else (path.casefold(),)
+    folded: dict[str, list[str]] = {key: [] for both in keys.values() for key in both}
     for path in present:
         unknown.discard(path)
-        folded.setdefault(path.casefold(), []).append(path)
+        if (same := folded.get(path.casefold())) is not None:
+            same.append(path)
     made = {}
     for path in sorted(unknown):
-        first, _, rest = path.casefold().partition("/")
-        candidates = folded.get(path.casefold()) or (folded.get(rest) if first == prefix.casefold() else None) or []
+        candidates = next((folded[key] for key in keys[path] if folded[key]), [])
         if len(candidates) == 1:
             made[path] = candidates[0]
     return made
