@@ -90,12 +90,12 @@ def waterbirds(root: Path, rows: Sequence[tuple[Any, Any, Any]] | None = None, *
     return root
 
 
-def folder(root: Path, count: int = 3, boxes: str | None = "", bias: str | None = None) -> Path:
-    """Classes cat and dog with `count` pictures each; `boxes` and `bias` are the rows of boxes.csv and bias.csv, None:
-    no such file."""
+def folder(root: Path, count: int = 3, boxes: str | None = "", bias: str | None = None, seed: int = 0) -> Path:
+    """Classes cat and dog with `count` pictures each, others for each seed; `boxes` and `bias` are the rows of
+    the files boxes.csv and bias.csv, None: no such file."""
     for label in ("cat", "dog"):
         for i in range(count):
-            picture(root / label / f"{i}.png", seed=i + (label == "dog"))
+            picture(root / label / f"{i}.png", seed=seed + i + (label == "dog"))
     if boxes is not None:
         (root / "boxes.csv").write_text("path,x0,y0,x1,y1,label\n" + boxes)
     if bias is not None:

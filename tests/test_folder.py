@@ -351,8 +351,8 @@ def test_from_a_folder_to_a_student_evaluated_by_group(tmp_path: Path, capsys: p
     import training_runs as runs
 
     src = tmp_path / "src"
-    for split in ("train", "val", "test"):
-        trees.folder(src / split, 6, None)
+    for seed, split in ((0, "train"), (10, "val"), (20, "test")):
+        trees.folder(src / split, 6, None, seed=seed)
     rows = [
         f"{split}/{c}/{i}.png,{'red' if i % 3 else 'blue'}"
         for split in ("train", "val", "test")
