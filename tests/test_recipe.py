@@ -431,6 +431,10 @@ def test_there_are_recipes() -> None:
         ),
         ({**MATCH, "weights": {"epochs": 0}}, "weights.epochs: must be >= 1, got 0"),
         (
+            {"selection": {"rule": "pareto", "attributions": False}},
+            "selection.attributions: rule pareto compares EPG and IoU, which are made of them; got False",
+        ),
+        (
             {**MATCH, "terms": {"match": {"weighted": False}}, "weights": {"draw": True}},
             "weights: no term uses them; of",
         ),

@@ -35,6 +35,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _terms(recipe)
     yield from _teacher(recipe)
     yield from _weights(recipe)
+    if recipe.selection.attributions is False and recipe.selection.rule == "pareto":
+        yield "selection.attributions: rule pareto compares EPG and IoU, which are made of them; got False"
     yield from _network("student", recipe.student)
     fitted = recipe.teacher is not None and recipe.teacher.method == "dfr" and recipe.teacher.validation_share is None
     if recipe.selection.reuse and not fitted:

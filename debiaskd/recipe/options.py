@@ -217,11 +217,14 @@ class Selection:
             class), EPG and IoU, all of which is kept, with the highest sum of the three in front; "last". Left out:
             worst_group where groups are known, else pareto for guided students, else accuracy or f1.
         every: epochs between validations. The last epoch is always validated.
+        attributions: measure EPG and IoU in every validation, which costs a pass of attributions. Left out: where the
+            rule compares them, and of students that are guided.
         reuse: select the student's epoch on the very validation pictures that a dfr teacher's last layer was fitted on.
     """
 
     rule: Literal["worst_group", "accuracy", "f1", "pareto", "last"] | None = None
     every: int = 1
+    attributions: bool | None = None
     reuse: bool = False
 
 
@@ -233,7 +236,7 @@ class Compute:
         accelerator: "auto", "cpu", "cuda", "mps".
         devices: how many on this machine.
         nodes: machines; `torchrun` starts the processes then.
-        precision: "32", "bf16", "16".
+        precision: "32", "bf16", "16"; of training, validation and evaluation.
         compile: the student and the teacher by torch.compile.
         sync_batchnorm: batch norm over all processes' pictures.
         workers: processes that read. A prepared data set wants none.

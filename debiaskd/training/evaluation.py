@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Evaluation:
         training_groups: int64 [M] of the training split; None: not known, the adjusted accuracy is left undefined.
         guide: where and how attributions are looked at.
         threshold: of the IoU; None: the best of a grid, as is right on validation.
+        maps: compare attributions with boxes, where there are any: EPG and IoU.
+        autocast: makes the context in which the model runs, of the precision that it was trained in.
     """
 
     def __init__(
@@ -62,11 +65,15 @@ class Evaluation:
         training_groups: Tensor | None,
         guide: GuideOptions,
         threshold: float | None = None,
+        *,
+        maps: bool = True,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self.autocast = autocast
         self.pictures, self.training_groups = pictures, training_groups
         self.guide, self.threshold = guide, threshold
         split = pictures.split
-        self.boxed = boxed(split)
+        self.boxed = maps and boxed(split)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The model's figures, NaN where one is undefined; it is in evaluation mode, and on the pictures' device."""
@@ -75,10 +82,13 @@ class Evaluation:
         self.pictures.sampler.start_at(0, 0)
         for batch in self.pictures.batches:
             placed = self.pictures.placed(batch)
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 meters.classes(model(placed.images), placed)
             if guide is not None:
-                with torch.compiler.set_stance("force_eager"):  # compiled, inner layers' outputs are not to be had
+                with (
+                    self.autocast(),
+                    torch.compiler.set_stance("force_eager"),
+                ):  # compiled, inner layers' outputs are not to be had
                     found = attributions(guide, placed)
                 for one in found:
                     meters.maps(*one)

@@ -6,6 +6,7 @@ import atexit
 import os
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ def launch(compute: Compute) -> Any:
     if fabric.world_size > 1 and torch.distributed.get_backend() == "gloo":
         atexit.register(_leave)
     return fabric
+
+
+def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision that a run was trained in, outside of a Fabric. Where the device does not have it, float32."""
+    if compute.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    if compute.precision == "16" and device.type == "cuda":
+        return torch.autocast(device.type, torch.float16)
+    return nullcontext()
 
 
 def _leave() -> None:

@@ -20,7 +20,7 @@ from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.training.contracts import Contracts
 from debiaskd.training.design import base_of
-from debiaskd.training.evaluation import Evaluation, looked_at, selectable
+from debiaskd.training.evaluation import Evaluation, boxed, looked_at, selectable
 from debiaskd.training.keeping import RULES, Keeper
 from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
@@ -88,6 +88,8 @@ class Fitting:
             raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
         if recipe.terms.guide is not None and not len(split.boxes.coords):
             raise RecipeError("terms.guide: the training pictures have no boxes")
+        if recipe.selection.attributions and not boxed(self.validation):
+            raise RecipeError("selection.attributions: the validation pictures have no boxes to compare them with")
         for name, schedule in recipe.schedules().items():
             if schedule.batch > len(split):
                 found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
@@ -207,9 +209,13 @@ class Fitting:
         share = self._share(schedule)
         pictures = self.pictures(self.train, network, training=True, batch=share, sampling=sampling, teaching=teacher)
         validated = self.pictures(validation or self.validation, network, training=False, batch=share)
-        evaluation = Evaluation(validated, self.train.groups, looked_at(recipe, name))
         rule = rule or self._rule(guided="guide" in terms)
         names = self._names(rule)
+        maps = recipe.selection.attributions
+        if maps is None:
+            maps = "guide" in terms or bool({"epg", "iou"} & set(names))
+        looked = looked_at(recipe, name)
+        evaluation = Evaluation(validated, self.train.groups, looked, maps=maps, autocast=self.fabric.autocast)
         keeper = Keeper(folder, rule, names, self.about(name, network))
         plan = Plan(
             folder=folder,
@@ -336,6 +342,7 @@ class Fitting:
         if rule is None:
             if "worst_group_accuracy" in names:
                 return "worst_group"
+            guided = guided and self.recipe.selection.attributions is not False
             return "pareto" if guided and "epg" in names else "accuracy" if "accuracy" in names else "f1"
         return rule
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from debiaskd.networks import load_weights
 from debiaskd.recipe import Network, RecipeError
 from debiaskd.terms import Ranks
 from debiaskd.training.design import of_stage
-from debiaskd.training.evaluation import Evaluation, looked_at
+from debiaskd.training.evaluation import Evaluation, boxed, looked_at
+from debiaskd.training.fabric import autocast
 from debiaskd.training.pictures import Pictures, Split, open_split
 from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
 from debiaskd.version import __version__
@@ -169,14 +171,17 @@ class Evaluated:
             the name and the fingerprint of that.
         data: the fingerprint of the data.
         fingerprint: of all that decides the figures: weights, pictures, where attributions are looked at.
+        threshold: of the IoU; None: training did not look at attributions, validation chooses it when it is needed.
     """
 
     def __init__(self, loaded: Loaded, split: Split) -> None:
         self.loaded, self.split = loaded, split
         self.guide = looked_at(loaded.recipe, loaded.name)
-        threshold = loaded.stage.facts.get("figures", {}).get("iou_threshold")
         # Not the best on this split: that would be to choose by what is measured.
-        self.threshold: float = THRESHOLD if threshold is None else threshold
+        figures = loaded.stage.facts.get("figures", {"iou_threshold": None})
+        threshold = figures.get("iou_threshold")
+        self.threshold: float | None = THRESHOLD if "iou_threshold" in figures and threshold is None else threshold
+        self.autocast = partial(autocast, loaded.recipe.compute, loaded.device)
         suffix = "" if loaded.name == "student" else f"-{loaded.name}"
         slug = re.sub(r"[^A-Za-z0-9_.]+", "-", split.name.replace(":]", ":100%]")).strip("-")
         path, self.data = loaded.recipe.data.path, data_fingerprint(loaded.recipe.data.path)
@@ -192,6 +197,7 @@ class Evaluated:
                 "splits": [split.name, loaded.recipe.data.train, loaded.recipe.data.seed],
                 "guide": dataclasses.asdict(self.guide),
                 "threshold": self.threshold,
+                **({} if loaded.recipe.compute.precision == "32" else {"precision": loaded.recipe.compute.precision}),
             }
         )
 
@@ -204,12 +210,24 @@ class Evaluated:
         same = isinstance(document, dict) and document.get("fingerprint") == self.fingerprint
         return document if same else None
 
+    def _chosen(self) -> float:
+        """The threshold that is best on the run's validation pictures."""
+        with suppress(RecipeError, DataError, OSError):  # which may not be there any more
+            validation = open_split(open_run(self.loaded.folder).data, "validation")
+            if boxed(validation):
+                pictures = self.loaded.pictures(validation)
+                figures = Evaluation(pictures, None, self.guide, autocast=self.autocast)(self.loaded.model)
+                if figures["iou_threshold"] == figures["iou_threshold"]:
+                    return figures["iou_threshold"]
+        return THRESHOLD
+
     def measure(self) -> dict[str, Any]:
         """The figures, and what they are of."""
         loaded = self.loaded
         pictures = loaded.pictures(self.split)
         groups = None if self.split.groups is None else _training_groups(loaded, self.split.whole.groups, self.data)
-        figures = Evaluation(pictures, groups, self.guide, self.threshold)(loaded.model)
+        threshold = self._chosen() if self.threshold is None and boxed(self.split) else self.threshold
+        figures = Evaluation(pictures, groups, self.guide, threshold, autocast=self.autocast)(loaded.model)
         return {
             "run": str(loaded.folder),
             "stage": loaded.name,

@@ -277,7 +277,7 @@ class Chain:
             load_weights(model, stage.model)
             pictures = self.fitting.pictures(self.fitting.train, network, training=False, batch=256, alone=True)
             found = []
-            with torch.no_grad():
+            with torch.no_grad(), self.fabric.autocast():
                 for batch in pictures.batches:
                     placed = pictures.placed(batch)
                     found.append((model(placed.images).argmax(1) == placed.target).cpu())
