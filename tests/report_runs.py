@@ -14,9 +14,14 @@ ERM: dict[str, Any] = {
     "student": {"name": "plain/4"},
     "schedule": {"epochs": 2, "batch": 12, "learning_rate": 1e-2},
     "terms": {"supervised": {}},
+    "selection": {"attributions": True},
     "compute": {"accelerator": "cpu", "log_every": 2},
 }
-GUIDED = {**ERM, "terms": {"supervised": {}, "guide": {"weight": 0.2}}, "selection": {"rule": "pareto"}}
+GUIDED = {
+    **ERM,
+    "terms": {"supervised": {}, "guide": {"weight": 0.2}},
+    "selection": {"rule": "pareto", "attributions": True},
+}
 RECIPES: dict[str, dict[str, Any]] = {"erm-0": ERM, "erm-1": {**ERM, "seed": 1}, "guided": GUIDED, "small": ERM}
 
 
