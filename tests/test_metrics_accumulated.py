@@ -163,6 +163,20 @@ def test_without_a_single_positive_picture_there_is_no_average_precision(average
     assert metric.compute().isnan() and metric.classes() == 0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("average", ["micro", "macro", "weighted", "none"])
+@pytest.mark.parametrize("kind", [metrics.MultilabelF1, metrics.MultilabelMeanAveragePrecision])
+def test_a_batch_may_be_empty(kind, average):
+    generator = torch.Generator().manual_seed(10)
+    logits, targets = torch.randn(6, 3, generator=generator), torch.randint(2, (6, 3), generator=generator)
+    metric, whole = kind(3, average), kind(3, average)
+    metric.update(logits[:0], targets[:0])
+    assert metric.compute().isnan().all()
+    metric.update(logits, targets)
+    whole.update(logits, targets)
+    assert torch.equal(metric.compute(), whole.compute())
+
+
 def test_f1_of_classes_that_nothing_is_known_of():
     logits = torch.tensor([[1.0, -1, -1, 1], [1, -1, -1, -1]])
     targets = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]])  # F1: 2/3, none, 0, 0

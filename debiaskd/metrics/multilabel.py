@@ -45,7 +45,8 @@ class MultilabelF1(Mergeable, MultilabelF1Score):
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         targets = _targets(logits, targets, self.num_labels)
-        super().update((logits >= self.logit_threshold).long(), targets)
+        if len(targets):  # torchmetrics cannot reshape a batch of none, such as a rank's share may be
+            super().update((logits >= self.logit_threshold).long(), targets)
 
     def settings(self) -> dict[str, Any]:
         return {"num_labels": self.num_labels, "average": self.average, "threshold": self.logit_threshold}
@@ -103,7 +104,8 @@ class MultilabelMeanAveragePrecision(Mergeable, MultilabelAveragePrecision):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         targets = _targets(logits, targets, self.num_labels)
         self.positives = self.positives + targets.sum(0)
-        super().update(logits.detach().double().sigmoid(), targets)
+        if len(targets):
+            super().update(logits.detach().double().sigmoid(), targets)
 
     def compute(self) -> Tensor:  # type: ignore[override]
         shown = self.positives > 0
