@@ -16,6 +16,7 @@ pytest.importorskip("safetensors")
 
 import training_runs as runs
 
+from debiaskd import networks
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions
@@ -127,6 +128,45 @@ def test_dfr_leaves_the_layer_behind_that_was_fitted_to_all_of_validation(
     assert facts["worst_group_accuracy_of_the_other_half"] == pytest.approx(expected.tuned[100.0])
     draw = int(split.groups.unique(return_counts=True)[1].min()) * len(split.groups.unique())
     assert (facts["fitted_on"], facts["strength"], facts["pictures_a_draw"]) == (16, 100.0, draw)
+
+
+class Ending(torch.nn.Module):
+    """A network that ends in a 1×1 convolution, or in two layers whose outputs are averaged."""
+
+    def __init__(self, classes: int, width: int, two: bool) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, width, 3, 2, 1), torch.nn.ReLU())
+        self.last = torch.nn.Conv2d(width, classes, 1)
+        self.other = torch.nn.Linear(width, classes) if two else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = self.body(images).mean((2, 3), keepdim=True)
+        logits = self.last(pooled).flatten(1)
+        return logits if self.other is None else (logits + self.other(pooled.flatten(1))) / 2
+
+
+def test_dfr_of_networks_that_end_otherwise(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    for name, two in (("convolution", False), ("two", True)):
+        monkeypatch.setitem(
+            networks._FAMILIES, name, lambda width, classes, *_, two=two: Ending(classes, int(width), two)
+        )
+    made = chain(data, tmp_path, method="dfr", name="convolution/6")
+    assert made.recipe.teacher is not None and made.fitting.validation.groups is not None
+    model, _ = made.teacher(made.recipe.teacher)
+    pictures = Loaded(tmp_path / "run", "teacher").pictures
+    found = []
+    for split in (made.fitting.validation, made.fitting.train):
+        images = pictures(split).placed(split.dataset.__getitems__(range(len(split)))).images
+        with torch.no_grad():
+            found += [model.body(images).mean((2, 3)).double(), model(images).double()]  # type: ignore[operator]
+    split = made.fitting.validation
+    expected = dfr.refit(found[0], split.target, split.groups, dfr.Scale.of(found[2]))
+    torch.testing.assert_close(found[1], found[0] @ expected.weight.T + expected.bias, rtol=1e-3, atol=1e-3)
+    with pytest.raises(
+        RecipeError, match=r"^teacher\.method: dfr fits anew one linear layer.*two/6 computes them otherwise"
+    ):
+        chain(data, tmp_path / "two", method="dfr", name="two/6")
 
 
 def test_validation_that_fitted_the_teacher_does_not_select_the_student(

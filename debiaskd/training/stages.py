@@ -21,7 +21,7 @@ from debiaskd.training.design import frozen, observed, transplanted
 from debiaskd.training.fitting import Fitting
 from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
-from debiaskd.training.teachers import check_dfr, selecting, teacher_terms, trained_teacher
+from debiaskd.training.teachers import check_dfr, last_layer, selecting, teacher_terms, trained_teacher
 from debiaskd.training.teaching import Live, Observed, Teaching
 from debiaskd.transplant import FrozenTeacher
 
@@ -63,7 +63,7 @@ class Chain:
             source = self.fitting.network(recipe.teacher, "teacher")
             if recipe.teacher.method == "dfr":
                 check_dfr(self.fitting, recipe.teacher, begun=begun)
-                self.fitting.places(source, recipe.teacher, ("pooled",))
+                last_layer(self.fitting, recipe.teacher, source)
             if recipe.teacher.schedule is not None:
                 self.fitting.rehearse(
                     copy.deepcopy(source),

@@ -83,8 +83,7 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         model = chain.fitting.network(options, "teacher").to(chain.fabric.device).eval()
         load_weights(model, erm.model)
-        classifier: Any = model.get_submodule(chain.fitting.places(model, options, ("pooled",)).classifier)
-        facts = _refit(chain, options, model, classifier)
+        facts = _refit(chain, options, model, last_layer(chain.fitting, options, model))
         if chain.fabric.is_global_zero:
             about = chain.fitting.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
@@ -97,7 +96,41 @@ def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
     return chain.run.stage("teacher", inputs, make, older=older)
 
 
-def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear) -> dict[str, Any]:
+def last_layer(fitting: Fitting, options: Teacher, model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that dfr fits.
+
+    Raises:
+        RecipeError: the network ends in something else than one linear layer of pooled features.
+    """
+    at = fitting.places(model, options, ("pooled",))
+    found = [model.get_submodule(name) for name in at.readers]
+    layer = found[0] if len(found) == 1 else None
+    linear = type(layer) is nn.Linear and layer.in_features == at.pooled_width
+    linear |= type(layer) is nn.Conv2d and layer.groups == 1 and layer.weight[0].numel() == at.pooled_width
+    if isinstance(layer, (nn.Linear, nn.Conv2d)) and linear and _gives_logits(model, layer, fitting.example(options)):
+        return layer
+    kinds = ", ".join(f"{name} ({type(module).__name__})" for name, module in zip(at.readers, found))
+    raise RecipeError(
+        "teacher.method: dfr fits anew one linear layer, or 1×1 convolution, of pooled features, whose output must be "
+        f"the logits; {options.name} computes them otherwise from {kinds}"
+    )
+
+
+def _gives_logits(model: nn.Module, layer: nn.Module, example: Tensor) -> bool:
+    """Whether a layer's output is the model's, and nothing is added to it or averaged with it."""
+    caught: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, arguments, output: caught.append(output.flatten(1)))
+    mode = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(example.to(next(model.parameters()).device))
+    finally:
+        handle.remove()
+        model.train(mode)
+    return len(caught) == 1 and caught[0].shape == logits.shape and torch.allclose(caught[0], logits)
+
+
+def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear | nn.Conv2d) -> dict[str, Any]:
     intercept, split = classifier.bias is not None, chain.fitting.validation
     assert split.groups is not None
     feature = torch.cat(list(_read(chain, options, model, classifier, split)))
@@ -116,8 +149,8 @@ def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Line
         seed=chain.recipe.seed,
     )
     with torch.no_grad():
-        classifier.weight.copy_(made.weight)
-        if intercept:
+        classifier.weight.copy_(made.weight.reshape(classifier.weight.shape))
+        if classifier.bias is not None:
             classifier.bias.copy_(made.bias)
     return {
         "strength": made.strength,
@@ -128,10 +161,12 @@ def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Line
     }
 
 
-def _read(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear, split: Split) -> Iterator[Tensor]:
+def _read(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Module, split: Split) -> Iterator[Tensor]:
     """What the last layer reads of a split's pictures, [n,D] of each batch, in float64."""
     caught: list[Tensor] = []
-    handle = classifier.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0].double().cpu()))
+    handle = classifier.register_forward_pre_hook(
+        lambda module, arguments: caught.append(arguments[0].flatten(1).double().cpu())
+    )
     pictures = chain.fitting.pictures(split, options, training=False, batch=256, alone=True)
     try:
         for batch in pictures.batches:
