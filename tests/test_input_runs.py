@@ -26,7 +26,7 @@ from torch import Tensor
 from debiaskd import cli
 from debiaskd.data import PackedDataset
 from debiaskd.files import sha256
-from debiaskd.inputs import InputContract, Preprocess, resize
+from debiaskd.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, resize
 from debiaskd.training import loop
 from debiaskd.training.caching import Views
 from debiaskd.training.evaluation import looked_at
@@ -248,6 +248,31 @@ def test_a_finished_runs_teacher_brings_its_contract(made: tuple[Path, Reader], 
     }
     runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
     reader.check(6, 8)
+
+
+def test_a_finished_runs_student_teaches_at_its_own_input(made: tuple[Path, Reader], tmp_path: Path) -> None:
+    document = {
+        **runs.PLAIN,
+        "teacher": {"name": "plain/6", "weights": str(made[0] / "run")},
+        "student": {"name": "plain/5"},
+        "terms": {"kd": {}},
+        "schedule": {"epochs": 1, "batch": 24},
+    }
+    steps: list[Any] = []
+    inner = Learner.forward
+
+    def noted(self: Learner, step: Any) -> Any:
+        steps.append(step.batch)
+        return inner(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "forward", noted)
+        runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
+    for batch in steps[-2:]:
+        assert batch.images.shape[1:] == (3, 16, 16) and batch.teacher_images.shape[1:] == (3, 12, 12)
+        mean, std = (torch.tensor(part)[:, None, None] for part in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = resize(batch.images * std + mean, (12, 12))
+        torch.testing.assert_close(batch.teacher_images * 0.1 + 0.9, pixels, rtol=0, atol=1e-5)
 
 
 # -- the teacher's cache ----------------------------------------------------------------------------------------------
