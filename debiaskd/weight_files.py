@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "
 PREFIXES = ("module.", "_orig_mod.", "model.", "student.", "backbone.", "net.", "network.")
 #: What `torch.optim.swa_utils.AveragedModel` counts beside the weights.
 COUNTERS = ("n_averaged",)
+#: torchvision's auxiliary heads, which its files hold and the networks that are built here do not have.
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
 #: What batch norm counts, and files of before 2018 do not have.
 TRACKED = ".num_batches_tracked"
 
@@ -91,7 +93,14 @@ def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) 
     """
     file = weights_file(path)
     own = model.state_dict()
-    found, wrong = _best(own, list(_candidates(read(file), own)), to_train)
+    candidates = list(_candidates(read(file), own))
+    taken_off = tuple(f"{name}." for name in AUXILIARY if getattr(model, name, own) is None)
+    if taken_off:
+        candidates = [
+            replace(one, state={name: tensor for name, tensor in one.state.items() if not name.startswith(taken_off)})
+            for one in candidates
+        ]
+    found, wrong = _best(own, candidates, to_train)
     if found is None:
         raise NetworkError(f"{file}: holds no state dict")
     state = dict(found.state)

@@ -187,3 +187,16 @@ def test_auxiliary_heads_are_taken_off(name: str) -> None:
         logits = model(torch.empty(2, 3, 299, 299))
     assert isinstance(logits, Tensor) and logits.shape == (2, 5)
     assert not [key for key in model.state_dict() if key.lower().startswith("aux")]
+
+
+def test_a_file_of_weights_may_hold_auxiliary_heads(tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        whole = torchvision.models.googlenet(num_classes=5, init_weights=False)
+        model = networks.build("torchvision/googlenet", 5)
+    state = {name: torch.full(tensor.shape, 0.5, dtype=tensor.dtype) for name, tensor in whole.state_dict().items()}
+    assert "aux1.fc1.weight" in state
+    torch.save(state, tmp_path / "googlenet.pth")
+    model.to_empty(device="cpu")
+    networks.load_weights(model, tmp_path / "googlenet.pth")
+    assert all((tensor == torch.full_like(tensor, 0.5)).all() for tensor in model.state_dict().values())
