@@ -203,11 +203,11 @@ def _add_statistics(
     if slope is not None:
         shift = -slope * mean if shift is None else shift - slope * mean
     assert shift is not None
-    added = (
-        _over_channels(shift, x)
-        if slope is None
-        else torch.addcmul(_over_channels(shift, x), x.to(shift.dtype), _over_channels(slope, x))
-    )
+    shift, slope = _over_channels(shift, x), None if slope is None else _over_channels(slope, x)
+    if for_x is not None and not torch.is_grad_enabled() and for_x.dtype == x.dtype == shift.dtype:
+        # What PyTorch's batch norm has just computed is nobody else's.
+        return for_x.add_(shift) if slope is None else for_x.addcmul_(x, slope).add_(shift)
+    added = shift if slope is None else torch.addcmul(shift, x.to(shift.dtype), slope)
     return (added.expand_as(x) if for_x is None else for_x + added).to(x.dtype)
 
 

@@ -218,7 +218,7 @@ def _note_reach(trial: _Trial, logits: object) -> None:
 
 
 def _final(trial: _Trial) -> _Run:
-    if isinstance(trial.final, Tensor):
+    if trial.final is not None:
         named = [run for run in trial.runs if run.output is trial.final and run.times == 1]
     else:
         named = _outermost([run for run in trial.runs if _positions(run) > 1 and run.times == 1])
@@ -233,11 +233,27 @@ def _final(trial: _Trial) -> _Run:
     return run
 
 
+def _maps(trial: _Trial, runs: Sequence[_Run]) -> list[_Run]:
+    """Those that nobody named and that can be maps nevertheless: of several positions, in the images' proportions."""
+    height, width = trial.images.shape[-2:]
+    found = []
+    for run in runs:
+        if not run.usable or _positions(run) < 2:
+            continue
+        if run.output.dim() == 4:
+            first = 1 if run.layout == Layout("NHWC") else 2
+            rows, columns = run.output.shape[first : first + 2]
+            if abs(rows * width - columns * height) > max(height, width):  # attention weights, for example
+                continue
+        found.append(run)
+    return found
+
+
 def _last_usable(trial: _Trial, before: _Run | None) -> str | None:
     """The last layer that gives a map of several positions which the logits depend on: a stage or a block if there is
     one, else whichever it is."""
     runs = trial.runs if before is None else trial.runs[: trial.runs.index(before)]
-    usable = [run for run in runs if run.usable and _positions(run) > 1]
+    usable = _maps(trial, runs)
     listed = set(_listed(trial.model))
     stages = [run for run in usable if run.name in listed]
     if stages:
@@ -286,7 +302,7 @@ def _stage(trial: _Trial, number: int, layer: str) -> _Run:
     run = trial.named(name)
     if run is not None and run.usable:
         return run
-    inside = [run for run in trial.runs if run.name.startswith(f"{name}.") and run.usable and _positions(run) > 1]
+    inside = _maps(trial, [run for run in trial.runs if run.name.startswith(f"{name}.")])
     if inside:  # of a stage that gives several tensors
         return _block_of(trial.model, inside)
     if run is not None and run.layout is not None and not run.reaches:
