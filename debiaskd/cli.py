@@ -76,7 +76,9 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print(f"debiaskd: {message}", file=sys.stderr)
+    fabric = sys.modules.get("debiaskd.training.fabric")
+    rank = None if fabric is None else fabric.rank()
+    print(f"debiaskd: {'' if rank is None else f'rank {rank}: '}{message}", file=sys.stderr)
     return USAGE_ERROR
 
 
@@ -202,6 +204,7 @@ def _usage_errors() -> Iterator[None]:
     from debiaskd.networks import NetworkError
     from debiaskd.recipe import RecipeError
     from debiaskd.training.checkpoint import CheckpointError
+    from debiaskd.training.fabric import lost_another
     from debiaskd.training.loop import DivergedError
     from debiaskd.training.run import RunError
 
@@ -212,6 +215,10 @@ def _usage_errors() -> Iterator[None]:
     except DivergedError as error:
         raise Failure(error) from None
     except (MemoryError, RuntimeError) as error:
+        if lost_another(error):
+            raise Failure(
+                "another process has stopped, for a reason that it says; started again, train goes on"
+            ) from None
         if not _out_of_memory(error):
             raise
         message = str(error).partition("\n")[0]

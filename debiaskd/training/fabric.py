@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 import warnings
@@ -47,6 +48,11 @@ def launch(compute: Compute) -> Any:
         raise RecipeError("compute.precision: 16 needs a GPU, which there is none of here; bf16 runs on CPUs as well")
     if compute.sync_batchnorm and fabric.device.type == "cpu":
         raise RecipeError("compute.sync_batchnorm: PyTorch synchronises batch norm on GPUs only, this is the CPU")
+    # It says so for each process, once more than anybody wants to know.
+    logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", "`broadcast_buffers` is deprecated", FutureWarning
+    )  # torch 2.14; older ones need it
     fabric.launch()
     if fabric.world_size > 1 and torch.distributed.get_backend() == "gloo":
         atexit.register(_leave)
@@ -60,6 +66,20 @@ def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[A
     if compute.precision == "16" and device.type == "cuda":
         return torch.autocast(device.type, torch.float16)
     return nullcontext()
+
+
+def rank() -> int | None:
+    """This process's number among those that train together; None where it is the only one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return torch.distributed.get_rank() if torch.distributed.get_world_size() > 1 else None
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another process does not answer any more. Gloo has no type for it."""
+    if rank() is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _leave() -> None:
