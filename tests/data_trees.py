@@ -30,11 +30,12 @@ def coco(
     split: str = "train2017",
     boxes: Sequence[dict[str, Any]] | None = None,
     change: Any = None,
+    seed: int = 0,
 ) -> Path:
     """Picture i is 000i.png with image id 10 + i; by default two boxes in the first, one crowd in the second."""
     images = []
     for i in range(pictures):
-        picture(root / split / f"{i:04d}.png", seed=i)
+        picture(root / split / f"{i:04d}.png", seed=seed + i)
         images.append({"id": 10 + i, "file_name": f"{i:04d}.png", "height": 30, "width": 40, "license": 1})
     if boxes is None:
         boxes = [

@@ -299,8 +299,8 @@ def test_an_evaluation_of_the_same_is_used_again_and_of_another_not(run: Path, r
 def test_pictures_without_any_label_are_a_page_too(tmp_path: Path) -> None:
     trees.coco(tmp_path / "src", 4)
     shows = [{"image_id": 10, "bbox": [4, 3, 10, 6], "category_id": 7}]
-    trees.coco(tmp_path / "src", 4, split="val2017", boxes=shows)
-    trees.coco(tmp_path / "src", 3, split="test2017", boxes=shows)
+    trees.coco(tmp_path / "src", 4, split="val2017", boxes=shows, seed=10)
+    trees.coco(tmp_path / "src", 3, split="test2017", boxes=shows, seed=20)
     prepare("coco", tmp_path / "src", tmp_path / "data", size=12, workers=1)
     document = {**runs.PLAIN, "schedule": {"epochs": 1, "batch": 2}}
     names = {"train": "train2017", "validation": "val2017", "test": "test2017"}
