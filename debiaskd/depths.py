@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from debiaskd.features import Layout, layout_of, named_module, share
+from debiaskd.features import named_module, share
+from debiaskd.layouts import Layout, layout_of
 
 DEPTHS = ("Input", "Mid1", "Mid2", "Mid3", "Final")
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 from debiaskd import checks
 from debiaskd.batch_statistics import caches
+from debiaskd.layouts import Layout, LayoutError, layout_of, like
 
 
 class LayerError(ValueError):
     """The named layer has no single output in a forward pass."""
-
-
-class LayoutError(ValueError):
-    """An output that is no feature map."""
 
 
 class _Frames(threading.local):
@@ -51,32 +47,6 @@ def _catch(module: nn.Module, arguments: Any, output: Tensor) -> None:
     # Outside of a Body's forward the stack is empty: activation checkpointing calls layers again during backward.
     if _frames.stack:
         _frames.stack[-1].append(output)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model lays out its last features, and the way to [N,C,H,W] and back."""
-
-    axes: str = "NCHW"
-    prefix: int = 0
-    stride: int = 1
-
-    def to_map(self, raw: Tensor, images: Tensor) -> Tensor:
-        if self.axes == "NCHW":
-            return raw
-        if self.axes == "NHWC":
-            return raw.permute(0, 3, 1, 2)
-        tokens = raw[:, self.prefix :].transpose(1, 2)
-        height, width = images.shape[-2] // self.stride, images.shape[-1] // self.stride
-        return tokens.reshape(tokens.shape[0], tokens.shape[1], height, width)
-
-    def from_map(self, feature: Tensor) -> Tensor:
-        if self.axes == "NCHW":
-            return feature
-        if self.axes == "NHWC":
-            return feature.permute(0, 2, 3, 1)
-        tokens = feature.flatten(2).transpose(1, 2)
-        return torch.cat([tokens.new_zeros(tokens.shape[0], self.prefix, tokens.shape[2]), tokens], dim=1)
 
 
 class Body(nn.Module):
@@ -166,21 +136,39 @@ def cut(role: str, model: object, layer: str | None = None, example: Tensor | No
             f"layer must name the {role}'s last feature map, because {type(model).__name__} lacks timm's "
             "forward_features, forward_head and get_classifier; got None"
         )
-    body = Body(share(model), layer)
-    body.training = model.training
-    modes = [(module, module.training) for module in body.modules()]
     uses = Uses()
+    body = Body(share(model), layer).eval()
     with torch.no_grad(), uses:
-        images, raw = _trial(role, body.eval(), example)
+        images, raw = _trial(role, body, example)
         body.layout = layout_of(role, model, raw, images)
         expected = body.layout.to_map(raw, images)
     if not bool(torch.isfinite(expected).all()):
         raise ValueError(f"{role} must give a finite feature map, got NaN or infinity on random input")
-    prune(body.model, uses.seen)
+    try:
+        body = _without_the_rest(role, model, body, uses.seen, prune, images, expected)
+    except ValueError:  # code behind the map runs, too, and wants its tensors
+        body = _without_the_rest(role, model, body, uses.seen, demote, images, expected)
+    return Cut(role, model, body, images, raw, expected.shape[1], bool((expected >= 0).all()))
+
+
+def _without_the_rest(
+    role: str,
+    model: nn.Module,
+    tried: Body,
+    used: set[int],
+    take: Callable[[nn.Module, set[int]], None],
+    images: Tensor,
+    expected: Tensor,
+) -> Body:
+    """A body without parameters that its map does not need, tried, and in the modes of `model`."""
+    body = Body(share(model), tried.layer)
+    body.layout, body.training = tried.layout, model.training
+    modes = [(module, module.training) for module in body.modules()]
+    take(body.eval().model, used)
     _confirm(role, body, images, expected)
     for module, training in modes:
         module.training = training
-    return Cut(role, model, body, images, raw, expected.shape[1], bool((expected >= 0).all()))
+    return body
 
 
 def runnable(role: str, model: object) -> nn.Module:
@@ -192,14 +180,14 @@ def runnable(role: str, model: object) -> nn.Module:
     return model
 
 
-def input_of(role: str, model: nn.Module, example: Tensor | None = None) -> Tensor:
-    """A small input [1,...] that `model`, called `role` in messages, runs on in eval mode.
+def input_of(role: str, model: nn.Module, example: Tensor | None = None, *, large: bool = False) -> Tensor:
+    """A small input [1,...] that `model`, called `role` in messages, runs on in eval mode; `large`: of its usual size.
 
     Raises:
         ValueError: no usual size runs, or `example` does not.
     """
     copied, errors = share(model).eval(), []
-    for images in _inputs(model, example):
+    for images in _inputs(model, example, large):
         try:
             with torch.no_grad():
                 copied(images)
@@ -249,7 +237,7 @@ def _trial(role: str, body: Body, example: Tensor | None) -> tuple[Tensor, Tenso
     return ran[-1]
 
 
-def _inputs(model: nn.Module, example: Tensor | None) -> Iterator[Tensor]:
+def _inputs(model: nn.Module, example: Tensor | None, large: bool = False) -> Iterator[Tensor]:
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
     if example is not None:
         yield checks.floating("example", example)[:1].detach().to(like)
@@ -261,35 +249,11 @@ def _inputs(model: nn.Module, example: Tensor | None) -> Iterator[Tensor]:
     channels = dict.fromkeys([3 if stem is None else stem.in_channels, usual[0]])
     fixed = getattr(getattr(loose, "patch_embed", None), "img_size", None)
     generator = torch.Generator().manual_seed(0)
-    for size in [tuple(fixed)] if fixed else [(64, 64), tuple(usual[1:]), (224, 224), (32, 32), (28, 28)]:
+    sizes = [tuple(usual[1:]), (224, 224), (32, 32), (28, 28)]
+    sizes.insert(len(sizes) if large else 0, (64, 64))
+    for size in [tuple(fixed)] if fixed else sizes:
         for count in channels:
             yield torch.randn(1, count, *size, generator=generator).to(like)
-
-
-def layout_of(role: str, model: nn.Module, raw: Tensor, images: Tensor) -> Layout:
-    if raw.dim() == 4:
-        first, second, third = raw.shape[1:]
-        named = third == getattr(model, "num_features", None) != first
-        looks = _like(images, first, second) and not _like(images, second, third)
-        return Layout("NHWC") if named or looks else Layout()
-    if raw.dim() == 3:
-        named = int(getattr(model, "num_prefix_tokens", 0))
-        for prefix in dict.fromkeys([named, 0, 1, 2]):  # not every model counts its class token
-            positions = raw.shape[1] - prefix
-            stride = math.isqrt(images.shape[-1] * images.shape[-2] // max(positions, 1))
-            if stride and (images.shape[-2] // stride) * (images.shape[-1] // stride) == positions:
-                return Layout("NLC", prefix, stride)
-    raise LayoutError(
-        f"layer of the {role} must give a feature map [N,C,H,W] (or [N,H,W,C], or a grid of tokens [N,L,C]), "
-        f"got {list(raw.shape)}: name the last layer before global pooling"
-    )
-
-
-def _like(images: Tensor, height: int, width: int) -> bool:
-    """Whether a map of this size has the proportions of the images, up to one row or column of rounding."""
-    if images.dim() != 4:
-        return False
-    return abs(height * images.shape[-1] - width * images.shape[-2]) <= max(images.shape[-2:])
 
 
 class Uses(TorchDispatchMode):
@@ -320,6 +284,80 @@ def prune(module: nn.Module, used: set[int]) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in used:
                 module.register_parameter(name, None)
+
+
+def demote(module: nn.Module, used: set[int]) -> None:
+    """Make buffers of all parameters that are not used: what code behind the map reads is kept, and not trained."""
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None and id(parameter) not in used:
+                del part._parameters[name]
+                part.register_buffer(name, made.setdefault(id(parameter), parameter.detach()))
+
+
+def demote_unreached(body: Body, images: Tensor) -> None:
+    """Make buffers of parameters that get no gradient from the map: branches that another head reads."""
+    parameters = [p for p in body.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        feature = share(body).eval()(images)  # what layers cache hangs on the graph: it stays in the copy
+        got = torch.autograd.grad(feature.sum(), parameters, allow_unused=True) if feature.requires_grad else []
+    reached = {id(p) for p, gradient in zip(parameters, got) if gradient is not None}
+    reached |= {id(p) for p in body.parameters() if not p.requires_grad or not got}
+    demote(body, reached)
+
+
+def last_map(role: str, model: nn.Module, example: Tensor | None = None) -> str:
+    """The name of the module that gives a model's last feature map, where nothing else says which it is.
+
+    What the last layers make of a map is none, such as the scores of a 1×1 convolution before pooling.
+
+    Raises:
+        LayoutError: no module gives a map.
+    """
+    images = input_of(role, model, example, large=True)  # on a small one, the last map may have one position
+    copied, found = share(model).eval(), dict[str, list[Any]]()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            found[name] = [*found.pop(name, []), output]
+
+        return hook
+
+    for name, module in copied.named_modules():
+        if name:
+            module.register_forward_hook(note(name))
+    with torch.no_grad():
+        logits = copied(images)
+    ends = [name for name, outputs in found.items() if same_memory(outputs[-1], logits)]
+    maps = {
+        name: outputs[0]
+        for name, outputs in found.items()
+        if len(outputs) == 1
+        and not any(name == end or name.startswith(f"{end}.") for end in ends)
+        and _is_map(role, model, outputs[0], images)
+    }
+    if not maps:
+        raise LayoutError(f"layer must name the {role}'s last feature map: no module of it gives one that was found")
+    last = maps[list(maps)[-1]]
+    return min((name for name, output in maps.items() if output is last), key=lambda name: name.count("."))
+
+
+def same_memory(output: Any, logits: Any) -> bool:
+    """The same values in the same memory, be it as a view."""
+    both = isinstance(output, Tensor) and isinstance(logits, Tensor)
+    return both and output.numel() == logits.numel() and output.data_ptr() == logits.data_ptr()
+
+
+def _is_map(role: str, model: nn.Module, output: Any, images: Tensor) -> bool:
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4) or len(output) != len(images):
+        return False
+    try:
+        feature = layout_of(role, model, output, images).to_map(output, images)
+    except LayoutError:
+        return False
+    height, width = feature.shape[2:]
+    return height * width > 1 and like(images, height, width)  # attention's [N,heads,L,L] has other proportions
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:

@@ -28,8 +28,8 @@ from debiaskd.batch_statistics import Statistics, attribution_gradient, constant
 from debiaskd.boxes import Boxes
 from debiaskd.closed_form import LinearCalls, pooled_linear
 from debiaskd.depths import Depth, as_read, check_layer, find, output_of, statistics_kept, unwrap
-from debiaskd.features import Layout
 from debiaskd.ignoring import judged
+from debiaskd.layouts import Layout
 from debiaskd.ops.channel_dot import channel_dot
 from debiaskd.ops.localization import KINDS, localization_loss
 
@@ -148,7 +148,9 @@ class Guide:
     def state_dict(self) -> dict[str, Any]:
         """What has been decided: the guided module's name, and the linear layer of the closed form by mode."""
         depth = self._depth
-        found = None if depth is None else [depth.module, depth.layout.axes, depth.layout.prefix, depth.layout.stride]
+        layout = Layout() if depth is None else depth.layout
+        grid = [] if layout.grid is None else [layout.grid]
+        found = None if depth is None else [depth.module, layout.axes, layout.prefix, layout.stride, *grid]
         modes = (("training", True), ("evaluation", False))
         return {"depth": found, "closed_form": {n: self._classifiers[m] for n, m in modes if m in self._classifiers}}
 

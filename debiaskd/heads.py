@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from debiaskd.features import Cut, Layout, Uses, close, prune, share
+from debiaskd.features import Cut, Uses, close, prune, share
 from debiaskd.last_layers import Reading, checked_logits, classifiers_of, reading, readings, varied
+from debiaskd.layouts import Layout
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -128,7 +129,7 @@ class LayersHead(Head):
         if pre_logits:
             return pooled
         parts = pooled.split(self.widths, dim=1)
-        inputs = [part.reshape(len(part), *shape) for part, shape in zip(parts, self.shapes)]
+        inputs = [p if len(shape) == 1 else p.unflatten(1, shape) for p, shape in zip(parts, self.shapes)]
         outputs = [layer(inputs[i]).flatten(1) for layer, i in zip(self.layers, self.reads)]
         if len(outputs) == 1:
             return outputs[0]  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiaskd.features import LayerError, _frames, named_module, share
+from debiaskd.features import LayerError, _frames, named_module, same_memory, share
 
 
 @dataclass
@@ -119,7 +119,7 @@ def readings(role: str, model: nn.Module, images: Tensor, name: str | None = Non
     checked_logits(role, logits)
     if name is not None:
         return [made for made in [_reading([name], runs, logits)] if made is not None]
-    made = [_reading([n], runs, logits) for n in runs if _is(runs[n].output, logits)]
+    made = [_reading([n], runs, logits) for n in runs if same_memory(runs[n].output, logits)]
     outermost = sorted([r for r in made if r is not None], key=lambda r: r.names[0].count("."))
     known = {id(module): n for n, module in model.named_modules()}
     names = [known[id(part)] for part in found if id(part) in known]
@@ -144,7 +144,7 @@ def last_layers(role: str, model: nn.Module, images: Tensor, name: str | None = 
     checked_logits(role, logits)
     known = {id(module): n for n, module in model.named_modules()}
     given = [known[id(part)] for part in classifiers_of(model) if id(part) in known]
-    ending = [n for n in runs if _is(runs[n].output, logits)]
+    ending = [n for n in runs if same_memory(runs[n].output, logits)]
     linear = [n for n in runs if isinstance(runs[n].module, nn.Linear)]
     innermost = sorted(ending, key=lambda n: n.count("."))[-1:]
     for names in [[name]] if name is not None else [[n for n in runs if n in given], innermost, linear[-1:]]:
@@ -184,12 +184,6 @@ def _runs(model: nn.Module, images: Tensor) -> tuple[dict[str, _Run], Any]:
     return runs, logits
 
 
-def _is(output: Any, logits: Any) -> bool:
-    """The same values in the same memory, be it as a view."""
-    both = isinstance(output, Tensor) and isinstance(logits, Tensor)
-    return both and output.numel() == logits.numel() and output.data_ptr() == logits.data_ptr()
-
-
 def _reading(names: list[str], runs: dict[str, _Run], logits: Any, several: bool = False) -> Reading | None:
     used = [runs[name] for name in names if name in runs and runs[name].times == 1]
     if not names or len(used) < len(names) or not all(isinstance(run.input, Tensor) for run in used):
@@ -197,7 +191,7 @@ def _reading(names: list[str], runs: dict[str, _Run], logits: Any, several: bool
     inputs = [run.input for run in used]
     if any(x.dim() < 2 or len(x) != len(logits) for x in inputs):
         return None
-    firsts = [next(i for i, x in enumerate(inputs) if _is(x, y) and x.shape == y.shape) for y in inputs]
+    firsts = [next(i for i, x in enumerate(inputs) if same_memory(x, y) and x.shape == y.shape) for y in inputs]
     distinct = sorted(set(firsts))
     return Reading(
         names,

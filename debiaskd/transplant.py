@@ -16,9 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from debiaskd import checks
-from debiaskd.features import Body, LayoutError, cut, has_protocol, input_of, named_module, runnable, share
+from debiaskd.features import (
+    Body,
+    Cut,
+    cut,
+    demote_unreached,
+    has_protocol,
+    input_of,
+    last_map,
+    named_module,
+    runnable,
+    share,
+)
 from debiaskd.heads import Frozen, Head, freeze, map_head, token_head
 from debiaskd.last_layers import ReadInputs
+from debiaskd.layouts import LayoutError
 
 PROJECTORS = ("depthwise", "dense", "linear", "identity")
 
@@ -86,9 +98,10 @@ def transplant(
             "linear" one 1×1 convolution with bias, nothing else; "identity" nothing, for equal widths. Where the
             teacher's map takes negative values, the last ReLU is left out, because it could not reach them.
         layer: the layer whose output is the last feature map before global pooling. One name for both models, or
-            (teacher's, student's). None, also within the pair: timm's protocol (`forward_features`, ...).
-        head: the teacher's last linear layer, likewise. None: `get_classifier()`. The student's is checked where a
-            pair names it, and needed nowhere.
+            (teacher's, student's). None, also within the pair: timm's protocol (`forward_features`, ...), else the last
+            map that a module gives.
+        head: the teacher's last layer, likewise. None: `get_classifier()`, else the layers whose outputs are the
+            logits. The student's is checked where a pair names it, and needed nowhere.
         example: a batch of input [N,...] for the trial run, for models that run on no common image size (64×64,
             the model's own, 224×224, 32×32 or 28×28 pixels, with the channels of its first convolution).
 
@@ -96,9 +109,9 @@ def transplant(
         An ordinary module: `forward_features(x)` the projected map, `forward_head(map)` logits, `forward(x)` both.
 
     Raises:
-        TypeError: a model that is not a module, names that are not strings, a head that is not an `nn.Linear`.
+        TypeError: a model that is not a module, names that are not strings, a teacher without a last layer.
         ValueError: an unknown projector or name, an output that is no feature map, "identity" for different widths,
-            a teacher whose logits do not follow from its feature map by pooling and the layers behind it.
+            a teacher whose logits follow neither from its feature map nor from vectors that its last layers read.
 
     Example:
         >>> import torch
@@ -120,7 +133,8 @@ def transplant(
         source = Source(copy.deepcopy(teacher.head), None, teacher.level, teacher.num_features, teacher.nonnegative)
     else:
         source = find_source(teacher, teacher_layer, teacher_head, example)
-    target = cut("student", student, student_layer, example)
+    target = _student(student, student_layer, example)
+    demote_unreached(target.body, target.images)
     if isinstance(head, (tuple, list)) and student_head is not None:
         named_module("head", "student", student, student_head)
     if projector == "identity" and source.channels != target.channels:
@@ -139,6 +153,17 @@ def transplant(
     model.projector.train(student.training)
     model.training = student.training
     return model
+
+
+def _student(student: nn.Module, layer: str | None, example: Tensor | None) -> Cut:
+    runnable("student", student)
+    try:
+        if layer is not None or has_protocol(student):
+            return cut("student", student, layer, example)
+    except LayoutError:
+        if layer is not None:
+            raise
+    return cut("student", student, last_map("student", student, example), example)
 
 
 @dataclass
@@ -162,15 +187,18 @@ class Source:
 
 def find_source(teacher: nn.Module, layer: str | None, head: str | None, example: Tensor | None) -> Source:
     """At map level if the logits follow from the last feature map, else at token level; see `debiaskd.heads`."""
-    images = None
+    images, named = None, layer is not None
+    runnable("teacher", teacher)
     try:
+        if not named and not has_protocol(teacher):
+            layer = last_map("teacher", teacher, example)
         made = cut("teacher", teacher, layer, example)
         images = made.images
         found = map_head(made, head)
         if found is not None:
             return Source(found, made.body, "map", made.channels, made.nonnegative)
     except LayoutError:  # lists of features, say, which the head does not need
-        if layer is not None or not has_protocol(runnable("teacher", teacher)):
+        if named:
             raise
     if images is None:
         images = input_of("teacher", teacher, example)

@@ -44,6 +44,14 @@ def small(*widths: int) -> SmallNet:
     return SmallNet(widths, [2] * len(widths), CLASSES)
 
 
+def transformer(tokens: int) -> nn.Module:
+    """Its logits read one class token, or two."""
+    deit = importlib.import_module("timm.models.deit")
+    kind = deit.VisionTransformerDistilled if tokens == 2 else deit.VisionTransformer
+    made: nn.Module = kind(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=CLASSES)
+    return made
+
+
 def intervened(student: Any, mode: str, scale: float = 1.0) -> nn.Module:
     head = Intervention(student.num_features, CLASSES, mode, temperature=4.0)
     head.context.copy_(scale * torch.randn_like(head.context))
@@ -53,6 +61,8 @@ def intervened(student: Any, mode: str, scale: float = 1.0) -> nn.Module:
 STUDENTS = {
     "transplanted": lambda: dk.transplant(small(12, 24), small(8, 16)),
     "transplanted, by names": lambda: dk.transplant(Functional(24), Functional(8), layer="stage", head="classifier"),
+    "of a class token": lambda: dk.transplant(transformer(1), small(8, 16)),
+    "of two tokens": lambda: dk.transplant(transformer(2), small(8, 16)),
     "nwgm": lambda: intervened(small(8, 16), "nwgm"),
     "exact": lambda: intervened(small(8, 16), "exact"),
     "exact, far apart": lambda: intervened(small(8, 16), "exact", scale=1000.0),
@@ -63,6 +73,8 @@ every_student = pytest.mark.parametrize("name", STUDENTS)
 
 def built(name: str) -> nn.Module:
     """As after some training: batch norm has seen pictures."""
+    if "token" in name:
+        pytest.importorskip("timm", reason="class tokens are those of timm's models")
     model = STUDENTS[name]().train()
     with torch.no_grad():
         for _ in range(3):

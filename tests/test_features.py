@@ -161,7 +161,7 @@ REFUSED = [
     ((Chain(), "resnet18"), NAMED, TypeError, "student must be a torch.nn.Module, got str"),
     ((Chain(), Chain()), {**NAMED, "projector": "conv"}, ValueError, "projector must be one of 'depthwise'.*'conv'"),
     ((Chain(), Chain(4)), {**NAMED, "projector": "identity"}, ValueError, "equal widths, got a teacher of 6.*of 4"),
-    ((Chain(), Chain()), {}, ValueError, "layer must name the teacher's last feature map"),
+    ((nn.Flatten(), Chain()), {}, ValueError, "teacher must end in layers whose outputs"),
     ((Chain(), Chain()), {**NAMED, "layer": "stege"}, ValueError, r"of the teacher, got 'stege'.*\['stage'"),
     ((Chain(), Chain()), {**NAMED, "layer": ("stage", "stege")}, ValueError, "of the student, got 'stege'.*pass "),
     ((Chain(), Chain()), {**NAMED, "layer": ""}, ValueError, "layer must name a module of the teacher, got ''"),

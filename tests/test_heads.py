@@ -90,7 +90,7 @@ class Ending(nn.Module):
         if self.ending == "convolution":
             return self.convolved(x).flatten(1)
         if self.ending == "hidden":
-            return self.last(self.wide(x.flatten(1)).relu())
+            return self.last(self.wide(F.adaptive_avg_pool2d(x, 4).flatten(1)).relu())
         assert self.ending == "maximum"
         return self.fc(F.relu(x).amax((2, 3)))
 
@@ -203,6 +203,39 @@ def test_a_class_token_that_is_not_counted_is_left_out_of_the_map() -> None:
 
     student = transplant(SmallNet((4, 5), (2, 2), 3), Uncounted(), example=IMAGES)
     assert student.body(IMAGES).shape == (3, 6, 4, 4)
+
+
+@pytest.mark.parametrize("ending, layer", [("list", "mix"), ("class token", None)])
+def test_a_student_needs_a_map_alone(ending: str, layer: str | None) -> None:
+    # Lists of features have no one layout: the last map that a module gives is taken.
+    student = transplant(SmallNet((4,), (2,), 3), made(Tokens, ending)[0], example=IMAGES).train()
+    assert student.body.layer == layer
+    student(IMAGES).sum().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_parameters_behind_the_map_are_not_trained() -> None:
+    class Behind(nn.Module):  # code that reads a matrix, and that no module does
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = nn.Conv2d(3, 5, 8, stride=8)
+            self.matrix = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stage(x).amax((2, 3)) @ self.matrix.T
+
+    student = transplant(SmallNet((4,), (2,), 3), Behind(), layer=(None, "stage"))
+    student(IMAGES).sum().backward()
+    assert {n for n, _ in student.body.named_parameters()} == {"model.stage.weight", "model.stage.bias"}
+
+
+@pytest.mark.parametrize("ending", NAMED)
+def test_layers_are_found_where_nothing_names_them(ending: str) -> None:
+    model, names = made(Ending, ending)
+    teacher = FrozenTeacher(model)
+    assert (teacher.level, type(teacher.head), teacher.num_features) == NAMED[ending]
+    torch.testing.assert_close(teacher(IMAGES)[0], FrozenTeacher(model, **names)(IMAGES)[0])
+    assert transplant(teacher, model).body.layer == "stage"
 
 
 def test_a_model_without_a_head_is_refused() -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("timm")
 
 import timm
 import training_runs as runs
+from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled as Distilled
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -24,7 +25,10 @@ from torch import nn
 
 from debiaskd import cli, networks
 from debiaskd.recipe import RecipeError
+from debiaskd.training import head_fitting
 from debiaskd.training.loaded import Loaded, evaluate_run
+from debiaskd.training.loop import Training
+from debiaskd.training.watched import Watched, places
 from debiaskd.transplant import Transplanted
 
 pytestmark = [
@@ -105,6 +109,27 @@ def test_a_teachers_class_token_is_remembered(data: Path, tmp_path: Path) -> Non
     assert json.loads((live.folder / "stage.json").read_text())["facts"]["epochs"] == 2
 
 
+def test_an_interrupted_run_ends_in_the_same_student(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = recipe("vit/distilled", "small/4,6", **DETT)
+    document["compute"]["checkpoint_every"] = 2
+    file = runs.write(tmp_path / "r.yaml", data, document)
+    whole = load_file(runs.train(file, tmp_path / "whole").model)
+    inner = Training._step
+
+    def dying(self: Training, *arguments: Any) -> None:
+        if self.plan.folder.name == "student" and self.step == 5:
+            raise KeyboardInterrupt
+        inner(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "_step", dying)
+        runs.train(file, tmp_path / "run")
+    resumed = load_file(runs.train(file, tmp_path / "run").model)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("teacher", ["functional/x", "vit/token"])
 def test_kd_asks_for_no_cut(data: Path, tmp_path: Path, teacher: str) -> None:
     document = recipe(teacher, "functional/x", terms={"kd": {}})
@@ -151,3 +176,89 @@ def test_a_random_last_layer_is_no_checkpoint(
     said = capsys.readouterr().err.strip()
     assert "teacher.pretrained: the pretrained weights of debiaskd_test_resnet have a last layer of 7 classes" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("probe", ["plain", "groups", "weights"])
+def test_a_probe_fits_the_last_layer_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: str
+) -> None:
+    pytest.importorskip("sklearn")
+    pretrained(monkeypatch, tmp_path)
+    document = recipe("debiaskd_test_resnet", "small/4", **DETT)
+    document["teacher"] = {"name": "debiaskd_test_resnet", "pretrained": True, "head": "probe", "probe": probe}
+    runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
+    seven = torch.load(tmp_path / "seven.pth")
+    teacher, student = Loaded(tmp_path / "run", "teacher").model, Loaded(tmp_path / "run")
+    for name, tensor in teacher.state_dict().items():
+        if not name.startswith("fc."):
+            torch.testing.assert_close(tensor, seven[name])
+    torch.testing.assert_close(student.model.head.fc.weight, teacher.fc.weight)
+    facts = json.loads((tmp_path / "run" / "teacher" / "stage.json").read_text())["facts"]
+    assert facts["by"] == probe and facts["fitted_on"] == 48
+
+
+def test_a_fitted_head_is_the_weighted_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    monkeypatch.setattr(head_fitting, "STRENGTHS", (1.0,))
+    feature = torch.randn(90, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    target = (feature[:, 0] + feature[:, 1] > 2).long() + (feature[:, 2] > 3).long()
+    weight = torch.rand(90, generator=torch.Generator().manual_seed(1))
+    made, bias, strength, _ = head_fitting.fit(feature, target, weight)
+    scaled = (feature - feature.mean(0)) / feature.std(0)
+    solver = linear.LogisticRegression(C=1.0, max_iter=500).fit(scaled, target, sample_weight=weight / weight.mean())
+    probabilities = torch.from_numpy(solver.predict_proba(scaled.numpy())).float()
+    torch.testing.assert_close((feature @ made.T + bias).softmax(1), probabilities, rtol=1e-3, atol=1e-3)
+    assert strength == 1.0
+    several = torch.stack([target > 0, target > 1], 1).float()
+    made, bias, _, right = head_fitting.fit(feature, several, None)
+    assert made.shape == (2, 4) and bias.shape == (2,) and right > 0.75
+
+
+@pytest.mark.parametrize("teacher, width", [("vit/token", 12), ("vit/distilled", 24), ("debiaskd_test_resnet", 6)])
+def test_a_head_from_a_file_gives_the_logits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str, width: int
+) -> None:
+    weight, bias = torch.randn(2, width), torch.randn(2)
+    save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
+    document = recipe(teacher, "small/4", **DETT)
+    network = networks.build(teacher, 2)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    document["teacher"] = {
+        "name": teacher,
+        "weights": str(tmp_path / "weights.safetensors"),
+        "head": str(tmp_path / "head.safetensors"),
+    }
+    file = runs.write(tmp_path / "r.yaml", data, document)
+    made = runs.Chain(runs.read(file), tmp_path / "run", runs.launch(runs.read(file).compute), lambda *news: None)
+    model, _ = made.teacher(made.recipe.teacher)
+    at = places(model, torch.rand(1, 3, 16, 16), wanted=("pooled",))
+    outputs, _ = Watched(model, at, ("pooled",)).eval()(torch.rand(5, 3, 16, 16))
+    torch.testing.assert_close(outputs.logits, outputs.pooled @ weight.T + bias, rtol=1e-3, atol=1e-3)
+    made.student()
+    assert Loaded(tmp_path / "run").model.head.in_features == width
+
+
+@pytest.mark.parametrize(
+    "teacher, message",
+    [
+        ({"head": "probe", "method": "erm", "schedule": FAST}, "teacher.head: probe is for method checkpoint, got erm"),
+        ({"weights": "w", "probe": "plain"}, "teacher.probe: only with teacher.head probe, got head left out"),
+        ({"weights": "w", "head": "probe", "probe": "weights"}, "teacher.probe: weights needs the recipe's weights"),
+        ({"weights": "W", "head": "none.safetensors"}, "teacher.head: none.safetensors: not readable as safetensors"),
+        ({"weights": "W", "head": "W"}, r"teacher.head: .*must hold weight \[K,D\]=\[2, 6\], got tensors"),
+    ],
+)
+def test_heads_that_cannot_be(data: Path, tmp_path: Path, teacher: dict[str, Any], message: str) -> None:
+    save_file(networks.build("plain/6", 2).state_dict(), tmp_path / "w.safetensors")
+    found = {key: str(tmp_path / "w.safetensors") if value == "W" else value for key, value in teacher.items()}
+    document = recipe("plain/6", "small/4", terms={"kd": {}})
+    document["teacher"] = {"name": "plain/6", **found}
+    with pytest.raises(RecipeError, match=message):
+        runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
+
+
+def test_a_student_makes_no_head(data: Path, tmp_path: Path) -> None:
+    document = recipe("plain/6", "small/4", terms={"kd": {}})
+    document["student"]["head"] = "probe"
+    with pytest.raises(RecipeError, match=r"student\.head: must name a layer, got probe"):
+        runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")

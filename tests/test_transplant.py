@@ -83,7 +83,7 @@ def timm_zoo(name: str) -> nn.Module:
 
 
 TIMM = ["resnet10t<-mobilenetv3_small_050", "mobilenetv3_small_050<-resnet10t", "convnext_atto<-resnet10t"]
-TOKENS = ["vit_avg<-resnet10t", "resnet10t<-vit"]
+TOKENS = ["vit_avg<-resnet10t", "resnet10t<-vit", "vit<-resnet10t"]
 PAIRS = ["sequential", "functional", "torchvision", "mixed", *TIMM, *TOKENS]
 
 

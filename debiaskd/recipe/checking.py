@@ -38,6 +38,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if recipe.selection.attributions is False and recipe.selection.rule == "pareto":
         yield "selection.attributions: rule pareto compares EPG and IoU, which are made of them; got False"
     yield from _network("student", recipe.student)
+    if recipe.student.made_head:
+        yield f"student.head: must name a layer, got {recipe.student.head}, which is for teachers"
+    if recipe.teacher is not None and recipe.teacher.probe == "weights" and recipe.weights is None:
+        yield "teacher.probe: weights needs the recipe's weights, and there are none"
     fitted = recipe.teacher is not None and recipe.teacher.method == "dfr" and recipe.teacher.validation_share is None
     if recipe.selection.reuse and not fitted:
         yield "selection.reuse: only where teacher.method is dfr and all of validation fits its last layer"
@@ -149,6 +153,10 @@ def _method(teacher: Teacher) -> Iterator[str]:
         yield f"teacher.views: must be >= 1, and is for teacher.cache alone; got {teacher.views}"
     if method == "jtt" and teacher.up is None:
         yield "teacher.up: is needed by method jtt"
+    if teacher.made_head and method != "checkpoint":
+        yield f"teacher.head: {teacher.head} is for method checkpoint, got {method}, which trains a last layer"
+    if teacher.probe is not None and teacher.head != "probe":
+        yield f"teacher.probe: only with teacher.head probe, got head {teacher.head or 'left out'}"
     yield from _number("teacher.up", teacher.up)
     yield from _number("teacher.step_size", teacher.step_size)
     if teacher.validation_share is not None and not 0 < teacher.validation_share < 1:

@@ -96,6 +96,16 @@ class Network:
     head: str | None = None
     input: Input | None = None
 
+    @property
+    def made_head(self) -> str | None:
+        """How its last layer is made, where `head` says that and not what it is called: "probe", or a file."""
+        made = self.head is not None and (self.head == "probe" or self.head.endswith(".safetensors"))
+        return self.head if made else None
+
+    @property
+    def named_head(self) -> str | None:
+        return None if self.made_head else self.head
+
 
 @dataclass
 class Schedule:
@@ -143,6 +153,10 @@ class Teacher(Network):
         schedule: of its training.
         up: weight of a briefly trained model's mistakes, for jtt.
         identification_epochs: of that model, for jtt.
+        head: also "probe": its last layer is fitted to the training pictures, all else stays as it is; or a file of
+            safetensors that holds it, `weight` [K,D] and perhaps `bias` [K].
+        probe: "plain": every training picture counts alike; "groups": every group; "weights": by the recipe's weights.
+            For head probe; plain if it is left out.
         step_size: for group_dro; 0.01 if it is left out.
         validation_share: for dfr: the share of each group's validation pictures that the last layer is fitted on; the
             others select the student's epoch. Left out, all of them fit it, and the student's last epoch is kept,
@@ -157,6 +171,7 @@ class Teacher(Network):
     up: float | None = None
     identification_epochs: int | None = None
     step_size: float | None = None
+    probe: Literal["plain", "groups", "weights"] | None = None
     validation_share: float | None = None
     cache: Literal["fp32", "bf16"] | None = None
     views: int | None = None

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiaskd.depths import find
-from debiaskd.features import has_protocol
 from debiaskd.inputs import InputContract, of_weights
 from debiaskd.networks import NetworkError, build, load_weights, prepare, weights_file
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
@@ -81,7 +79,7 @@ class Design:
         if self.intervened:
             options = recipe.terms.backdoor
             assert options is not None
-            width = places(model, example, recipe.student.layer, recipe.student.head, ("pooled",)).pooled_width
+            width = places(model, example, recipe.student.layer, recipe.student.named_head, ("pooled",)).pooled_width
             model = Intervened(model, Intervention(width, self.classes, options.mode, options.temperature))
         return model
 
@@ -268,10 +266,7 @@ def base_of(key: str, network: Network, recipe: Recipe) -> Base | None:
 def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
     """A teacher to be transplanted, whose layers need not be named."""
     try:
-        if has_protocol(model) and network.layer is None:
-            return FrozenTeacher(model, head=network.head, example=example)
-        layer = network.layer or find(model, "Final", example).module
-        return FrozenTeacher(model, layer=layer, head=network.head, example=example)
+        return FrozenTeacher(model, layer=network.layer, head=network.named_head, example=example)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"teacher: {error}") from None
 
@@ -279,7 +274,7 @@ def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher
 def observed(model: nn.Module, network: Network, example: Tensor, wanted: Iterable[str]) -> Observed:
     """A teacher without a cut, from which nothing is read but what is wanted, any of "feature" and "pooled"."""
     try:
-        at = places(model, example, network.layer, network.head, wanted) if wanted else None
+        at = places(model, example, network.layer, network.named_head, wanted) if wanted else None
     except (ValueError, TypeError) as error:
         raise RecipeError(f"teacher: {error}") from None
     return Observed(model, at, wanted)
@@ -290,8 +285,6 @@ def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, exa
     assert recipe.transplant is not None
     layer = recipe.student.layer
     try:
-        if layer is None and not has_protocol(student):
-            layer = find(student, "Final", example).module
         names = None if layer is None else (None, layer)
         return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
     except (ValueError, TypeError) as error:

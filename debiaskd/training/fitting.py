@@ -21,6 +21,7 @@ from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term,
 from debiaskd.training.contracts import Contracts
 from debiaskd.training.design import base_of
 from debiaskd.training.evaluation import Evaluation, boxed, looked_at, selectable
+from debiaskd.training.head_fitting import from_file
 from debiaskd.training.keeping import RULES, Keeper
 from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
@@ -83,6 +84,7 @@ class Fitting:
         grouped = recipe.weights is not None and recipe.weights.method == "groups"
         if recipe.teacher is not None and recipe.teacher.method in ("balanced", "group_dro", "dfr"):
             grouped = True
+        grouped = grouped or (recipe.teacher is not None and recipe.teacher.probe == "groups")
         if split.groups is None and grouped:
             hint = "those of your own pictures come from bias.csv (`debiaskd prepare folder`)"
             raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
@@ -115,11 +117,14 @@ class Fitting:
                 size=self.contract(options).size,
             )
         as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
-        if as_it_is and options.pretrained:
+        if as_it_is and options.pretrained and not options.made_head:
             self._check_last_layer(options, model)
         model = prepare(model, self.contract(options), x_dnn=options.bias_free)
         if options.weights is not None:
-            self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=not as_it_is))
+            to_train = not as_it_is or options.made_head is not None
+            self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=to_train))
+        if options.made_head not in (None, "probe"):
+            from_file(model, self.example(options), str(options.head))
         return model
 
     def _check_last_layer(self, options: Network, model: nn.Module) -> None:
@@ -127,7 +132,8 @@ class Fitting:
         if there != here:
             raise RecipeError(
                 f"teacher.pretrained: the pretrained weights of {options.name} have a last layer of {there} classes, "
-                f"the data has {here}: it would be random. Train the teacher (teacher.method: erm, group_dro, …)"
+                f"the data has {here}: it would be random. Fit one "
+                "(teacher.head: probe), name a file of one, or train the teacher (teacher.method)"
             )
 
     def _tell(self, purpose: str, path: str, taken: str) -> None:
@@ -360,7 +366,7 @@ class Fitting:
 
     def places(self, model: nn.Module, options: Network, wanted: Iterable[str]) -> Places:
         try:
-            return find_places(model, self.example(options), options.layer, options.head, wanted)
+            return find_places(model, self.example(options), options.layer, options.named_head, wanted)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{options.name}: {error}") from None
 

@@ -68,7 +68,7 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
 def _features(loaded: Loaded, split: Split) -> NDArray[np.float64]:
     example = loaded.contract.example().to(loaded.device)
     options = loaded.network
-    at = places(loaded.model, example, options.layer, options.head, ("pooled",))
+    at = places(loaded.model, example, options.layer, options.named_head, ("pooled",))
     watched = Watched(loaded.model, at, ("pooled",)).eval()
     found: list[Tensor] = []
     pictures = loaded.pictures(split)

@@ -19,6 +19,8 @@ from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.caching import PARTS, Cached, fill
 from debiaskd.training.design import frozen, observed, transplanted
 from debiaskd.training.fitting import Fitting
+from debiaskd.training.head_fitting import check as check_probe
+from debiaskd.training.head_fitting import probed
 from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
 from debiaskd.training.teachers import check_dfr, last_layer, selecting, teacher_terms, trained_teacher
@@ -51,6 +53,8 @@ class Chain:
         for name, network in begun.items():
             if network is not None and network.weights is not None:
                 self.base[f"{name}.weights"] = weights_hash(network.weights)
+            if network is not None and network.made_head not in (None, "probe"):
+                self.base[f"{name}.head"] = files.sha256(Path(str(network.head)))
         self.run = Run(folder, recipe, write=fabric.is_global_zero)
         self.fitting.say = _later(news, say)
 
@@ -73,6 +77,8 @@ class Chain:
                     schedule_key="teacher.schedule",
                     run=run,
                 )
+            if recipe.teacher.head == "probe":
+                check_probe(source, self.fitting.example(recipe.teacher))
             teacher = self._still(source, recipe.teacher)
             if isinstance(teacher, FrozenTeacher):
                 model = self._transplanted(teacher, model)
@@ -124,7 +130,7 @@ class Chain:
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
         weight = sampling = None
         if recipe.weights is not None:
-            stage = self._weights()
+            stage = self.weights()
             before["weights"] = stage.fingerprint
             found = _load(stage.folder / "weights.safetensors")["weights"]
             if recipe.weights.draw:
@@ -222,14 +228,15 @@ class Chain:
     def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
         """The teacher, trained here if need be, and a fingerprint of its weights."""
         model = self.fitting.network(options, "teacher")
-        if options.method == "checkpoint":
+        if options.method == "checkpoint" and options.head != "probe":
             what = "pretrained" if options.weights is None else weights_hash(options.weights)
-            return model, f"{options.name} {what}"
-        stage = trained_teacher(self, options)
+            head = f" {files.sha256(Path(options.made_head))}" if options.made_head else ""
+            return model, f"{options.name} {what}{head}"
+        stage = probed(self, options) if options.head == "probe" else trained_teacher(self, options)
         load_weights(model, stage.model)
         return model, stage.fingerprint
 
-    def _weights(self) -> Stage:
+    def weights(self) -> Stage:
         options = self.recipe.weights
         assert options is not None
         if options.method == "groups":

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.depths import find
-from debiaskd.features import Layout, share
+from debiaskd.features import share
 from debiaskd.guide import Guide, Seen
 from debiaskd.last_layers import last_layers
+from debiaskd.layouts import Layout
 from debiaskd.terms import Outputs
 
 
