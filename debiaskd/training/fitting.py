@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd import files
-from debiaskd.depths import find
+from debiaskd.depths import check_layer, find
 from debiaskd.features import has_protocol
 from debiaskd.guide import Guide
 from debiaskd.inputs import InputContract
@@ -119,6 +119,12 @@ class Fitting:
         as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
         if as_it_is and options.pretrained and not options.made_head:
             self._check_last_layer(options, model)
+        if options.layer is not None:
+            try:
+                check_layer(model, options.layer)
+            except (ValueError, TypeError) as error:
+                key = "teacher" if isinstance(options, Teacher) else options.name
+                raise RecipeError(f"{key}: {error}") from None
         model = prepare(model, self.contract(options), x_dnn=options.bias_free)
         if options.weights is not None:
             to_train = not as_it_is or options.made_head is not None
