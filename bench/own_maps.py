@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m bench.own_maps", description=__doc__)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--layers", nargs="+", default=["Mid3", "Mid2"])
+    parser.add_argument("--layers", nargs="+", default=["Mid3"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32, 128])
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")

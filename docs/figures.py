@@ -92,6 +92,23 @@ def guidance_block() -> str:
     return "\n".join(lines)
 
 
+def own_maps_block() -> str:
+    document = newest("own-maps")
+    lines = ["| layer | batch | statistics held constant | PyTorch's batch norm |", "| --- | ---: | ---: | ---: |"]
+    for row in document["rows"]:
+        lines.append(
+            f"| {row['layer']} | {row['batch']} | {100 * row['constant']:.1f} % | {100 * row['mixed']:.1f} % |"
+        )
+    where, size = document["environment"], document["size"]
+    lines += [
+        "",
+        "Distance of a batch's maps from each image's own, one backward pass an image, relative to these: "
+        f"{document['model']} with random weights in training mode, {size}×{size}, torch {where['torch']}, "
+        f"{where['date']}; `python -m bench.own_maps`.",
+    ]
+    return "\n".join(lines)
+
+
 def voc_block() -> str:
     document = json.loads((RESULTS / "voc2012_sample.json").read_text())
     lines = ["```"]
@@ -238,6 +255,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed": speed_block,
     "performance": performance_block,
     "guidance": guidance_block,
+    "own_maps": own_maps_block,
     "data": data_block,
     "metrics": metrics_block,
     "voc": voc_block,
