@@ -141,7 +141,13 @@ def last_layers(role: str, model: nn.Module, images: Tensor, name: str | None = 
     if name is not None:
         named_module("head", role, model, name)
     runs, logits = _runs(model, images)
-    checked_logits(role, logits)
+    expected = list(checked_logits(role, logits).shape)
+    output = runs[name].output if name in runs else None
+    if isinstance(output, Tensor) and (output.dim() < 2 or list(output.flatten(1).shape) != expected):
+        raise ValueError(
+            f"head must name a layer of the {role} that gives one number a class, [N,K]={expected}, got {name!r}, "
+            f"which gives {list(output.shape)}"
+        )
     known = {id(module): n for n, module in model.named_modules()}
     given = [known[id(part)] for part in classifiers_of(model) if id(part) in known]
     ending = [n for n in runs if same_memory(runs[n].output, logits)]

@@ -324,7 +324,7 @@ def test_networks_without_timms_protocol(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": {"name": "bare/4", "head": "stem"}}, "bare/4: head must name an nn.Linear of the model, got 'ste"),
+        ({"student": {"name": "bare/4", "head": "stem"}}, "bare/4: head must name a layer of the model that gives one"),
         ({"student": {"name": "bare/4", "layer": "stag"}}, "bare/4: layer"),
         ({"teacher": {"name": "bare/4", "method": "erm", "schedule": FAST, "layer": "x"}}, "teacher: layer"),
         ({"transplant": {"projector": "identity"}}, "transplant: "),

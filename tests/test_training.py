@@ -316,6 +316,6 @@ def test_loading_runs_no_code_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoints.load()
     torch.save({"state_dict": Malicious()}, tmp_path / "weights.pth")
-    with pytest.raises(networks.NetworkError, match="neither safetensors nor a state dict without code"):
+    with pytest.raises(networks.NetworkError, match="cannot be read without running code from the file"):
         networks.load_weights(runs.Plain(2, 4), tmp_path / "weights.pth")
     assert not (tmp_path / "was-run").exists()

@@ -138,7 +138,7 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], npy: Path, lit: Path, 
     ("format", "url", "message"),
     [
         ("npy", "local:there", "data.url: only for data prepared with `--format litdata`, and "),
-        ("lit", "", "data.url: must say where the chunks lie, or be left out, got ''"),
+        ("lit", "", "data.url: "),
         ("far", None, "chunk-0-0.bin: missing; say where it lies (url), or remove "),
     ],
 )
