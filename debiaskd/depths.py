@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from debiaskd.features import named_module, share
-from debiaskd.layouts import Layout, layout_of
+from debiaskd.features import last_map, named_module, share
+from debiaskd.layouts import Layout, LayoutError, layout_of
 
 DEPTHS = ("Input", "Mid1", "Mid2", "Mid3", "Final")
 
@@ -223,6 +223,9 @@ def _final(trial: _Trial) -> _Run:
         named = [run for run in trial.runs if run.output is trial.final and run.times == 1]
     else:
         named = _outermost([run for run in trial.runs if _positions(run) > 1 and run.times == 1])
+        with suppress(LayoutError):  # the last stage may lie deeper than the first layers
+            last = trial.named(last_map("model", trial.model, trial.images))
+            named = named if last is None else [last]
     if named and named[-1].usable:
         return named[-1]
     found = _last_usable(trial, named[-1] if named else None)
