@@ -9,6 +9,10 @@ For a ResNet these are the image and the outputs of its four stages. For others 
 
 An attribution's map must reach the logits. Behind the last attention of a transformer with a class token the patch
 tokens do not: their gradient is 0. A depth is then the last layer before it whose patch tokens do.
+
+Input × gradient also needs a map that the logits do not read through a layer norm of each position alone: such a norm
+undoes a position's scale, so that the sum over its channels is 0 whatever is there, and the map is rounding. A depth is
+then what the norm gives.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class _Run:
     times: int = 1
     layout: Layout | None = None
     reaches: bool = True
+    cancels: bool = False  # input × gradient is 0 at every position
 
     @property
     def usable(self) -> bool:
@@ -95,7 +100,7 @@ def check_layer(model: nn.Module, layer: object) -> None:
             raise ValueError(f"{error}; or one of {', '.join(DEPTHS)}") from None
 
 
-def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False) -> Depth:
+def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False, product: bool = False) -> Depth:
     """Where `layer` is in `model`.
 
     Args:
@@ -103,9 +108,11 @@ def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False
         layer: one of DEPTHS, or a module's name.
         images: [N,3,H,W] that the model runs on, N ≥ 1.
         reaching: only a map that the logits depend on, as an attribution needs it; a gradient runs back to find out.
+        product: and only one whose product with its gradient is not 0 at every position.
 
     Raises:
-        ValueError: no such layer, or its output is no feature map, or it is none that the logits depend on.
+        ValueError: no such layer, or its output is no feature map, or it is none that the logits depend on, or its
+            product with its gradient is 0.
     """
     if layer == "Input":
         return Depth(None, Layout())
@@ -122,8 +129,32 @@ def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False
         run = _final(trial)
     else:
         run = _stage(trial, DEPTHS.index(layer) - 1, layer)
+    if product and run.cancels:
+        run = _behind_norm(trial, run, layer)
     assert run.layout is not None
     return Depth(run.name, run.layout)
+
+
+def _behind_norm(trial: _Trial, run: _Run, layer: str) -> _Run:
+    """What the norm gives that alone reads `run`, else an earlier map; refused where `run` itself was asked for."""
+    place = trial.runs.index(run)
+    behind = [r for r in _maps(trial, trial.runs[place + 1 :]) if _shape(trial, r) == _shape(trial, run)]
+    found = next((r for r in behind if not r.cancels), None)
+    if layer in DEPTHS:
+        before = [r for r in _maps(trial, trial.runs[:place]) if not r.cancels]
+        if found is not None or before:
+            return found or _block_of(trial.model, before)
+    other = "" if found is None else f"name what the norm gives, {found.name!r}, or "
+    raise ValueError(
+        f"layer {layer!r} must give a map whose product with its gradient is not 0 everywhere, and "
+        f"{type(trial.model).__name__} reads {run.name!r} through a norm of each position "
+        f"alone, which undoes its scale: {other}take attribution='grad_cam'"
+    )
+
+
+def _shape(trial: _Trial, run: _Run) -> torch.Size:
+    assert run.layout is not None
+    return run.layout.to_map(run.output, trial.images).shape
 
 
 def _checked(trial: _Trial, run: _Run | None, name: str) -> _Run:
@@ -142,6 +173,7 @@ def _run(model: nn.Module, image: Tensor, reaching: bool) -> _Trial:
     copied: Any = share(model).eval()
     if reaching:
         _awake(copied)
+        _without_eps(copied)
     runs: dict[str, _Run] = {}
     trial = _Trial(model, image)
 
@@ -174,13 +206,25 @@ def _run(model: nn.Module, image: Tensor, reaching: bool) -> _Trial:
 
 
 def _awake(copied: nn.Module) -> None:
-    """Zeros replaced by random numbers: a head or a branch that begins at zero hides what will reach the logits."""
+    """Zeros replaced by random numbers: a head or a branch that begins at zero hides what will reach the logits.
+
+    So are scales that begin at nearly zero, CaiT's 1e-5: all but the identity would look like rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     for module in copied.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_floating_point() and parameter.numel() and not bool(parameter.any()):
+            if parameter.is_floating_point() and parameter.numel() and bool((parameter.abs() < 1e-3).all()):
                 value = 0.02 * torch.randn(parameter.shape, generator=generator)
                 setattr(module, name, nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad))
+
+
+def _without_eps(copied: nn.Module) -> None:
+    """Norms of activations that are small, as before training, are otherwise ruled by their eps."""
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copied.parameters()):
+        return
+    for module in copied.modules():
+        if not isinstance(module, _BatchNorm) and isinstance(getattr(module, "eps", None), float):
+            setattr(module, "eps", 1e-12)  # noqa: B010 (which is no buffer)
 
 
 def _layout(model: nn.Module, output: Tensor, images: Tensor) -> Layout | None:
@@ -212,7 +256,15 @@ def _note_reach(trial: _Trial, logits: object) -> None:
         return
     for run, gradient in zip(maps, gradients):
         assert run.layout is not None
-        run.reaches = gradient is not None and bool(run.layout.to_map(gradient, trial.images).any())
+        if gradient is None:
+            run.reaches = False
+            continue
+        gradient = run.layout.to_map(gradient, trial.images)
+        run.reaches = bool(gradient.any())
+        if gradient.dtype in (torch.float32, torch.float64) and _positions(run) > 1:
+            parts = gradient.double() * run.layout.to_map(run.output.detach(), trial.images).double()
+            # Rounding leaves 1e-8 to 1e-6 of it; maps that do not cancel have 1e-3 at the least.
+            run.cancels = run.reaches and bool(parts.sum(1).abs().sum() < 1e-5 * parts.abs().sum())
     if not any(run.reaches for run in maps):  # dead at the moment, which says nothing
         for run in maps:
             run.reaches = True

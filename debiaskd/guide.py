@@ -86,7 +86,8 @@ class Guide:
     draw anew then.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, no such layer.
+        TypeError, ValueError: arguments that do not fit, no such layer; with the first batch, a layer whose input ×
+            gradient is 0 everywhere.
 
     Example:
         >>> import torch, debiaskd as dk
@@ -258,7 +259,8 @@ class Guide:
         if self._depth is None:
             if not len(images):
                 raise ValueError("images must hold at least one the first time, got none")
-            self._depth = find(self.model, self.layer, images, reaching=True)
+            product = self.attribution in ("input_x_gradient", "integrated_gradients")
+            self._depth = find(self.model, self.layer, images, reaching=True, product=product)
         return self._depth
 
     def _run(

@@ -154,8 +154,8 @@ def predict_correct(
 
     Raises:
         TypeError: not a module, a batch that is no such sequence, labels or numbers that are not int64.
-        ValueError: a loader that may not keep the order, no batch, logits that are not [n,K] for the labels or are NaN,
-            a label outside [0,K), numbers that are not each of 0..N - 1 once.
+        ValueError: a loader that may not keep the order or does not give every sample, no batch, logits that are not
+            [n,K] for the labels or are NaN, a label outside [0,K), numbers that are not each of 0..N - 1 once.
 
     Example:
         >>> import torch
@@ -190,6 +190,8 @@ def predict_correct(
     if not found:
         raise ValueError("batches must give at least one batch, got none (an iterator is used up after one pass)")
     correct = torch.cat(found).cpu()
+    if indices is None:
+        _whole(batches, len(correct))
     return correct if indices is None else _placed(correct, torch.cat(numbers))
 
 
@@ -221,6 +223,16 @@ def _in_order(batches: object) -> None:
             return
     what = type(blamed).__name__ + (", shuffle=True" if type(blamed).__name__ == "RandomSampler" else "")
     raise ValueError(f"batches must keep the order of the data set, got a {name} with a {what}: {_INSTEAD}")
+
+
+def _whole(batches: object, count: int) -> None:
+    """A loader that goes on where another one stopped reads in order, and not from the beginning."""
+    dataset: Any = getattr(batches, "dataset", None)
+    if getattr(batches, "sampler", None) is not None and hasattr(dataset, "__len__") and len(dataset) != count:
+        raise ValueError(
+            f"batches must cover every sample, got {count} of the data set's {len(dataset)}: a loader that was loaded "
+            "with a state goes on where it was saved, and a collate_fn may leave samples out"
+        )
 
 
 def _is_plain(value: object, name: str, kind: type) -> bool:

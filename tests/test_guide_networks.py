@@ -105,7 +105,7 @@ def test_maps_of_tokens_are_gradients_of_the_patches_alone():
     torch.manual_seed(0)
     model = _vit().eval()
     caught = []
-    model.blocks[2].register_forward_hook(lambda module, arguments, output: caught.append(output))
+    model.blocks[3].norm1.register_forward_hook(lambda module, arguments, output: caught.append(output))
     logits = model(images())
     (gradient,) = torch.autograd.grad(logits.gather(1, TARGET[:, None]).sum(), caught[0])
     expected = (gradient * caught[0]).sum(2)[:, 1:].reshape(2, 4, 4)

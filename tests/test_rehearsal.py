@@ -130,6 +130,11 @@ def refused(data: Path, folder: Path, document: dict[str, Any], *overrides: str)
             "terms.guide: cannot train once/6 (trying to differentiate twice",
         ),
         (
+            {"student": {"name": "small/4,4,4,4"}, "terms": {"supervised": {}, "guide": {}}},
+            "terms.guide: cannot train small/4,4,4,4 (layer must give a map of several positions, got 'Final', whose "
+            "map is 1×1 for pictures of 16×16",
+        ),
+        (
             {"student": {"name": "moody/6"}},
             "student.name: moody/6 cannot be trained, in training mode it fails on 12 pictures a pass (Not",
         ),

@@ -240,6 +240,15 @@ def test_loaders_in_order_are_read() -> None:
         predict_correct(Biased(), DataLoader(KNOWN, 2, sampler=begun))
 
 
+def test_a_loader_that_goes_on_in_the_middle_is_refused() -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    first, second = (torchdata.StatefulDataLoader(KNOWN, 2) for _ in range(2))
+    next(iter(first))
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="batches must cover every sample, got 3 of the data set's 5"):
+        predict_correct(Biased(), second)
+
+
 def test_with_their_numbers_samples_may_come_in_any_order() -> None:
     expected = [True, True, False, True, True]
     for batches, _ in (shuffling()[name] for name in ("subset", "shuffled batches", "torchdata's", "a stream")):
