@@ -109,7 +109,8 @@ def _refusal(file: Path, message: str) -> str:
         )
     refused = re.search(r"GLOBAL ([\w.]+)", message)
     if refused is None:
-        return f"{file}: neither safetensors nor a state dict without code ({message[:200]})"
+        reason = message[:200] or ("it ends too early" if file.stat().st_size else "it is empty")
+        return f"{file}: neither safetensors nor a state dict without code ({reason})"
     objects = _objects(file)
     if any(name.startswith("torch.nn.modules.") for name, _ in objects):
         name, key = next((o for o in objects if not o[0].startswith(("collections.", "torch._utils."))), objects[0])
