@@ -134,8 +134,12 @@ def test_an_interrupted_run_ends_in_the_same_student(
 def test_kd_asks_for_no_cut(data: Path, tmp_path: Path, teacher: str) -> None:
     document = recipe(teacher, "functional/x", terms={"kd": {}})
     runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
+
+
+def test_match_asks_for_a_cut(data: Path, tmp_path: Path) -> None:
+    document = {**recipe("functional/x", "functional/x"), **DETT}
     with pytest.raises(RecipeError, match=r"(teacher|transplant): "):
-        runs.train(runs.write(tmp_path / "m.yaml", data, {**document, **DETT}), tmp_path / "match")
+        runs.train(runs.write(tmp_path / "m.yaml", data, document), tmp_path / "match")
 
 
 def test_pooled_features_ask_for_no_map(data: Path, tmp_path: Path) -> None:

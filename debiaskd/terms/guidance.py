@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -47,12 +48,12 @@ class GuideTerm(Term):
     def tally(self, inputs: StepInputs, logits: Tensor | None) -> dict[str, Tensor]:
         return {"guide.annotated": _annotated(inputs, _target(inputs))}
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What the guide has decided is part of a checkpoint."""
-        return self.guide.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """What the guide has decided is part of a checkpoint: JSON, as a tensor like all else in a state dict."""
+        return torch.tensor(list(json.dumps(self.guide.state_dict()).encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.guide.load_state_dict(state)
+    def set_extra_state(self, state: Tensor) -> None:
+        self.guide.load_state_dict(json.loads(bytes(state.tolist())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Checkpoints of versions that kept no decision: it is made anew.
