@@ -149,6 +149,9 @@ def _table(document: dict[str, Any], named: Sequence[tuple[Who, str]], keys: Seq
         lines.append(f"| {words} | " + " | ".join(figures) + " |")
     where, seeds = document["environment"], len(document["seeds"])
     lines += ["", f"Test pictures, means ± standard deviation over {seeds} seeds. CPU, torch {where['torch']}."]
+    for teacher, later in document.get("renewed", {}).items():
+        if any(who[1] == teacher for who, _ in named):
+            lines[-1] += f" Rows of {teacher} were trained later, with torch {later['torch']}."
     return "\n".join(lines)
 
 
