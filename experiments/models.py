@@ -261,9 +261,10 @@ def table(document: dict[str, Any]) -> str:
 
 HEADER = """# Networks
 
-Made by `python experiments/models.py` (timm {timm}, torchvision {torchvision}, transformers {transformers}, torch
-{torch}): the smallest network of each family, with random weights and three classes. Of {tried} families {learns}
-learn, {teaches} ({share:.1f} %) teach and {guided} can be guided.
+Made by `python experiments/models.py`, in several runs (timm {timm}, torchvision {torchvision},
+transformers {transformers}, torch {torch}): the smallest network of each family, with
+random weights and three classes. Of {tried} families {learns} learn,
+{teaches} ({share:.1f} %) teach and {guided} can be guided.
 
 - **map**: what a student's projector reads, [C,H,W] at the input in the table; where it is not what `forward_features`
   gives, the layer is named.
