@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import debiaskd as dk
-from debiaskd.depths import DEPTHS
+from debiaskd.models.depths import DEPTHS
 
 from . import environment
 

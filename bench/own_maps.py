@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import debiaskd as dk
 from debiaskd.attribution import input_x_gradient
-from debiaskd.depths import find, output_of
+from debiaskd.models.depths import find, output_of
 
 from . import environment
 

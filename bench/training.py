@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from debiaskd import Boxes
 from debiaskd.data import Batch
+from debiaskd.models.transplant import FrozenTeacher, transplant
 from debiaskd.recipe import Schedule
 from debiaskd.terms import (
     TERMS,
@@ -42,12 +43,11 @@ from debiaskd.terms import (
     Setting,
     make_guide,
 )
-from debiaskd.training.caching import Cached, fill
+from debiaskd.training.feature_extraction import Watched, places
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.schedule import optimizer
-from debiaskd.training.teaching import Live, Teaching
-from debiaskd.training.watched import Watched, places
-from debiaskd.transplant import FrozenTeacher, transplant
+from debiaskd.training.teacher_cache import Cached, fill
+from debiaskd.training.teacher_outputs import Live, Teaching
 
 CLASSES = 20
 EPOCH = 1  # the intervention has begun

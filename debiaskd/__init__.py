@@ -6,8 +6,8 @@ Fast losses for the loop you have (`feature_match_loss`, `localization_loss`), o
 (`backend`, `debiaskd doctor`), and what stands around them: boxes, transplanting, reweighting.
 """
 
+from debiaskd.attribution.guide import Guide, Guided
 from debiaskd.boxes import Boxes, collate
-from debiaskd.guide import Guide, Guided
 from debiaskd.losses import (
     BackdoorLogits,
     ChannelDot,
@@ -18,6 +18,7 @@ from debiaskd.losses import (
     KdLoss,
     LocalizationLoss,
 )
+from debiaskd.models.transplant import FrozenTeacher, Transplanted, match_spatial, transplant
 from debiaskd.ops.backdoor import backdoor_logits
 from debiaskd.ops.backend import BackendError, backend
 from debiaskd.ops.channel_dot import channel_dot
@@ -27,7 +28,6 @@ from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
 from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
-from debiaskd.transplant import FrozenTeacher, Transplanted, match_spatial, transplant
 from debiaskd.version import __version__
 
 __all__ = [

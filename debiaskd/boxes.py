@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 _INT32 = torch.iinfo(torch.int32)
 

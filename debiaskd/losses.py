@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
 from debiaskd.ops.backdoor import MODES, backdoor_logits
 from debiaskd.ops.backend import REDUCTIONS
@@ -14,6 +13,7 @@ from debiaskd.ops.class_relation import class_relation_loss
 from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import KINDS, localization_loss
+from debiaskd.utils import checks
 
 
 class FeatureMatchLoss(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 
 class ErrorSetWarning(UserWarning):

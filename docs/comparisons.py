@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from debiaskd.report import Figure
+from debiaskd.reports.quickstart_table import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORST, AVERAGE, ENERGY = "worst_group_accuracy", "accuracy", "epg"

@@ -31,14 +31,16 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from debiaskd import doctor, files  # noqa: E402
-from debiaskd.data import mnist, prepare  # noqa: E402
+from debiaskd.cli import doctor  # noqa: E402
+from debiaskd.data import prepare  # noqa: E402
+from debiaskd.data.sources import mnist  # noqa: E402
+from debiaskd.evaluation.evaluate import evaluate_run  # noqa: E402
+from debiaskd.evaluation.probe import probe_run  # noqa: E402
+from debiaskd.pipeline.stages import Chain  # noqa: E402
 from debiaskd.recipe import read  # noqa: E402
 from debiaskd.reweight import ErrorSetWarning  # noqa: E402
 from debiaskd.training.fabric import launch  # noqa: E402
-from debiaskd.training.loaded import evaluate_run  # noqa: E402
-from debiaskd.training.probing import probe_run  # noqa: E402
-from debiaskd.training.stages import Chain  # noqa: E402
+from debiaskd.utils import files  # noqa: E402
 
 SEEDS = (0, 1, 2)
 Document = dict[str, Any]

@@ -25,7 +25,7 @@ import comparisons  # noqa: E402
 from bench import metrics as bench_metrics  # noqa: E402
 from bench import report as bench_report  # noqa: E402
 from bench.__main__ import OPS  # noqa: E402
-from debiaskd import report  # noqa: E402
+from debiaskd.reports import quickstart_table as report  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -309,7 +309,7 @@ def picture(results: Any, path: Path) -> None:
 
 
 def run_quickstart() -> None:
-    from debiaskd import quickstart
+    from debiaskd.cli import quickstart
 
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as out:

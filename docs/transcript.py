@@ -47,7 +47,7 @@ def main(source: Path) -> None:
             shutil.copy(path, RESULTS / f"voc2012_{path.name}")
         shutil.copy(Path(folder, "runs", "voc", "student", "pareto.png"), RESULTS / "voc2012_pareto.png")
     sys.path.insert(0, str(ROOT))
-    from debiaskd import doctor
+    from debiaskd.cli import doctor
 
     document = {"said": said, "pictures": [path.name for path in pictures], "environment": doctor.environment()}
     (RESULTS / "voc2012_sample.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
 import debiaskd as dk
-from debiaskd.train import to_float
+from debiaskd.cli.quickstart_loop import to_float
 
 
 class DistillingTrainer(Trainer):

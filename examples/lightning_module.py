@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import debiaskd as dk
-from debiaskd import networks
+from debiaskd.cli.quickstart_loop import to_float
 from debiaskd.data import Batch, PackedDataset, collate
-from debiaskd.train import to_float
+from debiaskd.models import registry as networks
 
 
 class Distilled(LightningModule):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import debiaskd as dk
-from debiaskd.train import to_float
+from debiaskd.cli.quickstart_loop import to_float
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

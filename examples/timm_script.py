@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import debiaskd as dk
-from debiaskd.train import to_float
+from debiaskd.cli.quickstart_loop import to_float
 
 
 def seen_by(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import debiaskd as dk
-from debiaskd.data import digits
+from debiaskd.cli.quickstart_loop import Schedule, fit, in_batches, to_float
+from debiaskd.data.sources import digits
 from debiaskd.metrics import group_accuracy
 from debiaskd.models import SmallNet
-from debiaskd.train import Schedule, fit, in_batches, to_float
 
 CLASSES = len(digits.LABELS)
 

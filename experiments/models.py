@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 import debiaskd as dk
-from debiaskd import networks
 from debiaskd.boxes import Boxes
-from debiaskd.last_layers import classifiers_of
 from debiaskd.models import SmallNet
-from debiaskd.transplant import FrozenTeacher, transplant
+from debiaskd.models import registry as networks
+from debiaskd.models.last_layers import classifiers_of
+from debiaskd.models.transplant import FrozenTeacher, transplant
 
 DOCS = Path(__file__).parents[1] / "docs"
 #: Families whose smallest network has more parameters than this are not tried.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 
 GUIDED: dict[str, Any] = {
     "student": {"name": "plain/4"},

@@ -26,6 +26,7 @@ from torch import Tensor
 import debiaskd as dk
 from debiaskd.attribution import draw_target
 from debiaskd.data import Batch
+from debiaskd.models.transplant import FrozenTeacher
 from debiaskd.terms import (
     TERMS,
     BackdoorOptions,
@@ -44,10 +45,9 @@ from debiaskd.terms import (
     Term,
     make_guide,
 )
+from debiaskd.training.feature_extraction import Watched, places
 from debiaskd.training.learner import Learner, Step
-from debiaskd.training.teaching import Live
-from debiaskd.training.watched import Watched, places
-from debiaskd.transplant import FrozenTeacher
+from debiaskd.training.teacher_outputs import Live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import debiaskd as dk
-from debiaskd.networks import build
+from debiaskd.models.registry import build
 
 pytest.importorskip("bcos")
 from bcos.models import pretrained

@@ -18,11 +18,11 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 import yaml
 
-from debiaskd import networks
+from debiaskd.evaluation.evaluate import evaluate_run
+from debiaskd.models import registry as networks
 from debiaskd.recipe import Recipe
-from debiaskd.training import begun
-from debiaskd.training.fitting import Fitting
-from debiaskd.training.loaded import evaluate_run
+from debiaskd.training import resume as begun
+from debiaskd.training.fit import Fitting
 from debiaskd.training.loop import Training
 from debiaskd.training.run import RunError, digest, open_run
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import debiaskd as dk
 from debiaskd.attribution import input_x_gradient, integrated_gradients
-from debiaskd.bias_free import BiasFreeBatchNorm2d, bias_free
 from debiaskd.models import SmallNet
+from debiaskd.models.zoo.bias_free import BiasFreeBatchNorm2d, bias_free
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TARGET = torch.tensor([2, 0])

@@ -15,10 +15,10 @@ pytest.importorskip("torchdata")
 import training_runs as runs
 from safetensors.torch import load_file
 
-from debiaskd.training import caching
-from debiaskd.training.caching import Views
-from debiaskd.training.rehearsal import Rehearsal
-from debiaskd.transplant import FrozenTeacher
+from debiaskd.models.transplant import FrozenTeacher
+from debiaskd.training import teacher_cache as caching
+from debiaskd.training.dry_run import Rehearsal
+from debiaskd.training.teacher_cache import Views
 
 pytestmark = pytest.mark.xdist_group("training")
 TAUGHT: dict[str, Any] = {

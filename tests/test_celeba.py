@@ -11,9 +11,10 @@ pytest.importorskip("PIL", reason="pictures are made with pillow")
 import data_trees as trees
 import more_trees as more
 
-from debiaskd import cli
-from debiaskd.data import DataError, PackedDataset, celeba, prepare
-from debiaskd.data.records import Problems
+from debiaskd.cli import entry as cli
+from debiaskd.data import DataError, PackedDataset, prepare
+from debiaskd.data.sources import celeba
+from debiaskd.data.sources.records import Problems
 
 
 @pytest.mark.parametrize("csv", [False, True])

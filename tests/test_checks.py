@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import debiaskd as dk
-from debiaskd import checks
+from debiaskd.utils import checks
 
 BOXES = dk.Boxes.from_lists([[[0, 0, 2, 2]], []])
 NAN, INF = float("nan"), float("inf")

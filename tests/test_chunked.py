@@ -18,18 +18,9 @@ pytest.importorskip("torchdata", reason="needs the data extra")
 import data_trees as trees
 from litdata.streaming import downloader
 
-from debiaskd import files
-from debiaskd.data import (
-    ChunkedDataset,
-    DataError,
-    PackedDataset,
-    StreamedDataset,
-    chunked,
-    loader,
-    prepare,
-    set_epoch,
-    shards,
-)
+from debiaskd.data import ChunkedDataset, DataError, PackedDataset, StreamedDataset, loader, prepare, set_epoch
+from debiaskd.data.packed import chunked, shards
+from debiaskd.utils import files
 
 COUNT = 23
 

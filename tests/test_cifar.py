@@ -14,9 +14,10 @@ pytest.importorskip("PIL", reason="pictures are fitted with pillow")
 import more_trees as more
 from data_trees import SHARED, files_of
 
-from debiaskd import cli
-from debiaskd.data import DataError, PackedDataset, cifar, pixels, prepare
-from debiaskd.data.records import Problems
+from debiaskd.cli import entry as cli
+from debiaskd.data import DataError, PackedDataset, pixels, prepare
+from debiaskd.data.sources import cifar
+from debiaskd.data.sources.records import Problems
 
 TRAIN, TEST = [8, 9, 0, 7, 3, 3, 1], [2, 6]
 BATCH = {"binary": "data_batch_2.bin", "python": "data_batch_2", "npz": "train_1.npz"}

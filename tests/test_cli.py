@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

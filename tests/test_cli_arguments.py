@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from debiaskd import cli
-from debiaskd.cli_arguments import UsageError, parse
+from debiaskd.cli import entry as cli
+from debiaskd.cli.arguments import UsageError, parse
 
 
 def parsed(*arguments: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import training_runs as runs
 from cli_runs import GUIDED, command, failed
 from PIL import Image
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 from debiaskd.data import PackedDataset
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli_finished")]
@@ -260,7 +260,7 @@ def test_what_cannot_be_explained(
 
 def test_a_figure_shows_maps_where_the_boxes_are(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where networks read pictures of another size than is stored."""
-    from debiaskd.training import explaining
+    from debiaskd.evaluation import explain as explaining
 
     document = {**GUIDED, "data": {"size": 24}, "pretraining": None}
     runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run", "--schedule.epochs", "1")

@@ -18,7 +18,8 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from cli_runs import GUIDED, command, failed
 
-from debiaskd import cli, networks
+from debiaskd.cli import entry as cli
+from debiaskd.models import registry as networks
 from debiaskd.training.loop import Training
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli_train")]

@@ -16,8 +16,9 @@ pytest.importorskip("PIL", reason="pictures are made with pillow")
 import data_trees as trees
 from data_trees import boxes_of
 
-from debiaskd.data import DataError, coco
-from debiaskd.data.records import CROWD, IGNORE, Problems
+from debiaskd.data import DataError
+from debiaskd.data.sources import coco
+from debiaskd.data.sources.records import CROWD, IGNORE, Problems
 
 
 def test_coco(tmp_path: Path) -> None:

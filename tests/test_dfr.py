@@ -14,7 +14,7 @@ from sklearn import linear_model as linear
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.multiclass import OneVsRestClassifier
 
-from debiaskd.training import dfr
+from debiaskd.pipeline import dfr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from debiaskd.data import digits
+from debiaskd.data.sources import digits
 
 
 @pytest.fixture(scope="module")

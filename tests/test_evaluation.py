@@ -18,14 +18,14 @@ import training_runs as runs
 from sklearn.metrics import average_precision_score
 
 from debiaskd import Boxes
+from debiaskd.attribution.guide import Guide
 from debiaskd.data import Batch, prepare
-from debiaskd.guide import Guide
 from debiaskd.metrics import box_size_bins, energy_pointing_game, group_accuracy, iou_with_boxes
 from debiaskd.models import SmallNet
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
 from debiaskd.terms import GuideOptions, Ranks
-from debiaskd.training.evaluation import SIZES, Evaluation, attributions, looked_at, selectable
-from debiaskd.training.pictures import Pictures, Split, open_split
+from debiaskd.training.batches import Pictures, Split, open_split
+from debiaskd.training.validation import SIZES, Evaluation, attributions, looked_at, selectable
 
 
 def several(ignore: Boxes | None) -> Batch:

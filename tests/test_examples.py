@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 
-from debiaskd import networks
-from debiaskd.data import digits, prepare
+from debiaskd.data import prepare
+from debiaskd.data.sources import digits
+from debiaskd.models import registry as networks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread")

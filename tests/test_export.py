@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import debiaskd as dk
-from debiaskd.inputs import InputContract, Preprocess, resize
 from debiaskd.models import SmallNet
-from debiaskd.networks import save_weights
+from debiaskd.models.input import InputContract, Preprocess, resize
+from debiaskd.models.registry import save_weights
 from debiaskd.ops import backdoor, backend
 from debiaskd.terms.backdoor import Intervened, Intervention
 

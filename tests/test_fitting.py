@@ -19,15 +19,15 @@ import training_runs as runs
 from safetensors.torch import load_file
 
 from debiaskd.data import prepare
+from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import Schedule
 from debiaskd.terms.backdoor import Intervened
-from debiaskd.training.design import frozen
-from debiaskd.training.keeping import Keeper
-from debiaskd.training.loaded import Loaded
+from debiaskd.training.rebuild import frozen
 from debiaskd.training.run import RunError
 from debiaskd.training.schedule import brief
-from debiaskd.training.stages import Chain
-from debiaskd.training.teaching import Live
+from debiaskd.training.selection import Keeper
+from debiaskd.training.teacher_outputs import Live
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 PLAIN: dict[str, Any] = {**runs.PLAIN, "schedule": {**runs.PLAIN["schedule"], "epochs": 1}}

@@ -11,9 +11,10 @@ pytest.importorskip("PIL", reason="pictures are made with pillow")
 import data_trees as trees
 from data_trees import boxes_of, files_of
 
-from debiaskd import cli
-from debiaskd.data import ChunkedDataset, DataError, PackedDataset, folder, prepare
-from debiaskd.data.records import Problems
+from debiaskd.cli import entry as cli
+from debiaskd.data import ChunkedDataset, DataError, PackedDataset, prepare
+from debiaskd.data.sources import folder
+from debiaskd.data.sources.records import Problems
 
 
 def test_folder(tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ from cases import normal
 from torch import nn
 
 import debiaskd as dk
-from debiaskd import depths
 from debiaskd.attribution import explanation_mode, final_layer_map, grad_cam, input_x_gradient, integrated_gradients
-from debiaskd.models import SmallNet
+from debiaskd.models import SmallNet, depths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOXES = dk.Boxes.from_lists([[[2, 3, 14, 20]], None, [], [[0, 0, 9, 9], [20, 20, 32, 32]]])

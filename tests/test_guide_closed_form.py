@@ -13,9 +13,9 @@ from debiaskd.attribution import final_layer_map, input_x_gradient
 from debiaskd.models import SmallNet
 from debiaskd.terms import GuideOptions
 from debiaskd.terms.guidance import GuideTerm, make_guide
+from debiaskd.training.feature_extraction import Watched
 from debiaskd.training.learner import Learner
 from debiaskd.training.schedule import Ema
-from debiaskd.training.watched import Watched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOXES = dk.Boxes.from_lists([[[2, 3, 14, 20]], None, [], [[0, 0, 9, 9], [20, 20, 32, 32]]])

@@ -8,8 +8,8 @@ from timm import models
 from torch import nn
 
 import debiaskd as dk
-from debiaskd import depths
 from debiaskd.attribution import input_x_gradient
+from debiaskd.models import depths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TARGET, BOXES = torch.tensor([1, 2]), dk.Boxes.from_lists([[[2, 3, 14, 20]], [[9, 9, 30, 32]]])

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import debiaskd as dk
 from debiaskd.attribution import explanation_mode, grad_cam, input_x_gradient
-from debiaskd.batch_statistics import constant_statistics
-from debiaskd.bias_free import BiasFreeBatchNorm2d
+from debiaskd.models.batch_statistics import constant_statistics
+from debiaskd.models.zoo.bias_free import BiasFreeBatchNorm2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K, SIZE = 3, 12

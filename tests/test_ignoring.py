@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import debiaskd as dk
-from debiaskd.ignoring import judged
 from debiaskd.models import SmallNet
+from debiaskd.ops.ignore import judged
 from debiaskd.terms import GuideOptions, make_guide
 from debiaskd.terms.guidance import GuideTerm
 

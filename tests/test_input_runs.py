@@ -23,19 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 from debiaskd.data import PackedDataset
-from debiaskd.files import sha256
-from debiaskd.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, resize
+from debiaskd.evaluation.evaluate import Loaded, evaluate_run
+from debiaskd.evaluation.explain import _Known, _look
+from debiaskd.evaluation.probe import _features
+from debiaskd.models.input import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, resize
+from debiaskd.pipeline.stages import Chain
 from debiaskd.training import loop
-from debiaskd.training.caching import Views
-from debiaskd.training.evaluation import looked_at
-from debiaskd.training.explaining import _Known, _look
+from debiaskd.training.batches import Intake, open_split
 from debiaskd.training.learner import Learner
-from debiaskd.training.loaded import Loaded, evaluate_run
-from debiaskd.training.pictures import Intake, open_split
-from debiaskd.training.probing import _features
-from debiaskd.training.stages import Chain
+from debiaskd.training.teacher_cache import Views
+from debiaskd.training.validation import looked_at
+from debiaskd.utils.files import sha256
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("inputs")]
 #: So far apart that the range of what a network reads tells whose contract it is: [-9, 1] and [-0.2, 1.8].

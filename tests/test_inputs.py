@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from debiaskd.boxes import Boxes
 from debiaskd.data import Augment, Batch
-from debiaskd.input_sources import accepts, resolve
-from debiaskd.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, read_contract, resize, saved
-from debiaskd.networks import NetworkError, build, prepare, save_weights
+from debiaskd.models.input import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, read_contract, resize, saved
+from debiaskd.models.input_sources import accepts, resolve
+from debiaskd.models.registry import NetworkError, build, prepare, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -188,7 +188,7 @@ class Drawn:
 def intake(*arguments: Any, **options: Any) -> Any:
     pytest.importorskip("torchdata")
     pytest.importorskip("jsonargparse")
-    from debiaskd.training.pictures import Intake
+    from debiaskd.training.batches import Intake
 
     return Intake(*arguments, **options)
 

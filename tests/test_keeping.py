@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file
 
-from debiaskd.training.keeping import Keeper
+from debiaskd.training.selection import Keeper
 
 NAN = float("nan")
 

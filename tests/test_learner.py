@@ -17,6 +17,7 @@ import debiaskd as dk
 from debiaskd.attribution import draw_target
 from debiaskd.data import Batch
 from debiaskd.models import SmallNet
+from debiaskd.models.transplant import FrozenTeacher, transplant
 from debiaskd.recipe import Schedule
 from debiaskd.terms import (
     Backdoor,
@@ -37,11 +38,10 @@ from debiaskd.terms import (
     make_guide,
 )
 from debiaskd.terms.backdoor import Intervened
+from debiaskd.training.feature_extraction import Watched, places
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.schedule import Ema, optimizer, rate
-from debiaskd.training.teaching import Live
-from debiaskd.training.watched import Watched, places
-from debiaskd.transplant import FrozenTeacher, transplant
+from debiaskd.training.teacher_outputs import Live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from debiaskd.files import Lock
+from debiaskd.utils.files import Lock
 
 pytest.importorskip("fcntl", reason="no record locks here")
 

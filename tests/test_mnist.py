@@ -12,7 +12,8 @@ pytest.importorskip("PIL", reason="the small data sets are made with pillow")
 
 import more_trees as more
 
-from debiaskd.data import DataError, mnist
+from debiaskd.data import DataError
+from debiaskd.data.sources import mnist
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -15,9 +15,10 @@ pytest.importorskip("PIL", reason="pictures are drawn with pillow")
 import more_trees as more
 from data_trees import SHARED, files_of
 
-from debiaskd import cli
-from debiaskd.data import DataError, PackedDataset, mnist, mnist_on_cifar, pasting, pixels, prepare
-from debiaskd.data.records import Problems
+from debiaskd.cli import entry as cli
+from debiaskd.data import DataError, PackedDataset, pixels, prepare
+from debiaskd.data.sources import mnist, mnist_on_cifar, pasting
+from debiaskd.data.sources.records import Problems
 
 SMALL = {"train": 80, "val": 16, "test": 16}
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from debiaskd.data.names import fold_case, match_paths, of_tools, split_name, whole
-from debiaskd.data.problems import Problems
+from debiaskd.data.sources.names import fold_case, match_paths, of_tools, split_name, whole
+from debiaskd.data.sources.problems import Problems
 
 
 @settings(max_examples=40)

@@ -15,9 +15,9 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
-from debiaskd.inputs import InputContract, inverse_added, with_inverse
 from debiaskd.models import CifarResNet, SmallNet
-from debiaskd.networks import (
+from debiaskd.models.input import InputContract, inverse_added, with_inverse
+from debiaskd.models.registry import (
     LastLayerWarning,
     NetworkError,
     build,

@@ -17,17 +17,9 @@ pytest.importorskip("PIL", reason="pictures are prepared with pillow")
 import data_trees as trees
 
 from debiaskd import Boxes
-from debiaskd.data import (
-    Batch,
-    DataError,
-    PackedDataset,
-    StreamedDataset,
-    collate,
-    loader,
-    prepare,
-    shards,
-)
-from debiaskd.data.packed import gather
+from debiaskd.data import Batch, DataError, PackedDataset, StreamedDataset, collate, loader, prepare
+from debiaskd.data.packed import shards
+from debiaskd.data.packed.mapped import gather
 
 COUNT = 23
 

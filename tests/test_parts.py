@@ -16,7 +16,7 @@ import training_runs as runs
 
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Selection, Terms
 from debiaskd.terms import SupervisedOptions
-from debiaskd.training.parts import OverlapWarning, check_overlap, numbers, parse, shared
+from debiaskd.training.split_parts import OverlapWarning, check_overlap, numbers, parse, shared
 
 
 @pytest.fixture(scope="module")

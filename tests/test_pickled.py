@@ -14,8 +14,9 @@ pytest.importorskip("PIL", reason="the small data sets are made with pillow")
 
 import more_trees as more
 
-from debiaskd.data import DataError, cifar, pickled
-from debiaskd.data.records import Problems
+from debiaskd.data import DataError
+from debiaskd.data.sources import cifar, pickled
+from debiaskd.data.sources.records import Problems
 
 
 class Call:

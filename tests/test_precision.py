@@ -18,10 +18,10 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from training_runs import PLAIN
 
-from debiaskd import networks
+from debiaskd.models import registry as networks
 from debiaskd.recipe import Schedule
+from debiaskd.training.dry_run import Rehearsal
 from debiaskd.training.loop import Training
-from debiaskd.training.rehearsal import Rehearsal
 from debiaskd.training.schedule import rate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("student_runs")]

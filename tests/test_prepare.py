@@ -20,7 +20,9 @@ pytest.importorskip("PIL", reason="pictures are decoded with pillow")
 import data_trees as trees
 from data_trees import files_of, unfinished
 
-from debiaskd.data import DataError, PackedDataset, output, prepare, shards
+from debiaskd.data import DataError, PackedDataset, prepare
+from debiaskd.data.packed import output_folder as output
+from debiaskd.data.packed import shards
 
 # -- what is written -----------------------------------------------------------------------------------------------
 

@@ -20,9 +20,11 @@ pytest.importorskip("PIL", reason="pictures are decoded with pillow")
 import data_trees as trees
 from data_trees import spoiled, unfinished
 
-from debiaskd import cli
-from debiaskd.data import DataError, PackedDataset, making, prepare, shards
-from debiaskd.data.preparing import READERS
+from debiaskd.cli import entry as cli
+from debiaskd.data import DataError, PackedDataset, prepare
+from debiaskd.data.packed import shards
+from debiaskd.data.packed import write_shard as making
+from debiaskd.data.packed.prepare import READERS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ import data_trees as trees
 import more_trees as more
 from data_trees import files_of
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 from debiaskd.data import DataError, PackedDataset, prepare
 
 

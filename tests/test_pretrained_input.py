@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 from debiaskd.data import PackedDataset
-from debiaskd.training import teaching
+from debiaskd.training import teacher_outputs as teaching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 64

@@ -19,12 +19,12 @@ pytest.importorskip("sklearn")
 import data_trees as trees
 import training_runs as runs
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 from debiaskd.data import PackedDataset, prepare
+from debiaskd.evaluation import probe as probing
+from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.probe import probe_run
 from debiaskd.recipe import RecipeError
-from debiaskd.training import probing
-from debiaskd.training.loaded import Loaded
-from debiaskd.training.probing import probe_run
 
 pytestmark = pytest.mark.xdist_group("probing")
 

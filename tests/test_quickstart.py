@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from debiaskd import methods, quickstart, report, train
-from debiaskd.heads import count_parameters
-from debiaskd.methods import METHODS, Context, Settings
+from debiaskd.cli import quickstart
+from debiaskd.cli import quickstart_loop as train
+from debiaskd.cli import quickstart_methods as methods
+from debiaskd.cli.quickstart_loop import Schedule, fit
+from debiaskd.cli.quickstart_methods import METHODS, Context, Settings
 from debiaskd.models import SmallNet
+from debiaskd.models.heads import count_parameters
+from debiaskd.reports import quickstart_table as report
 from debiaskd.reweight import ErrorSetWarning
-from debiaskd.train import Schedule, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::debiaskd.reweight.ErrorSetWarning"),
@@ -287,7 +290,7 @@ def test_the_pictures_lie_about_zero():
 def test_importing_needs_no_extra():
     """What only the command needs is imported when the command runs."""
     code = (
-        "import sys; import debiaskd, debiaskd.quickstart; "
+        "import sys; import debiaskd, debiaskd.cli.quickstart; "
         "print([name for name in ('sklearn', 'PIL', 'jinja2', 'matplotlib', 'rich', 'timm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

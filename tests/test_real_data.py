@@ -14,8 +14,9 @@ pytest.importorskip("PIL", reason="pictures are decoded with pillow")
 
 import data_trees as trees
 
-from debiaskd.data import Augment, PackedDataset, collate, prepare, waterbirds
-from debiaskd.data.records import Problems
+from debiaskd.data import Augment, PackedDataset, collate, prepare
+from debiaskd.data.sources import waterbirds
+from debiaskd.data.sources.records import Problems
 
 VOC, COCO = trees.SHARED / "voc2012_sample", trees.SHARED / "coco64"
 BIRDS = trees.SHARED / "waterbirds100"

@@ -16,11 +16,11 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from torch import Tensor, nn
 
-from debiaskd import networks
+from debiaskd.models import registry as networks
+from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import RecipeError
+from debiaskd.training.dry_run import Rehearsal
 from debiaskd.training.loop import Training
-from debiaskd.training.rehearsal import Rehearsal
-from debiaskd.training.stages import Chain
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}

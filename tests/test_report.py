@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from debiaskd import Boxes, report
-from debiaskd.data.digits import Pictures
-from debiaskd.gallery import SHOWN, Gallery
+from debiaskd import Boxes
+from debiaskd.data.sources.digits import Pictures
+from debiaskd.reports import quickstart_table as report
+from debiaskd.reports.gallery import SHOWN, Gallery
 
 
 def row(method, seed, worst, **more):

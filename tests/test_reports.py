@@ -24,15 +24,15 @@ import training_runs as runs
 from cli_runs import command
 from test_report import Loads
 
-from debiaskd import cli
+from debiaskd.cli import entry as cli
 from debiaskd.data import prepare
-from debiaskd.ignoring import of_class
+from debiaskd.evaluation.evaluate import Evaluated, Loaded, evaluate_run, measured_on
+from debiaskd.ops.ignore import of_class
 from debiaskd.reports import comparison
 from debiaskd.reports.measured import _looks, choose, measure
 from debiaskd.reports.sections import Section
 from debiaskd.terms import make_guide
-from debiaskd.training.evaluation import looked_at
-from debiaskd.training.loaded import Evaluated, Loaded, evaluate_run, measured_on
+from debiaskd.training.validation import looked_at
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("reports")]
 

@@ -88,7 +88,7 @@ def test_a_run_that_may_only_be_read(run: Path, tmp_path: Path, monkeypatch: pyt
     def refused(path: Path, document: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("debiaskd.files.write_json", refused)
+    monkeypatch.setattr("debiaskd.utils.files.write_json", refused)
     (run / "evaluation-test.json").unlink(missing_ok=True)
     assert comparison.write_report([run], tmp_path / "p.html") == ["1 run on birds16, test: 16 pictures"]
     assert not (run / "evaluation-test.json").exists()

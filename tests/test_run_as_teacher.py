@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch
-from debiaskd.networks import NetworkError
+from debiaskd.evaluation.evaluate import Loaded, evaluate_run
+from debiaskd.models.registry import NetworkError
+from debiaskd.models.transplant import Transplanted
+from debiaskd.pipeline.stages import Chain
 from debiaskd.terms.backdoor import Intervened
-from debiaskd.training.design import of_file
-from debiaskd.training.loaded import Loaded, evaluate_run
-from debiaskd.training.stages import Chain
-from debiaskd.training.teaching import Live
-from debiaskd.transplant import Transplanted
+from debiaskd.training.rebuild import of_file
+from debiaskd.training.teacher_outputs import Live
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
@@ -210,7 +210,7 @@ def test_what_a_run_is_not_is_told(data: Path, first: Path, tmp_path: Path) -> N
 def test_a_given_head_cannot_begin_anew(first: Path) -> None:
     design = of_file(first)
     assert design is not None
-    from debiaskd.training.design import Base
+    from debiaskd.training.rebuild import Base
 
     with pytest.raises(
         NetworkError, match=r"its small/4,6 knows 2 classes and the data has 5; a head that it was given"

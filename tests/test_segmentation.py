@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from debiaskd.data.segmentation import bounds
+from debiaskd.data.sources.segmentation import bounds
 
 
 def runs_of(mask: NDArray[np.bool_]) -> list[int]:

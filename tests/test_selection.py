@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from debiaskd.selection import ParetoFront
+from debiaskd.training.pareto import ParetoFront
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -13,8 +13,9 @@ pytest.importorskip("PIL", reason="pictures are made with pillow")
 import data_trees as trees
 from data_trees import boxes_of
 
-from debiaskd.data import DataError, coco, folder, voc, waterbirds
-from debiaskd.data.records import DIFFICULT, IGNORE, Problems, relative_path
+from debiaskd.data import DataError
+from debiaskd.data.sources import coco, folder, voc, waterbirds
+from debiaskd.data.sources.records import DIFFICULT, IGNORE, Problems, relative_path
 
 # -- VOC -----------------------------------------------------------------------------------------------------------
 

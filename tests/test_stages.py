@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from debiaskd import networks
 from debiaskd.data import Augment, PackedDataset
-from debiaskd.networks import NetworkError
+from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.models import registry as networks
+from debiaskd.models.registry import NetworkError
+from debiaskd.pipeline import stages
+from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import ErrorSetWarning
 from debiaskd.terms import State, Supervised
-from debiaskd.training import stages
-from debiaskd.training.loaded import Loaded
-from debiaskd.training.rehearsal import Rehearsal
+from debiaskd.training.dry_run import Rehearsal
 from debiaskd.training.run import RunError
-from debiaskd.training.stages import Chain
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from training_runs import PLAIN
 
 from debiaskd.data import prepare
+from debiaskd.evaluation.evaluate import Loaded
 from debiaskd.recipe import Data, RecipeError
-from debiaskd.training.loaded import Loaded
-from debiaskd.training.pictures import open_split
+from debiaskd.training.batches import open_split
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("student_runs")]
 

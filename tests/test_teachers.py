@@ -16,15 +16,15 @@ pytest.importorskip("safetensors")
 
 import training_runs as runs
 
-from debiaskd import networks
+from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.models import registry as networks
+from debiaskd.pipeline import dfr, teachers
+from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions
-from debiaskd.training import dfr, teachers
-from debiaskd.training.fitting import Fitting
-from debiaskd.training.loaded import Loaded
+from debiaskd.training.fit import Fitting
 from debiaskd.training.run import digest
-from debiaskd.training.stages import Chain
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}

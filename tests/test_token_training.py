@@ -23,13 +23,14 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from debiaskd import cli, networks
+from debiaskd.cli import entry as cli
+from debiaskd.evaluation.evaluate import Loaded, evaluate_run
+from debiaskd.models import registry as networks
+from debiaskd.models.transplant import Transplanted
+from debiaskd.pipeline import head_probe as head_fitting
 from debiaskd.recipe import RecipeError
-from debiaskd.training import head_fitting
-from debiaskd.training.loaded import Loaded, evaluate_run
+from debiaskd.training.feature_extraction import Watched, places
 from debiaskd.training.loop import Training
-from debiaskd.training.watched import Watched, places
-from debiaskd.transplant import Transplanted
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

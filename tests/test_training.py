@@ -23,7 +23,7 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from safetensors.torch import load_file
 
-from debiaskd import networks
+from debiaskd.models import registry as networks
 from debiaskd.recipe import RecipeError
 from debiaskd.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from debiaskd.training.loop import DivergedError, Training
@@ -305,7 +305,7 @@ class Malicious:
 
 
 def test_loading_runs_no_code_from_a_file(tmp_path: Path) -> None:
-    from debiaskd import files
+    from debiaskd.utils import files
 
     Malicious.target = str(tmp_path / "was-run")
     checkpoints = Checkpoints(tmp_path / "c", "me")

@@ -20,10 +20,10 @@ import training_runs as runs
 from cli_runs import GUIDED, command, failed
 
 from debiaskd.data import prepare
+from debiaskd.evaluation.evaluate import evaluate_run
 from debiaskd.recipe import Data, RecipeError
-from debiaskd.training.loaded import evaluate_run
+from debiaskd.training.batches import open_split
 from debiaskd.training.loop import Training
-from debiaskd.training.pictures import open_split
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

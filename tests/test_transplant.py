@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from debiaskd.transplant import PROJECTORS, FrozenTeacher, Transplanted, make_projector, match_spatial, transplant
+from debiaskd.models.transplant import (
+    PROJECTORS,
+    FrozenTeacher,
+    Transplanted,
+    make_projector,
+    match_spatial,
+    transplant,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

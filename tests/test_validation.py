@@ -16,12 +16,12 @@ pytest.importorskip("safetensors")
 
 import training_runs as runs
 
+from debiaskd.evaluation.evaluate import evaluate_run
 from debiaskd.recipe import Compute, RecipeError
-from debiaskd.training import evaluation
-from debiaskd.training.evaluation import _Meters
+from debiaskd.training import validation as evaluation
 from debiaskd.training.fabric import autocast
-from debiaskd.training.loaded import evaluate_run
 from debiaskd.training.run import Run
+from debiaskd.training.validation import _Meters
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 CPU = torch.device("cpu")
@@ -140,12 +140,12 @@ def test_a_threshold_that_training_did_not_choose_is_chosen_on_validation(
         found.append((document["figures"], facts["figures"].get("iou_threshold"), path))
     assert found[0][0] == found[1][0] and found[1][1] is None
     assert found[0][0]["iou_threshold"] == found[0][1]
-    monkeypatch.setattr("debiaskd.training.loaded.boxed", lambda split: split.name == "test")
+    monkeypatch.setattr("debiaskd.evaluation.evaluate.boxed", lambda split: split.name == "test")
     document, _ = evaluate_run(tmp_path / "without" / "run", "student", None, None)
     assert document["figures"]["iou_threshold"] == 0.5  # validation has no boxes to choose it by
 
 
 def test_attributions_need_boxes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("debiaskd.training.fitting.boxed", lambda split: False)
+    monkeypatch.setattr("debiaskd.training.fit.boxed", lambda split: False)
     with pytest.raises(RecipeError, match=r"^selection\.attributions: the validation pictures have no boxes"):
         run(data, tmp_path, {**LABELS, "selection": {"attributions": True}})

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from debiaskd.models import SmallNet
-from debiaskd.networks import LastLayerWarning, NetworkError, load_weights, weights_file, weights_hash
-from debiaskd.weight_reading import one_line
+from debiaskd.models.registry import LastLayerWarning, NetworkError, load_weights, weights_file, weights_hash
+from debiaskd.models.weight_reading import one_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = argparse.Namespace(model="small", lr=0.1, output=pathlib.PurePosixPath("out"))

@@ -16,12 +16,13 @@ import torch
 import yaml
 from torch import nn
 
-from debiaskd import files, networks
 from debiaskd.data import prepare
+from debiaskd.models import registry as networks
+from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import read
 from debiaskd.training.fabric import launch
 from debiaskd.training.loop import Training
-from debiaskd.training.stages import Chain
+from debiaskd.utils import files
 
 
 class Plain(nn.Module):

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.bias.environments import check_labels
 from debiaskd.bias.groups import FoundGroups
+from debiaskd.utils import checks
 
 #: Samples of a class that the silhouette is computed on: it costs the square of their number.
 SILHOUETTE_SAMPLES = 2000

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 
 def scale_gradients(logits: Tensor, labels: Tensor) -> Tensor:

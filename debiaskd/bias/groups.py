@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from debiaskd import checks, files
+from debiaskd.utils import checks, files
 
 
 @dataclass(frozen=True)

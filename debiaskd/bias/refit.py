@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
 from debiaskd.bias.environments import check_labels, check_logits
+from debiaskd.utils import checks
 
 
 def class_weights(labels: Tensor) -> Tensor:

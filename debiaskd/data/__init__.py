@@ -7,12 +7,12 @@ and boxes on the device. `digits` draws its own pictures.
 
 from debiaskd.data.augment import Augment
 from debiaskd.data.batch import Batch, collate
-from debiaskd.data.chunked import ChunkedDataset
 from debiaskd.data.loading import EpochSampler, loader, open_dataset, set_epoch
-from debiaskd.data.packed import PackedDataset
-from debiaskd.data.preparing import Prepared, prepare
-from debiaskd.data.records import DataError
-from debiaskd.data.streamed import StreamedDataset
+from debiaskd.data.packed.chunked import ChunkedDataset
+from debiaskd.data.packed.mapped import PackedDataset
+from debiaskd.data.packed.prepare import Prepared, prepare
+from debiaskd.data.packed.streamed import StreamedDataset
+from debiaskd.data.sources.records import DataError
 
 __all__ = [
     "Augment",

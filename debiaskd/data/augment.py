@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
-from debiaskd.inputs import IMAGENET_MEAN as MEAN
-from debiaskd.inputs import IMAGENET_STD as STD
-from debiaskd.inputs import INTERPOLATIONS, resize
+from debiaskd.models.input import IMAGENET_MEAN as MEAN
+from debiaskd.models.input import IMAGENET_STD as STD
+from debiaskd.models.input import INTERPOLATIONS, resize
+from debiaskd.utils import checks
 
 _TRIES = 10
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
+from debiaskd.utils import checks
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from debiaskd import checks
-from debiaskd.data import manifest
 from debiaskd.data.batch import collate
-from debiaskd.data.packed import PackedDataset
-from debiaskd.data.streamed import StreamedDataset
+from debiaskd.data.packed import manifest
+from debiaskd.data.packed.mapped import PackedDataset
+from debiaskd.data.packed.streamed import StreamedDataset
+from debiaskd.utils import checks
 
 
 class EpochSampler(DistributedSampler[Any]):

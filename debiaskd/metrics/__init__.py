@@ -9,7 +9,7 @@ one of them is asked for: `EnergyPointingGame`, `BoxIoU`, `MultilabelF1`, `Multi
 `GroupAccuracy`.
 
 Accuracies over groups are in percent, 0 to 100. Everything else is a fraction, 0 to 1, as in torchmetrics and as
-`debiaskd.selection` takes it.
+`debiaskd.training.pareto` takes it.
 """
 
 from __future__ import annotations

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
 from debiaskd.metrics.groups import accuracies, check_correct, check_groups
-from debiaskd.metrics.localization import (
-    box_size_bins,
-    check_edges,
-    energy_pointing_game,
-    iou_with_boxes,
-)
+from debiaskd.metrics.localization import box_size_bins, check_edges, energy_pointing_game, iou_with_boxes
 from debiaskd.metrics.merging import Mergeable
 from debiaskd.ops.box_overlap import check_thresholds
+from debiaskd.utils import checks
 
 #: Where `BoxIoU` looks for a threshold: 0.05, 0.10, …, 0.95.
 GRID = tuple(step / 20 for step in range(1, 20))

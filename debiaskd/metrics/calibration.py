@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.metrics.groups import check_correct, check_groups
+from debiaskd.utils import checks
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 
 class Deletion(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 
 @dataclass(frozen=True)

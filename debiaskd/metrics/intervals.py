@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.metrics.groups import check_correct, check_groups
+from debiaskd.utils import checks
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
-from debiaskd.ignoring import known_areas, left_out
-from debiaskd.ops.box_overlap import (
-    box_overlap,
-    check_boxes,
-    check_maps,
-    check_thresholds,
-    maps_at_once,
-    upsampled,
-)
+from debiaskd.ops.box_overlap import box_overlap, check_boxes, check_maps, check_thresholds, maps_at_once, upsampled
+from debiaskd.ops.ignore import known_areas, left_out
 from debiaskd.ops.localization import energy_loss
+from debiaskd.utils import checks
 
 #: The op does not divide by a sum below this, so that a share this small does not tell what the map holds.
 DOUBTFUL = 1e-7

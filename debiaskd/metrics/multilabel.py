@@ -10,8 +10,8 @@ from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1
 from torchmetrics.functional.classification import binary_average_precision
 from torchmetrics.utilities.data import dim_zero_cat
 
-from debiaskd import checks
 from debiaskd.metrics.merging import Mergeable
+from debiaskd.utils import checks
 
 
 class MultilabelF1(Mergeable, MultilabelF1Score):

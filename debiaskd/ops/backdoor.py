@@ -38,10 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.ops.backend import choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once, unrecorded
 from debiaskd.ops.split_linear import split_linear, without_autocast
+from debiaskd.utils import checks
 
 MODES = ("nwgm", "exact")
 #: Elements of the largest tensor that the eager log-matrix-product makes.

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 BACKENDS = ("eager", "cpp", "cuda", "triton")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}

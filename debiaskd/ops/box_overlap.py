@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
-from debiaskd.ignoring import left_out
 from debiaskd.ops.backend import choose, kernels, register_fake
+from debiaskd.ops.ignore import left_out
+from debiaskd.utils import checks
 
 
 def box_overlap(

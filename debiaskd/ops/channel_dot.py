@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.ops.backend import choose, kernels, register_fake
+from debiaskd.utils import checks
 
 
 def channel_dot(gradient: Tensor, feature: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.ops.labels import check_labels
+from debiaskd.utils import checks
 
 
 @torch.no_grad()

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.ops.backend import choose, kernels, register_fake
 from debiaskd.ops.labels import check_labels
 from debiaskd.ops.once import differentiable_once, is_one, unrecorded
+from debiaskd.utils import checks
 
 
 def class_relation_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from debiaskd import checks
 from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
 from debiaskd.ops.once import differentiable_once, is_one, unrecorded
 from debiaskd.ops.reduction import by_weight
+from debiaskd.utils import checks
 
 
 def feature_match_loss(

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
 from debiaskd.ops.backend import REDUCTION_NAMES
 from debiaskd.ops.reduction import by_weight
+from debiaskd.utils import checks
 
 
 def kd_loss(

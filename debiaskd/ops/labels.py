@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 
 def check_labels(labels: Tensor, reference_name: str, reference: Tensor, classes: int | None = None) -> None:

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
 from debiaskd.boxes import Boxes
-from debiaskd.ignoring import left_out, without
 from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
+from debiaskd.ops.ignore import left_out, without
 from debiaskd.ops.once import differentiable_once, unrecorded
+from debiaskd.utils import checks
 
 KINDS = {"energy": 0, "l1": 1, "ppce": 2, "rrr": 3}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import checks
+from debiaskd.utils import checks
 
 
 def split_linear(feature: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, summed: bool) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from debiaskd.inputs import inverse_added
+from debiaskd.models.input import inverse_added
 from debiaskd.recipe.options import Input, Network, Recipe, Schedule, Teacher
 from debiaskd.terms import TermOptions
 

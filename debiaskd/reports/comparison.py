@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from debiaskd import files
 from debiaskd.reports.curves import losses, pareto, validation
 from debiaskd.reports.measured import Measured, measure
 from debiaskd.reports.page import render
 from debiaskd.reports.sections import Section, sectioned
 from debiaskd.training.run import STAGE, RunError, finished, open_run
+from debiaskd.utils import files
 from debiaskd.version import __version__
 
 #: (what is being done, share of it that is over, "").

@@ -7,8 +7,8 @@ from itertools import combinations
 from debiaskd.reports.charts import Chart, Point, Series
 from debiaskd.reports.measured import Measured
 from debiaskd.reports.sections import DETAILS, Section
-from debiaskd.selection import ParetoFront
-from debiaskd.training.evaluation import HEADINGS
+from debiaskd.training.pareto import ParetoFront
+from debiaskd.training.validation import HEADINGS
 
 PERCENT = (0.0, 100.0)
 #: The figures of the fronts: the first of these that runs have.

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from debiaskd import files
 from debiaskd.boxes import Boxes
-from debiaskd.gallery import data_uri, glowing
-from debiaskd.heads import count_parameters
-from debiaskd.ignoring import of_class
+from debiaskd.evaluation.evaluate import Evaluated, Loaded, measured_on
 from debiaskd.metrics import energy_in_box
+from debiaskd.models.heads import count_parameters
+from debiaskd.ops.ignore import of_class
 from debiaskd.recipe import to_dict
+from debiaskd.reports.gallery import data_uri, glowing
 from debiaskd.terms import GuideOptions, make_guide
-from debiaskd.training.loaded import Evaluated, Loaded, measured_on
+from debiaskd.training.batches import Intake, Split
 from debiaskd.training.logs import read_table
-from debiaskd.training.pictures import Intake, Split
 from debiaskd.training.run import RunError, data_fingerprint, decisive, digest, open_run
+from debiaskd.utils import files
 
 #: Pictures that are shown, and how wide they are at most.
 SHOWN, SIDE = 8, 160

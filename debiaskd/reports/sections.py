@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from debiaskd.report import Figure, Summary
 from debiaskd.reports.differences import ABSENT, Difference, differences
 from debiaskd.reports.measured import Measured
-from debiaskd.training.evaluation import COUNTS, HEADINGS
+from debiaskd.reports.quickstart_table import Figure, Summary
 from debiaskd.training.run import digest
+from debiaskd.training.validation import COUNTS, HEADINGS
 
 #: Figures for readers in a hurry, the most telling first.
 LEADING = ("worst_group_accuracy", "f1", "accuracy")

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from debiaskd.attribution import draw_target
-from debiaskd.depths import DEPTHS
-from debiaskd.guide import Guide
-from debiaskd.ignoring import judged
+from debiaskd.attribution.guide import Guide
+from debiaskd.attribution.maps import draw_target
+from debiaskd.models.depths import DEPTHS
+from debiaskd.ops.ignore import judged
 from debiaskd.terms.backdoor import Intervened
 from debiaskd.terms.state import State, StepInputs, Term, TermOptions
 

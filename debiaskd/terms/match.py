@@ -1,6 +1,6 @@
 """DeTT and SimKD: the student's feature map is pulled to the teacher's, sample by sample as the weights say.
 
-Lee & Lee 2023 (arXiv 2302.11187); Chen et al. 2022. The student is a transplanted one (`debiaskd.transplant`).
+Lee & Lee 2023 (arXiv 2302.11187); Chen et al. 2022. The student is a transplanted one (`debiaskd.models.transplant`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from debiaskd.models.transplant import match_spatial
 from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.terms.state import Setting, State, Term, TermOptions
-from debiaskd.transplant import match_spatial
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from debiaskd.attribution.guide import Seen
 from debiaskd.boxes import Boxes
-from debiaskd.guide import Seen
 
 
 class Outputs(NamedTuple):

@@ -1,1 +1,1 @@
-"""What `debiaskd train` does: stages, steps, checkpoints, logs. Recipes say what; this says how."""
+"""One stage of a run: loop, learner, schedule, selection, checkpoints, logs."""

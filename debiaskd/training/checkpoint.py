@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from debiaskd import files
-from debiaskd.weight_reading import one_line
+from debiaskd.models.weight_reading import one_line
+from debiaskd.utils import files
 
 KEPT = 2
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from debiaskd.attribution.guide import Guide
 from debiaskd.data import Batch
-from debiaskd.depths import statistics_kept
-from debiaskd.guide import Guide
+from debiaskd.models.depths import statistics_kept
 from debiaskd.terms import Draws, Ranks, State, StepInputs, StepTotals, Term
-from debiaskd.training.teaching import Teaching
-from debiaskd.training.watched import Watched
+from debiaskd.training.feature_extraction import Watched
+from debiaskd.training.teacher_outputs import Teaching
 
 
 class Step:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from debiaskd import files
+from debiaskd.utils import files
 
 
 class Table:

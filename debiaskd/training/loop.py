@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from debiaskd.data import Batch
 from debiaskd.recipe import Compute, Schedule
 from debiaskd.terms import Draws, Ranks, StepTotals
-from debiaskd.training.caching import Views
+from debiaskd.training.batches import Pictures
 from debiaskd.training.checkpoint import Checkpoints
-from debiaskd.training.keeping import Keeper
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.logs import Logs
-from debiaskd.training.pictures import Pictures
 from debiaskd.training.schedule import Ema, optimizer, rate
+from debiaskd.training.selection import Keeper
+from debiaskd.training.teacher_cache import Views
 
 #: Called after every step with the share of the epochs that is over, and with a line of news or "".
 Progress = Callable[[float, str], None]

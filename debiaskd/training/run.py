@@ -20,10 +20,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from debiaskd import files
-from debiaskd.data import manifest
+from debiaskd.data.packed import manifest
 from debiaskd.recipe import Recipe, RecipeError, to_dict
-from debiaskd.training import begun
+from debiaskd.training import resume as begun
+from debiaskd.utils import files
 from debiaskd.version import __version__
 
 STAGE, LOCK = "stage.json", ".lock"

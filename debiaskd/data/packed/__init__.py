@@ -1,0 +1,1 @@
+"""Prepared data: decoded once, written in shards, read by mapping."""

@@ -1,0 +1,243 @@
+"""Prepared pictures, mapped into memory: reading a batch is copying its bytes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from debiaskd.boxes import Boxes
+from debiaskd.data.batch import Batch
+from debiaskd.data.packed import manifest as manifests
+from debiaskd.data.packed import shards
+from debiaskd.data.sources.records import IGNORE, DataError
+from debiaskd.utils import checks
+
+
+class PackedDataset(Dataset[Any]):
+    """A split that `debiaskd prepare --format npy` wrote. Of torch's samplers and DataLoaders all work; see `loader`.
+
+    Pixels stay in the files until they are asked for; all else, some tens of bytes a picture and a box, is in memory.
+
+    Args:
+        path: the folder that was prepared.
+        split: one of its splits; may be left out if there is but one.
+        annotated_fraction: this share of the pictures, in (0, 1] and at least one, keeps its boxes; those of the
+            others count as not annotated. Which ones depends on `seed` and the number of pictures alone.
+        seed: see there.
+        dilate: boxes are made larger by this share of their width and height on every side, clipped to the picture.
+        verify: read all of the split's files and compare checksums.
+        pin_memory: batches come in pinned memory, into which they are copied straight from the files. Not in worker
+            processes, which cannot: there let the DataLoader pin.
+
+    Attributes:
+        classes, groups: names; `groups` is empty where there are none.
+        multi_label: whether targets are uint8 [N,K] instead of int64 [N].
+        size: (height, width) of every picture.
+        boxes: of all pictures. `target`, `group_ids`, `sizes` (height and width before): likewise.
+
+    Raises:
+        DataError: not prepared, not finished, of another version, without the split, or damaged.
+        TypeError, ValueError: arguments out of range.
+
+    Example:
+        >>> dataset = PackedDataset("coco-224", "train2017", annotated_fraction=0.1)  # doctest: +SKIP
+        >>> batch = dataset.__getitems__([3, 1, 2])  # doctest: +SKIP
+        >>> batch.images.shape, len(batch.boxes)  # doctest: +SKIP
+        (torch.Size([3, 3, 224, 224]), 3)
+    """
+
+    format = "npy"
+
+    def __init__(
+        self,
+        path: Path | str,
+        split: str | None = None,
+        *,
+        annotated_fraction: float = 1.0,
+        seed: int = 0,
+        dilate: float = 0.0,
+        verify: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        manifest = manifests.read(self.path, self.format)
+        self.split, facts = manifests.choose_split(self.path, manifest, split)
+        self.classes, self.groups = tuple(manifest["classes"]), tuple(manifest["groups"])
+        self.multi_label: bool = manifest["multi_label"]
+        self.has_ignored = manifests.has_ignored(manifest)
+        side = manifest["options"]["size"]
+        self.size = (side, side)
+        self.pin_memory = pin_memory
+        self.count: int = facts["count"]
+        self._folders = [self.path / self.split / shard["name"] for shard in facts["shards"]]
+        self._starts = np.cumsum([0, *(shard["count"] for shard in facts["shards"])])
+        self._inspect(facts["shards"], verify)
+        self._pixels: list[NDArray[np.uint8] | None] = [None] * len(self._folders)
+        self.target = self._column("target")
+        self.group_ids = self._column("group") if self.groups else None
+        self.sizes = self._column("size")
+        annotated = self._column("annotated") & annotated_choice(self.count, annotated_fraction, seed)
+        self.boxes, self.ignore = self._boxes(annotated)
+        self.dilate = checks.number("dilate", dilate, minimum=0)
+        if dilate:
+            self.boxes = self.boxes.dilate(dilate, self.size)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Boxes]:
+        """(image uint8 [3,H,W], target, boxes) of one picture."""
+        batch = self.__getitems__([index])
+        return batch.images[0], batch.target[0], batch.boxes
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
+        """The pictures of these numbers, in this order; what a DataLoader calls for a batch.
+
+        Raises:
+            IndexError: there is no such picture.
+        """
+        index = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
+        numbers = index.numpy()
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.count):
+            raise IndexError(f"indices must lie in 0..{self.count - 1}, got {numbers.min()}..{numbers.max()}")
+        images = torch.empty(len(index), *self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
+        self._read(images.numpy(), numbers)
+        ignore = None if self.ignore is None else gather(self.ignore, numbers)
+        groups = None if self.group_ids is None else self.group_ids[index]
+        boxes = gather(self.boxes, numbers)
+        rest = Batch(images.permute(0, 3, 1, 2), self.target[index], boxes, groups, index, ignore)
+        return rest.pin_memory() if self.pin_memory else rest
+
+    def number_among(self, classes: Sequence[str]) -> None:
+        """Number labels by the places of their classes' names in `classes`, of which those of this data set are some.
+
+        Raises:
+            ValueError: a class is none of them.
+        """
+        strangers = [name for name in self.classes if name not in classes]
+        if strangers:
+            raise ValueError(f"classes must have those of {self.path}, got none called {', '.join(strangers)}")
+        places = torch.tensor([list(classes).index(name) for name in self.classes])
+        if self.multi_label:
+            target = self.target.new_zeros(len(self.target), len(classes))
+            self.target = target.index_copy_(1, places, self.target)
+        else:
+            self.target = places[self.target]
+        self.boxes = _renumbered(self.boxes, places)
+        self.ignore = None if self.ignore is None else _renumbered(self.ignore, places)
+        self.classes = tuple(classes)
+
+    def paths(self) -> list[str]:
+        """Where each picture came from, below the folder of its split's pictures."""
+        return [str(name) for folder in self._folders for name in load(folder / "path.npy")]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": [None] * len(self._folders)}  # another process maps the files itself
+
+    def _inspect(self, parts: Sequence[dict[str, Any]], verify: bool) -> None:
+        for folder, shard in zip(self._folders, parts):
+            inspect(folder, shard["files"], verify, folder)
+
+    def _read(self, rows: NDArray[np.uint8], numbers: NDArray[np.int64]) -> None:
+        """Into `rows` the pixels of these pictures."""
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        for row, shard, place in zip(rows, shard_of.tolist(), (numbers - self._starts[shard_of]).tolist()):
+            row[...] = self._shard(shard)[place]
+
+    def _shard(self, shard: int) -> NDArray[np.uint8]:
+        mapped = self._pixels[shard]
+        if mapped is None:
+            mapped = load(self._folders[shard] / "images.npy", mapped=True)
+            mapped = self._pixels[shard] = mapped.view(np.ndarray)  # memmap's own indexing takes longer
+        return mapped
+
+    def _column(self, name: str) -> Tensor:
+        parts = [load(folder / f"{name}.npy") for folder in self._folders]
+        if not parts:
+            raise DataError(f"{self.path / self.split}: there are no pictures in it")
+        used = [part for part in parts if len(part)] or parts[:1]  # of an empty one not even the shape is known
+        return torch.from_numpy(np.concatenate(used))
+
+    def _boxes(self, annotated: Tensor) -> tuple[Boxes, Boxes | None]:
+        """The boxes of annotated pictures, and apart from them those of areas to be ignored."""
+        counts = torch.cat([torch.from_numpy(load(folder / "offsets.npy")).diff() for folder in self._folders])
+        image = torch.repeat_interleave(torch.arange(self.count), counts)
+        flags = self._column("flags")
+        rows = (self._column("coords"), self._column("labels"), flags, image)
+        return select_boxes(*rows, annotated, self.has_ignored)
+
+
+def _renumbered(boxes: Boxes, places: Tensor) -> Boxes:
+    labels = None if boxes.labels is None else places[boxes.labels]
+    return Boxes(boxes.coords, boxes.offsets, labels, boxes.annotated)
+
+
+def gather(boxes: Boxes, numbers: NDArray[np.int64]) -> Boxes:
+    """The boxes of a few of very many pictures; `boxes[numbers]` would look at all of them, and wake up threads."""
+    offsets = boxes.offsets.numpy()
+    starts = offsets[numbers]
+    counts = offsets[numbers + 1] - starts
+    made = np.concatenate([[0], counts.cumsum()])
+    rows = np.arange(made[-1]) + np.repeat(starts - made[:-1], counts)
+    labels = None if boxes.labels is None else torch.from_numpy(boxes.labels.numpy()[rows])
+    annotated = torch.from_numpy(boxes.annotated.numpy()[numbers])
+    return Boxes(torch.from_numpy(boxes.coords.numpy()[rows]), torch.from_numpy(made), labels, annotated)
+
+
+def select_boxes(
+    coords: Tensor, labels: Tensor, flags: Tensor, image: Tensor, annotated: Tensor, has_ignored: bool
+) -> tuple[Boxes, Boxes | None]:
+    """Boxes that may guide and those of areas to be ignored (None without `has_ignored`), from packed rows and the
+    number of each row's picture; of pictures that are not annotated neither."""
+    ignored = (flags & IGNORE) != 0
+
+    def chosen(keep: Tensor) -> Boxes:
+        counts = torch.bincount(image[keep], minlength=len(annotated))
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Boxes(coords[keep], offsets, labels[keep], annotated)
+
+    known = annotated[image]
+    return chosen(known & ~ignored), chosen(known & ignored) if has_ignored else None
+
+
+def annotated_choice(count: int, fraction: float, seed: int) -> Tensor:
+    """bool [count]: `fraction` of the pictures, at least one."""
+    if not 0 < checks.number("annotated_fraction", fraction) <= 1:
+        raise ValueError(f"annotated_fraction must be a share in (0, 1], got {fraction!r}")
+    if checks.integer("seed", seed) < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    chosen = torch.zeros(count, dtype=torch.bool)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    chosen[order[: max(1, round(fraction * count))]] = True
+    return chosen
+
+
+def load(file: Path, *, mapped: bool = False) -> NDArray[Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            array: NDArray[Any] = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+            return array
+    except (ValueError, EOFError, FileNotFoundError) as error:
+        raise DataError(f"{file}: missing or damaged ({' '.join(str(error).split())})") from None
+
+
+def inspect(folder: Path, files: dict[str, dict[str, Any]], verify: bool, marker: Path) -> None:
+    """Raises DataError unless the files have their lengths and, with `verify`, checksums; without `marker` their shard
+    would be made anew."""
+    for name, known in files.items():
+        file = folder / name
+        try:
+            length = file.stat().st_size
+        except FileNotFoundError:
+            raise DataError(f"{file}: missing; remove {marker} and run the same `debiaskd prepare` again") from None
+        if length != known["bytes"] or (verify and shards.sha256(file) != known["sha256"]):
+            raise DataError(f"{file}: damaged; remove {marker} and run the same `debiaskd prepare` again")

@@ -1,0 +1,273 @@
+"""Decode a data set once, so that training reads pixels (`debiaskd prepare`).
+
+What comes out depends on the source and the options alone, not on the number of processes. A run that was interrupted
+goes on where it was; shards that are whole are never written again; nothing unfinished looks whole (see `shards`).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from debiaskd.data import pixels
+from debiaskd.data.packed import completeness as enough
+from debiaskd.data.packed import manifest, shards
+from debiaskd.data.packed import output_folder as output
+from debiaskd.data.packed import write_shard as making
+from debiaskd.data.packed.write_shard import Job
+from debiaskd.data.sources import celeba, cifar, coco, folder, mnist_on_cifar, voc, waterbirds
+from debiaskd.data.sources.records import DataError, Problems, Source
+from debiaskd.utils import checks
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A data set's `read`, the side at which its pictures are stored unless another is asked for, and whether it draws
+    them, and so has to be told."""
+
+    read: Callable[..., Source]
+    size: int = 224
+    draws: bool = False
+
+
+READERS = {
+    "coco": Reader(coco.read),
+    "voc": Reader(voc.read),
+    "waterbirds": Reader(waterbirds.read),
+    "celeba": Reader(celeba.read),
+    "folder": Reader(folder.read),
+    "cifar": Reader(cifar.read, size=32),
+    "mnist_on_cifar": Reader(mnist_on_cifar.read, size=64, draws=True),
+}
+#: Pictures in a shard: at 224 pixels 77 MB, what object stores like to be asked for at once.
+SHARD_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did.
+
+    Attributes:
+        manifest: the content of OUT/manifest.json.
+        problems: what was passed over, by kind, in the order of the pictures.
+        written, reused: how many shards were made, and how many were there already.
+    """
+
+    manifest: dict[str, Any]
+    problems: Problems
+    written: int
+    reused: int
+
+
+def prepare(
+    kind: str,
+    src: Path | str,
+    out: Path | str,
+    *,
+    size: int | None = None,
+    fit: str = "squash",
+    format: str = "npy",
+    workers: int = 1,
+    splits: Sequence[str] | None = None,
+    strict: bool = False,
+    lenient: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> Prepared:
+    """Decode `src` into shards below `out`.
+
+    Memory does not grow with the number of pictures, but for their annotations: a picture a process for "npy", a shard
+    a process for "litdata".
+
+    Args:
+        kind: "coco", "voc", "waterbirds", "celeba", "folder", "cifar" or "mnist_on_cifar".
+        src: the data set as it is distributed; see the reader of that name.
+        out: folder, made if need be; empty, or what an earlier run with the same options began.
+        size: side of the stored pictures in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
+        fit: "squash" to the square, or "pad": keep the shape, centred on black.
+        format: "npy" for `PackedDataset`, "litdata" for `ChunkedDataset` and `StreamedDataset`.
+        workers: processes that decode. They do not import the script that calls this, which needs no main guard.
+        splits: which; None: see the reader.
+        strict: raise at the first thing that is wrong instead of passing it over.
+        lenient: go on where more than 90 % of a split's pictures or boxes, or of a list's rows, were passed over, or a
+            split has no pictures. Neither `strict` nor `lenient` changes what is written: a run that was refused goes
+            on with `lenient`.
+        shard_size: pictures in a shard.
+        progress: called with (split, share of all that is done).
+        **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
+            folder, target and bias for celeba, labels for cifar, and for mnist_on_cifar agreement, seed, train, val
+            and test.
+
+    Raises:
+        DataError: the source cannot be used, nothing or almost nothing of it is left and `lenient` is False, `strict`
+            met something wrong, or `out` holds something else.
+        OSError: `src` cannot be read, or `out` cannot be written or is full.
+        TypeError, ValueError: arguments out of range.
+        ModuleNotFoundError: pillow, or for "litdata" LitData, is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     picture = Path(folder, "src", "cat", "1.png")
+        ...     picture.parent.mkdir(parents=True)
+        ...     Image.new("RGB", (40, 30)).save(picture)
+        ...     prepared = prepare("folder", picture.parent.parent, Path(folder, "out"), size=16)
+        >>> prepared.manifest["classes"], prepared.manifest["splits"]["train"]["count"]
+        (['cat'], 1)
+    """
+    import PIL  # noqa: F401  # here rather than once for every picture
+
+    checks.option("kind", kind, tuple(READERS))
+    reader = READERS[kind]
+    size = reader.size if size is None else size
+    checks.option("fit", fit, pixels.FITS)
+    checks.option("format", format, shards.FORMATS)
+    for name, value in (("size", size), ("workers", workers), ("shard_size", shard_size)):
+        if checks.integer(name, value) < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    if strict and lenient:
+        raise ValueError("strict and lenient exclude each other, got both")
+    if format == "litdata":
+        import litdata  # noqa: F401  # before anything is done, rather than after the annotations
+    src, out = Path(src), Path(out)
+    if not src.is_dir():
+        raise DataError(f"{src}: no such folder")
+    if out.resolve() == src.resolve() or (kind == "folder" and src.resolve() in out.resolve().parents):
+        raise DataError(f"{out}: must not lie in the data set that is read")
+    problems = Problems(strict, lenient)
+    if reader.draws:
+        options["size"] = size
+    source = reader.read(src, problems, splits=splits, **options)
+    enough.check_annotations(source, problems)
+    settings = {
+        "kind": kind,
+        "format": format,
+        "size": size,
+        "fit": fit,
+        "splits": list(source.splits),
+        "shard_size": shard_size,
+        **source.options,
+    }
+    with output.begun(out, settings, source):
+        return _run(source, out, settings, workers, problems, progress)
+
+
+def _run(
+    source: Source,
+    out: Path,
+    settings: dict[str, Any],
+    workers: int,
+    problems: Problems,
+    progress: Callable[[str, float], None] | None,
+) -> Prepared:
+    whole: dict[tuple[str, int], dict[str, Any]] = {}
+    missing: list[tuple[str, int]] = []
+    for name, split in source.splits.items():
+        (out / name).mkdir(exist_ok=True)
+        shards.clear(out / name)
+        for index in range(-(-len(split) // settings["shard_size"])):
+            facts = making.finished(out / name, f"{index:05d}", settings["format"])
+            if facts is None:
+                missing.append((name, index))
+            else:
+                whole[name, index] = facts
+    reused = len(whole)
+    total = max(sum(len(split) for split in source.splits.values()), 1)
+
+    def tell(name: str) -> None:
+        if progress is not None:
+            done = sum(f["count"] + len(f["skipped"]) for f in whole.values())
+            progress(name, done / total)
+
+    def jobs() -> Iterator[Job]:
+        for name, index in missing:
+            start = index * settings["shard_size"]
+            part = source.splits[name].part(start, min(start + settings["shard_size"], len(source.splits[name])))
+            classes = len(source.classes) if source.multi_label else None
+            yield Job(
+                part, out / name, index, settings["size"], settings["fit"], settings["format"], classes, problems.strict
+            )
+
+    if missing:
+        tell(missing[0][0])
+    for job, facts in _made(jobs(), min(workers, len(missing))):
+        whole[job.folder.name, job.index] = facts
+        tell(job.folder.name)
+    for key in sorted(whole, key=lambda key: (list(source.splits).index(key[0]), key[1])):
+        problems.merge(whole[key]["problems"])
+    for name, split in source.splits.items():
+        if len(split) and not any(facts["count"] for (part, _), facts in whole.items() if part == name):
+            raise DataError(f"{name}: none of its {len(split)} pictures could be read; {problems.lines()[0]}")
+    enough.check_decoded(source, whole, problems)
+    document = manifest.make(out, source, settings, whole, problems)
+    existing = shards.read_json(out / shards.MANIFEST) if not missing else None
+    if existing != document:
+        output.writing(out, lambda: manifest.write(out, document, whole, problems))
+    return Prepared(document, problems, len(missing), reused)
+
+
+def _made(jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Jobs and what came of them, in order; as few as keep the workers busy are under way at a time."""
+    if workers <= 1:
+        for job in jobs:
+            yield job, making.make(job)
+        return
+    import multiprocessing
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and their locks
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, context, making.start_worker, (stop,))
+    waiting: deque[tuple[Job, Future[dict[str, Any]]]] = deque()
+    try:
+        for job in jobs:
+            with _without_interrupts(), _main_hidden():
+                waiting.append((job, pool.submit(making.make_in_worker, job)))
+            if len(waiting) > 2 * workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    except BrokenProcessPool:
+        raise DataError("a process that decodes was killed, perhaps for want of memory: try fewer workers") from None
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Processes that begin here import nothing but this package. A spawned process imports the main module otherwise,
+    and so runs a user's script again that has no main guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that begin here never hear of Ctrl-C, not even before they can say that they would not; to this one it
+    comes a moment later."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,242 @@
+"""Finished runs, loaded again: their models, and what these are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiaskd.data import DataError
+from debiaskd.models.registry import load_weights
+from debiaskd.recipe import Network, RecipeError
+from debiaskd.terms import Ranks
+from debiaskd.training.batches import Pictures, Split, open_split
+from debiaskd.training.fabric import autocast
+from debiaskd.training.rebuild import of_stage
+from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
+from debiaskd.training.validation import Evaluation, boxed, looked_at
+from debiaskd.utils import files
+from debiaskd.version import __version__
+
+#: Counts up when what a figure means changes, so that reports measure anew.
+FIGURES = 2
+#: Of the IoU where validation gave none, as in the public code of Rao et al. 2023.
+THRESHOLD = 0.5
+
+
+class Loaded:
+    """A stage of a finished run.
+
+    Attributes:
+        folder, name: of the run; of the stage.
+        model: in evaluation mode, on `device`.
+        recipe, stage: the run's.
+        network: how it is built.
+        classes: names.
+        contract: what it reads.
+        size: (height, width) of that.
+    """
+
+    def __init__(self, folder: Path, stage: str = "student", data: str | None = None) -> None:
+        self.folder, self.name = folder, stage
+        self.recipe = open_run(folder)
+        if data is not None:
+            here = dataclasses.replace(self.recipe.data, path=data, url=None)
+            self.recipe = dataclasses.replace(self.recipe, data=here)
+        self.stage = finished(folder, stage)
+        if not self.stage.model.exists():
+            raise RunError(f"{self.stage.folder}: has no model; try one of student, pretraining, teacher")
+        about, names = _header(self.stage)
+        self.design = of_stage(self.recipe, about, stage, names)
+        self.classes: list[str] = about["classes"]
+        self.network: Network = self.design.network
+        self.contract = self.design.contract
+        self.size = self.contract.size
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = self.design.build()
+        load_weights(model, self.stage.model)
+        self.model = model.to(self.device).eval()
+
+    def pictures(self, split: Split, batch: int = 64) -> Pictures:
+        return Pictures(
+            split,
+            self.recipe.data,
+            training=False,
+            batch=batch,
+            ranks=Ranks(),
+            device=self.device,
+            contract=self.contract,
+        )
+
+
+def _header(stage: Stage) -> tuple[dict[str, Any], set[str]]:
+    """What a stage's weights say of themselves, and the names of their tensors."""
+    import json
+
+    from safetensors import safe_open
+
+    with safe_open(stage.model, "pt") as file:
+        return json.loads(file.metadata()["debiaskd"]), set(file.keys())
+
+
+def measured_on(loaded: Loaded, split: str | None) -> Split:
+    """The split that is named, or the one that the recipe calls test.
+
+    Raises:
+        RecipeError: there is none such.
+        RunError: it has a class that the run does not know; it may lack some, and have them in another order.
+    """
+    data = loaded.recipe.data
+    found = open_split(dataclasses.replace(data, test=split or data.test), "test")
+    whole = found.whole
+    if not set(whole.classes) <= set(loaded.classes):
+        theirs = _in_short(whole.classes)
+        raise RunError(
+            f"{loaded.folder}: knows other classes than {data.path}: {_in_short(loaded.classes)}; not {theirs}"
+        )
+    if list(whole.classes) != loaded.classes:  # some of them, or in another order: the model's numbers are what counts
+        whole.number_among(loaded.classes)
+        found.target, found.boxes = whole.target[found.numbers], whole.boxes[found.numbers]
+        found.num_classes = len(whole.classes)
+    return found
+
+
+def _in_short(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) -> tuple[dict[str, Any], Path]:
+    """(figures and what they are of, the file that holds them).
+
+    Raises:
+        RunError, RecipeError, DataError, NetworkError: as their names say.
+    """
+    loaded = Loaded(folder, stage, data)
+    evaluated = Evaluated(loaded, measured_on(loaded, split))
+    document = evaluated.measure()
+    files.write_json(evaluated.path, document)
+    return document, evaluated.path
+
+
+def _trained_on(loaded: Loaded, otherwise: str) -> str:
+    """The fingerprint of the data that the run was trained on."""
+    found = (stage.inputs.get("data") for stage in _stages(loaded))
+    return next((one for one in found if isinstance(one, str)), otherwise)
+
+
+def _training_groups(loaded: Loaded, names: Sequence[str], data: str) -> Tensor | None:
+    """int64 [M], the run's training pictures by number in the names of the data that is measured; None where nothing is
+    known of them, or no group has its name there."""
+    found = [stage.facts["training_groups"] for stage in _stages(loaded) if stage.facts.get("training_groups")]
+    known: dict[str, int] = found[0] if found else _counted(loaded, data)
+    counts = torch.tensor([known.get(name, 0) for name in names])
+    return torch.arange(len(names)).repeat_interleave(counts) if bool(counts.any()) else None
+
+
+def _counted(loaded: Loaded, data: str) -> dict[str, int]:
+    """Of a run that did not save its training pictures' groups: from its data, where that can still be read."""
+    places = [open_run(loaded.folder).data]
+    if data == _trained_on(loaded, data):
+        places.append(loaded.recipe.data)
+    for place in places:
+        with suppress(RecipeError, DataError, OSError):
+            split = open_split(place, "train")
+            if split.groups is not None:
+                names = split.whole.groups
+                return dict(zip(names, split.groups.bincount(minlength=len(names)).tolist()))
+    return {}
+
+
+def _stages(loaded: Loaded) -> list[Stage]:
+    """All of a run that are finished, the loaded one first."""
+    found = [loaded.stage]
+    for path in sorted(loaded.folder.glob(f"*/{STAGE}")):
+        with suppress(RunError):  # a damaged one of another name is no matter here
+            found += [stage for stage in [Stage.read(path.parent)] if stage is not None]
+    return found
+
+
+class Evaluated:
+    """The evaluation of a loaded model on a split.
+
+    Attributes:
+        path: the file in the run's folder that holds it; where it is of other data than the run was trained on, with
+            the name and the fingerprint of that.
+        data: the fingerprint of the data.
+        fingerprint: of all that decides the figures: weights, pictures, where attributions are looked at.
+        threshold: of the IoU; None: training did not look at attributions, validation chooses it when it is needed.
+    """
+
+    def __init__(self, loaded: Loaded, split: Split) -> None:
+        self.loaded, self.split = loaded, split
+        self.guide = looked_at(loaded.recipe, loaded.name)
+        # Not the best on this split: that would be to choose by what is measured.
+        figures = loaded.stage.facts.get("figures", {"iou_threshold": None})
+        threshold = figures.get("iou_threshold")
+        self.threshold: float | None = THRESHOLD if "iou_threshold" in figures and threshold is None else threshold
+        self.autocast = partial(autocast, loaded.recipe.compute, loaded.device)
+        suffix = "" if loaded.name == "student" else f"-{loaded.name}"
+        slug = re.sub(r"[^A-Za-z0-9_.]+", "-", split.name.replace(":]", ":100%]")).strip("-")
+        path, self.data = loaded.recipe.data.path, data_fingerprint(loaded.recipe.data.path)
+        if self.data != _trained_on(loaded, self.data):  # a file of its own, beside that of the run's own data
+            slug += f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', Path(path).resolve().name)}-{self.data[:8]}"
+        self.path = loaded.folder / f"evaluation-{slug}{suffix}.json"
+        self.fingerprint = digest(
+            {
+                "made_by": f"debiaskd {__version__}",
+                "figures": FIGURES,
+                "weights": loaded.stage.outputs.get(loaded.stage.model.name),
+                "data": self.data,
+                "splits": [split.name, loaded.recipe.data.train, loaded.recipe.data.seed],
+                "guide": dataclasses.asdict(self.guide),
+                "threshold": self.threshold,
+                **({} if loaded.recipe.compute.precision == "32" else {"precision": loaded.recipe.compute.precision}),
+            }
+        )
+
+    def found(self) -> dict[str, Any] | None:
+        """What an earlier evaluation of the same wrote; None if there is none such."""
+        try:
+            document = files.read_json(self.path)
+        except (ValueError, OSError):
+            return None
+        same = isinstance(document, dict) and document.get("fingerprint") == self.fingerprint
+        return document if same else None
+
+    def _chosen(self) -> float:
+        """The threshold that is best on the run's validation pictures."""
+        with suppress(RecipeError, DataError, OSError):  # which may not be there any more
+            validation = open_split(open_run(self.loaded.folder).data, "validation")
+            if boxed(validation):
+                pictures = self.loaded.pictures(validation)
+                figures = Evaluation(pictures, None, self.guide, autocast=self.autocast)(self.loaded.model)
+                if figures["iou_threshold"] == figures["iou_threshold"]:
+                    return figures["iou_threshold"]
+        return THRESHOLD
+
+    def measure(self) -> dict[str, Any]:
+        """The figures, and what they are of."""
+        loaded = self.loaded
+        pictures = loaded.pictures(self.split)
+        groups = None if self.split.groups is None else _training_groups(loaded, self.split.whole.groups, self.data)
+        threshold = self._chosen() if self.threshold is None and boxed(self.split) else self.threshold
+        figures = Evaluation(pictures, groups, self.guide, threshold, autocast=self.autocast)(loaded.model)
+        return {
+            "run": str(loaded.folder),
+            "stage": loaded.name,
+            "epoch": loaded.stage.facts.get("epoch"),
+            "selection": loaded.stage.facts.get("selection"),
+            "data": {"path": loaded.recipe.data.path, "fingerprint": self.data},
+            "split": self.split.name,
+            "pictures": len(self.split),
+            "groups": list(self.split.whole.groups),
+            "fingerprint": self.fingerprint,
+            "figures": {key: value if value == value else None for key, value in figures.items()},
+        }

@@ -1,0 +1,394 @@
+"""Batch statistics that an attribution holds constant.
+
+In training mode batch norm computes its mean and variance from the whole batch, so the gradient of one image's logit
+reaches every other image. An attribution is the gradient of the image's own logit with the statistics held constant:
+
+    y = γ (x - μ) / σ + β        attribution's gradient: ∂y/∂x = γ / σ        every other gradient: through μ and σ, too
+
+One forward pass serves both. Within `constant_statistics` batch norm records which of its two gradients to give: the
+first where `attribution_gradient` asks, the second in every other backward pass. The attribution itself stays a
+function of the weights in all ways: `γ / σ` is differentiated through σ, so a loss on the attribution gets the exact
+gradient of its value.
+
+Which statistics are held: those of every call of `torch.nn.functional.batch_norm` in training, of SyncBatchNorm, and
+every mean, variance or standard deviation over the images and all other dimensions but at most one, as B-cos's norms,
+EvoNorm-B and norms written by hand compute them.
+
+The context also makes first derivatives differentiable that PyTorch leaves without a derivative (hard sigmoid).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+#: The backward passes that compute an attribution, by autograd's own numbers for them: a backward pass may run in
+#: several threads, and other threads may run other passes at the same time.
+_attributions: set[int] = set()
+
+
+def _attributing() -> bool:
+    return torch._C._current_graph_task_id() in _attributions
+
+
+def attribution_gradient(score: Tensor, feature: Tensor, upstream: Tensor, *, create_graph: bool) -> Tensor | None:
+    """The gradient of `score` at `feature` with batch statistics held constant; None where there is no path.
+
+    The forward pass must have run within `constant_statistics`, or have normalized without batch statistics.
+    """
+    begun: list[int] = []
+
+    def begin(gradient: Tensor) -> None:
+        begun.append(torch._C._current_graph_task_id())
+        _attributions.add(begun[-1])
+
+    handle = score.register_hook(begin)
+    try:
+        (found,) = torch.autograd.grad(
+            score, feature, upstream, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+    finally:
+        handle.remove()
+        _attributions.difference_update(begun)
+    return found
+
+
+class Statistics:
+    """The batch statistics of one forward pass, in the order in which it computed them."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[Tensor, ...]] = []
+
+    def replay(self, *, detach: bool) -> Iterator[tuple[Tensor, ...]]:
+        for values in self.values:
+            yield tuple(value.detach() for value in values) if detach else values
+
+
+@contextmanager
+def constant_statistics(
+    model: nn.Module, *, record: Statistics | None = None, replay: Iterator[tuple[Tensor, ...]] | None = None
+) -> Iterator[None]:
+    """Run `model` within it, and attributions of the result hold its batch statistics constant.
+
+    Outputs, running statistics and every other gradient are those of the model as it is. Attention runs PyTorch's plain
+    kernel, the only one that can be differentiated twice, and biases that a model caches are computed anew.
+
+    Args:
+        model: the module that will run.
+        record: gets the statistics.
+        replay: statistics of an earlier pass, to be used instead of this batch's own.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.attribution import input_x_gradient
+        >>> from debiaskd.models.batch_statistics import constant_statistics
+        >>> from debiaskd.models import SmallNet
+        >>> model, images = SmallNet((4, 8), (2, 2), num_classes=3).train(), torch.randn(2, 3, 16, 16).requires_grad_()
+        >>> with constant_statistics(model):
+        ...     logits = model(images)
+        >>> input_x_gradient(logits, images, torch.tensor([0, 2])).shape
+        torch.Size([2, 16, 16])
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_without_caches(model))
+        stack.enter_context(_synchronised(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_Mode(record, replay))
+        yield
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, record: Statistics | None, replay: Iterator[tuple[Tensor, ...]] | None) -> None:
+        super().__init__()
+        self.record, self.replay = record, replay
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is None or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return handler(self, func, *args, **kwargs)
+
+    def constant(self, *computed: Tensor) -> tuple[Tensor, ...]:
+        """These statistics, or those to be used instead, as constants of attributions."""
+        if self.replay is not None:
+            return self.replayed(computed)
+        held = tuple(_Constant.apply(each) if each.requires_grad else each for each in computed)
+        if self.record is not None:
+            self.record.values.append(held)
+        return held
+
+    def replayed(self, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        assert self.replay is not None
+        found = next(self.replay, None)
+        if found is None or [value.shape for value in found] != [value.shape for value in like]:
+            raise ValueError(
+                "model must normalize in the same way each time that it runs on a batch, and it does not: "
+                'integrated gradients of it need statistics="own"'
+            )
+        return found
+
+
+class _Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+        return None if _attributing() else gradient
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm by the batch's statistics: (y, mean, 1/σ), all of them differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return y, mean, inverse
+
+    @staticmethod
+    def backward(
+        ctx: Any, for_y: Tensor | None, for_mean: Tensor | None, for_inverse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        if _attributing():
+            if for_y is None:
+                return (None,) * 7
+            scale = inverse if weight is None else inverse * weight
+            return ((for_y * _over_channels(scale, for_y)).to(for_y.dtype), *(None,) * 6)
+        for_x = for_weight = for_bias = None
+        if for_y is not None:
+            wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+            for_x, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
+                for_y, x, weight, None, None, mean.detach(), inverse.detach(), True, ctx.eps, wanted
+            )
+        if ctx.needs_input_grad[0] and (for_mean is not None or for_inverse is not None):
+            for_x = _add_statistics(for_x, x, mean, inverse, for_mean, for_inverse)
+        return for_x, for_weight, for_bias, None, None, None, None
+
+
+def _add_statistics(
+    for_x: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    for_mean: Tensor | None,
+    for_inverse: Tensor | None,
+) -> Tensor:
+    """Adds what the gradients of the statistics owe to x: ∂μ/∂x = 1/M, ∂(1/σ)/∂x = -(x - μ) / (M σ³)."""
+    count = x.numel() // x.shape[1]
+    shift = None if for_mean is None else for_mean / count
+    slope = None if for_inverse is None else for_inverse * inverse**3 / -count
+    if slope is not None:
+        shift = -slope * mean if shift is None else shift - slope * mean
+    assert shift is not None
+    shift, slope = _over_channels(shift, x), None if slope is None else _over_channels(slope, x)
+    if for_x is not None and not torch.is_grad_enabled() and for_x.dtype == x.dtype == shift.dtype:
+        # What PyTorch's batch norm has just computed is nobody else's.
+        return for_x.add_(shift) if slope is None else for_x.addcmul_(x, slope).add_(shift)
+    added = shift if slope is None else torch.addcmul(shift, x.to(shift.dtype), slope)
+    return (added.expand_as(x) if for_x is None else for_x + added).to(x.dtype)
+
+
+def _over_channels(value: Tensor, like: Tensor) -> Tensor:
+    return value.reshape(1, -1, *(1,) * (like.dim() - 2))
+
+
+def _batch_norm(
+    mode: _Mode,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    grads = any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if not training or not grads or not input.numel() or input.numel() == input.shape[1]:  # the last is PyTorch's error
+        return func(  # type: ignore[no-any-return]
+            input, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps
+        )
+    if mode.replay is not None:
+        with torch.no_grad():
+            like = input.new_empty(input.shape[1])
+        mean, inverse = mode.replayed((like, like))
+        scale = inverse if weight is None else inverse * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        return (input * _over_channels(scale, input) + _over_channels(shift, input)).to(input.dtype)
+    y: Tensor
+    y, mean, inverse = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+    if mode.record is not None:
+        mode.record.values.append((mean, inverse))
+    return y
+
+
+def _torch_batch_norm(
+    mode: _Mode,
+    func: Any,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _batch_norm(mode, F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _statistic(mode: _Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A reduction: of the whole batch, down to at most one other dimension, it is a statistic."""
+    found = func(*args, **kwargs)
+    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    if not isinstance(x, Tensor) or x.dim() < 2 or not x.requires_grad:
+        return found
+    if dim is None or isinstance(dim, bool):
+        reduced = set(range(x.dim()))
+    else:
+        reduced = {each % x.dim() for each in ((dim,) if isinstance(dim, int) else tuple(dim))} or set(range(x.dim()))
+    if 0 not in reduced or len(reduced) < x.dim() - 1:
+        return found
+    if isinstance(found, Tensor):
+        return mode.constant(found)[0]
+    return mode.constant(*found)
+
+
+class _HardSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.hardsigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        inside: Tensor = (x > -3) & (x < 3)
+        return gradient * inside / 6
+
+
+def _hardsigmoid(mode: _Mode, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    return _HardSigmoid.apply(input)  # type: ignore[no-any-return]
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.hardsigmoid: _hardsigmoid,
+    **{
+        function: _statistic
+        for name in ("mean", "var", "std", "var_mean", "std_mean")
+        for function in (getattr(torch, name, None), getattr(Tensor, name, None))
+        if function is not None
+    },
+}
+
+
+# ---- modules that need more than their functions replaced ----
+
+
+@contextmanager
+def _synchronised(model: nn.Module) -> Iterator[None]:
+    """SyncBatchNorm made of operations that can be differentiated twice; PyTorch's own cannot."""
+    changed = []
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and _ranks(module) > 1:
+            changed.append(module)
+            module.forward = types.MethodType(_sync_batch_norm, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _ranks(module: nn.SyncBatchNorm) -> int:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size(module.process_group)
+
+
+def _sync_batch_norm(module: Any, x: Tensor) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce
+
+    group = module.process_group or torch.distributed.group.WORLD
+    dims = [d for d in range(x.dim()) if d != 1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = wide.new_tensor(float(x.numel() // x.shape[1]))
+    total = count.clone()
+    torch.distributed.all_reduce(total, group=group)
+    own_var, own_mean = torch.ops.aten.var_mean.correction(wide, dims, correction=0)
+    mean = all_reduce(own_mean * (count / total), group=group)
+    var = all_reduce((own_var + (own_mean - mean).square()) * (count / total), group=group)
+    if module.track_running_stats and module.running_mean is not None:
+        with torch.no_grad():
+            module.num_batches_tracked.add_(1)
+            momentum = module.momentum
+            if momentum is None:
+                momentum = 1.0 / float(module.num_batches_tracked)
+            unbiased = var * (total / (total - 1))
+            module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
+            module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
+    if torch.is_grad_enabled():
+        mean, var = (_Constant.apply(each) if each.requires_grad else each for each in (mean, var))
+    scale = (var + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight
+    shift = -mean * scale if module.bias is None else module.bias - mean * scale
+    y = (wide * _over_channels(scale, x) + _over_channels(shift, x)).to(x.dtype)
+    for name in ("drop", "act"):  # timm's SyncBatchNormAct
+        if isinstance(getattr(module, name, None), nn.Module):
+            y = getattr(module, name)(y)
+    return y
+
+
+def caches(module: nn.Module) -> list[str]:
+    """Names of the dicts in which a module keeps tensors that it has computed, such as LeViT's attention biases."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and name.endswith("cache") and all(isinstance(t, Tensor) for t in value.values())
+    ]
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """A cached tensor belongs to the graph, and to the weights, of the pass that computed it."""
+    clear_caches(model)
+    try:
+        yield
+    finally:
+        clear_caches(model)
+
+
+def clear_caches(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in caches(module):
+            setattr(module, name, {})

@@ -1,0 +1,262 @@
+"""Networks by name, as recipes give them, with their weights.
+
+resnet18              timm
+torchvision/resnet18  torchvision
+bcos/resnet18         the B-cos networks of their authors' package
+small/8,16/1,32       3×3 convolutions of these widths, each halving the map but for those of stride 1 (`SmallNet`)
+cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), without parameters in their shortcuts
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.models.input import InputContract
+from debiaskd.models.input_sources import accepts
+from debiaskd.models.weight_files import LastLayerWarning, load_weights, save_weights, weights_file, weights_hash
+from debiaskd.models.weight_reading import NetworkError, one_line
+from debiaskd.models.zoo import cifar as cifar_models
+from debiaskd.models.zoo.bias_free import bias_free
+from debiaskd.models.zoo.small import CifarResNet, SmallNet
+
+__all__ = [
+    "LastLayerWarning",
+    "NetworkError",
+    "build",
+    "load_weights",
+    "prepare",
+    "save_weights",
+    "weights_file",
+    "weights_hash",
+]
+
+
+def build(name: str, num_classes: int, *, pretrained: bool = False, size: tuple[int, int] | None = None) -> nn.Module:
+    """A network with a head for `num_classes`; its random weights come from torch's global generator.
+
+    Args:
+        name, num_classes, pretrained: see there.
+        size: (height, width) that it is to read. Networks built for one size alone (a ViT's position embeddings) are
+            built for this one. None: as they are built by default.
+
+    Raises:
+        NetworkError: no such network, or none that has pretrained weights; they could not be fetched; it cannot be
+            built for images of this size.
+        ModuleNotFoundError: the package that has it is not installed.
+    """
+    family, slash, rest = name.partition("/")
+    make = _FAMILIES.get(family) if slash else None
+    if pretrained and make not in (None, _torchvision, _bcos):
+        raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
+    other = size is not None and not accepts(name, size, pretrained=pretrained)
+    try:
+        if make is None:
+            return _timm(name, num_classes, pretrained, size if other else None)
+        if make is _torchvision:
+            return _torchvision(rest, num_classes, pretrained, size if other else None)
+        return make(rest, num_classes, pretrained)
+    except OSError as error:
+        if not pretrained:
+            raise
+        why = one_line(error)[:300]
+        raise NetworkError(
+            f"{name}: its pretrained weights could not be fetched ({why}). Build it once where there is a network: "
+            "they are kept in the cache of torch or of Hugging Face, which can be copied"
+        ) from None
+
+
+def _timm(name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5])
+        raise NetworkError(
+            f"{name}: timm has no such network{f'; it has {near}' if near else ''} "
+            f"(others are named {', '.join(f'{family}/…' for family in _FAMILIES)})"
+        )
+    options: dict[str, Any] = {} if size is None else {"img_size": size[0] if size[0] == size[1] else size}
+    try:
+        found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        if size is None:
+            raise
+        why = " ".join(str(error).split())
+        raise NetworkError(f"{name}: cannot be built for images of {size[0]}×{size[1]} pixels ({why})") from None
+    except RuntimeError as error:  # such as a tag of pretrained weights that is none
+        raise NetworkError(f"{name}: {one_line(error)}") from None
+    return found
+
+
+def _torchvision(name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None = None) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise NetworkError(f"torchvision/{name}: torchvision has no such classifier")
+    if size is not None and (pretrained or size[0] != size[1]):
+        raise NetworkError(f"torchvision/{name}: cannot be built for images of {size[0]}×{size[1]} pixels")
+    if not pretrained:
+        options: dict[str, Any] = {}
+        if size is not None:
+            options = {"input_size": size} if name.startswith("maxvit_") else {"image_size": size[0]}
+        return _without_auxiliary(models.get_model(name, num_classes=num_classes, **options))
+    model = _without_auxiliary(models.get_model(name, weights="DEFAULT"))
+    last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    if model.get_submodule(last).out_features == num_classes:
+        return model
+    parent, _, attribute = last.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.Linear(model.get_submodule(last).in_features, num_classes))  # type: ignore[arg-type]
+    return model
+
+
+def _without_auxiliary(model: nn.Module) -> nn.Module:
+    """Take off GoogLeNet's and Inception's auxiliary heads, which make the output a tuple in training mode.
+
+    They have losses of their own in the papers, and no term here has those.
+    """
+    if getattr(model, "aux_logits", False):
+        model.aux_logits = False  # type: ignore[assignment]
+        for name in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(model, name):
+                setattr(model, name, None)
+    return model
+
+
+def _bcos(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    from bcos import models
+
+    found: nn.Module | None = None
+    if re.fullmatch(r"vgg\d+(_bnu)?", name):
+        found = _bcos_vgg(name, num_classes)
+    elif re.fullmatch(r"(vitc|simple_vit)_\w+", name):
+        found = _bcos_vit(name, num_classes)
+    else:
+        for module in ("resnet", "densenet", "convnext"):
+            make = getattr(getattr(models, module), name, None)
+            if found is None and callable(make):
+                found = make(num_classes=num_classes)
+    if found is None:
+        raise NetworkError(f"bcos/{name}: the bcos package has no such network")
+    if pretrained:
+        _load_bcos(found, name)
+    return found
+
+
+def _bcos_vgg(name: str, num_classes: int) -> nn.Module | None:
+    """With the layers that its authors' configurations give it; its own defaults are incomplete."""
+    from bcos.models import vgg
+    from bcos.modules import BcosConv2d, norms
+
+    make = getattr(vgg, name, None)
+    layers = {"norm_layer": norms.NoBias(norms.BatchNormUncentered2d)} if name.endswith("_bnu") else {}
+    return None if make is None else make(num_classes=num_classes, conv_layer=BcosConv2d, **layers)
+
+
+def _bcos_vit(name: str, num_classes: int) -> nn.Module | None:
+    """With the layers, and the bias of the logits, that its authors' configurations give it."""
+    from bcos.models import vit
+    from bcos.modules import BcosConv2d, BcosLinear, LogitLayer, norms
+    from bcos.modules.common import BcosSequential
+
+    make = getattr(vit, name, None)
+    if make is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to use the entrypoints")  # which lack these layers
+        model = make(
+            num_classes=num_classes,
+            linear_layer=BcosLinear,
+            conv2d_layer=BcosConv2d,
+            norm_layer=norms.NoBias(norms.DetachableLayerNorm),
+            norm2d_layer=norms.NoBias(norms.DetachableGNLayerNorm2d),
+            act_layer=nn.Identity,
+        )
+    return BcosSequential(model, LogitLayer(logit_bias=-math.log(max(num_classes - 1, 1))))  # type: ignore[no-any-return]
+
+
+def _load_bcos(model: nn.Module, name: str) -> None:
+    """ImageNet's weights, which bcos downloads, but for the last layer."""
+    from bcos.models import pretrained
+
+    entry = getattr(pretrained, name, None)
+    if name not in pretrained.list_available() or entry is None:
+        raise NetworkError(f"bcos/{name}: has no pretrained weights; bcos has some for {pretrained.list_available()}")
+    known, own = entry(pretrained=True).state_dict(), model.state_dict()
+    fitting = {key: tensor for key, tensor in known.items() if key in own and own[key].shape == tensor.shape}
+    model.load_state_dict({**own, **fitting})
+
+
+def _small(widths: str, num_classes: int, pretrained: bool) -> nn.Module:
+    parts = [_CONVOLUTION.fullmatch(part) for part in widths.split(",")]
+    found = [(int(part["width"]), int(part["stride"] or 2)) for part in parts if part is not None]
+    if len(found) < len(parts):
+        raise NetworkError(f"small/{widths}: must be widths of convolutions, such as small/8,16,32 or small/8/1,16,32")
+    return SmallNet([width for width, _ in found], [stride for _, stride in found], num_classes)
+
+
+_CONVOLUTION = re.compile(r"(?P<width>[1-9]\d*)(/(?P<stride>[1-9]\d*))?")
+
+
+def _cifar(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    if name in _CIFAR:
+        return _CIFAR[name](num_classes)
+    kind, *numbers = name.split("-") if name.startswith("wrn-") else [name[:6], name[6:]]
+    try:
+        if kind == "wrn" and len(numbers) == 2:
+            return cifar_models.wide_resnet(int(numbers[0]), int(numbers[1]), num_classes)
+        if kind == "resnet":
+            return CifarResNet(int(numbers[0]), num_classes)
+    except ValueError as error:
+        raise NetworkError(f"cifar/{name}: {error}") from None
+    raise NetworkError(
+        f"cifar/{name}: must be one of cifar/resnet20, cifar/wrn-16-2, {', '.join(f'cifar/{n}' for n in _CIFAR)}"
+    )
+
+
+_CIFAR = {
+    "resnet50": cifar_models.resnet50,
+    "vgg8": cifar_models.vgg8,
+    "mobilenetv2": cifar_models.mobilenetv2,
+}
+_FAMILIES = {"torchvision": _torchvision, "bcos": _bcos, "small": _small, "cifar": _cifar}
+
+
+def pretrained_classes(name: str, model: nn.Module) -> int:
+    """How many classes the last layer of a network's pretrained weights has; 0 if they have none.
+
+    Where a network of `build` has another number, its last layer is random, whatever else was loaded.
+    """
+    family, slash, _ = name.partition("/")
+    if slash and family in _FAMILIES:
+        return 1000  # of ImageNet: torchvision and bcos have no others
+    loose: Any = model
+    return int((getattr(loose, "pretrained_cfg", None) or {}).get("num_classes", 1000))
+
+
+def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False) -> nn.Module:
+    """Tries the network on what it `reads` before anything is trained.
+
+    Raises:
+        NetworkError: it does not run on them, or cannot be made bias-free.
+    """
+    size, example = reads.size, reads.example(2)
+    try:
+        if x_dnn:
+            model = bias_free(model, example)
+        mode = model.training
+        with torch.no_grad():
+            logits = model.eval()(example)
+        model.train(mode)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+        message = one_line(error)
+        raise NetworkError(
+            f"{type(model).__name__}: does not run on {size[0]}×{size[1]} pictures ({message})"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise NetworkError(f"{type(model).__name__}: must give logits [N,K] for {size[0]}×{size[1]} pictures")
+    return model

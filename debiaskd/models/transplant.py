@@ -1,0 +1,360 @@
+"""DeTT's student: `h_t(pool(P(f_s(x))))`, a student's body, a projector `P` and the teacher's frozen head `h_t`.
+
+Lee & Lee 2023, "Debiased Distillation by Transplanting the Last Layer" (arXiv 2302.11187); the projector follows
+SimKD, Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from debiaskd.models.cut import (
+    Body,
+    Cut,
+    cut,
+    demote_unreached,
+    has_protocol,
+    input_of,
+    last_map,
+    named_module,
+    runnable,
+    share,
+)
+from debiaskd.models.heads import Frozen, Head, freeze, map_head, token_head
+from debiaskd.models.last_layers import ReadInputs
+from debiaskd.models.layouts import LayoutError
+from debiaskd.utils import checks
+
+PROJECTORS = ("depthwise", "dense", "linear", "identity")
+
+#: Whether a teacher's feature map is matched, or the vector that its last layers read.
+Level: TypeAlias = Literal["map", "token"]
+Names: TypeAlias = "str | tuple[str | None, str | None] | None"
+
+
+class Transplanted(nn.Module):
+    """What `transplant` returns. It speaks timm's protocol.
+
+    Attributes:
+        body: the student up to its last feature map, trained.
+        projector: [N,C_s,H,W] → [N,C_t,H,W], trained.
+        head: the teacher's head, frozen: its tensors are buffers, it stays in eval mode.
+        num_features: C_t, the channels that `forward_features` gives.
+        num_classes: K, the teacher's number of classes.
+    """
+
+    def __init__(self, body: Body, projector: nn.Module, head: Head, num_features: int) -> None:
+        super().__init__()
+        self.body = body
+        self.projector = projector
+        self.head = head
+        self.num_features = num_features
+        self.num_classes = head.num_classes
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The projected map `P(f_s(x))`, [N,C_t,H,W]: what `match_spatial` fits to the teacher's features."""
+        feature: Tensor = self.projector(self.body(images))
+        return feature
+
+    def forward_head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [N,K] of a map [N,C_t,H,W]; with `pre_logits` the pooled features that the last layer reads."""
+        output: Tensor = self.head(feature, pre_logits=pre_logits)
+        return output
+
+    def get_classifier(self) -> Any:
+        """The teacher's last layer, its tensors as buffers; a `ModuleList` where its logits come from several."""
+        return self.head.get_classifier()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+def transplant(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    projector: str = "depthwise",
+    layer: Names = None,
+    head: Names = None,
+    example: Tensor | None = None,
+) -> Transplanted:
+    """Put the teacher's last layer, frozen, on the student's body behind a projector that is trained.
+
+    Both models are copied; neither they nor the random state change, but for the projector's initialisation. The
+    student's own classifier is left out. The result is on the student's device, in its dtype and its mode.
+
+    Args:
+        teacher: the debiased model, [N,...] images to [N,K] logits; or its `FrozenTeacher`, which needs no names.
+        student: the model whose body is used, whatever its own classifier.
+        projector: hidden width C_t // 2, batch norm and ReLU after each convolution, for the first two:
+            "depthwise" 1×1, 3×3 depthwise, 1×1 convolutions; "dense" the same with a full 3×3 (SimKD's code);
+            "linear" one 1×1 convolution with bias, nothing else; "identity" nothing, for equal widths. Where the
+            teacher's map takes negative values, the last ReLU is left out, because it could not reach them.
+        layer: the layer whose output is the last feature map before global pooling. One name for both models, or
+            (teacher's, student's). None, also within the pair: timm's protocol (`forward_features`, ...), else the last
+            map that a module gives.
+        head: the teacher's last layer, likewise. None: `get_classifier()`, else the layers whose outputs are the
+            logits. The student's is checked where a pair names it, and needed nowhere.
+        example: a batch of input [N,...] for the trial run, for models that run on no common image size (64×64,
+            the model's own, 224×224, 32×32 or 28×28 pixels, with the channels of its first convolution).
+
+    Returns:
+        An ordinary module: `forward_features(x)` the projected map, `forward_head(map)` logits, `forward(x)` both.
+
+    Raises:
+        TypeError: a model that is not a module, names that are not strings, a teacher without a last layer.
+        ValueError: an unknown projector or name, an output that is no feature map, "identity" for different widths,
+            a teacher whose logits follow neither from its feature map nor from vectors that its last layers read.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from debiaskd.models.transplant import transplant
+        >>> def network(width):
+        ...     body = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
+        ...     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
+        >>> model = transplant(network(32), network(8), layer="0", head="3")
+        >>> model(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 2])
+        >>> model.forward_features(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 32, 15, 15])
+    """
+    checks.option("projector", projector, PROJECTORS)
+    teacher_layer, student_layer = _pair("layer", layer)
+    teacher_head, student_head = _pair("head", head)
+    if isinstance(teacher, FrozenTeacher):
+        source = Source(copy.deepcopy(teacher.head), None, teacher.level, teacher.num_features, teacher.nonnegative)
+    else:
+        source = find_source(teacher, teacher_layer, teacher_head, example)
+    target = _student(student, student_layer, example)
+    demote_unreached(target.body, target.images)
+    if isinstance(head, (tuple, list)) and student_head is not None:
+        named_module("head", "student", student, student_head)
+    if projector == "identity" and source.channels != target.channels:
+        raise ValueError(
+            f"projector 'identity' must join maps of equal widths, got a teacher of {source.channels} channels "
+            f"and a student of {target.channels}"
+        )
+    model = Transplanted(
+        copy.deepcopy(target.body),
+        make_projector(projector, target.channels, source.channels, nonnegative=source.nonnegative),
+        source.head,
+        source.channels,
+    )
+    model.projector.to(target.raw)
+    model.head.to(target.raw)
+    model.projector.train(student.training)
+    model.training = student.training
+    return model
+
+
+def _student(student: nn.Module, layer: str | None, example: Tensor | None) -> Cut:
+    runnable("student", student)
+    try:
+        if layer is not None or has_protocol(student):
+            return cut("student", student, layer, example)
+    except LayoutError:
+        if layer is not None:
+            raise
+    return cut("student", student, last_map("student", student, example), example)
+
+
+@dataclass
+class Source:
+    """A teacher's head, and what it reads.
+
+    Attributes:
+        head: frozen.
+        body: from images to what is matched; None where it is not needed.
+        level: "map" or "token".
+        channels: width of what is matched.
+        nonnegative: whether no value of it lies below zero.
+    """
+
+    head: Head
+    body: nn.Module | None
+    level: Level
+    channels: int
+    nonnegative: bool
+
+
+def find_source(teacher: nn.Module, layer: str | None, head: str | None, example: Tensor | None) -> Source:
+    """At map level if the logits follow from the last feature map, else at token level; see `debiaskd.models.heads`."""
+    images, named = None, layer is not None
+    runnable("teacher", teacher)
+    try:
+        if not named and not has_protocol(teacher):
+            layer = last_map("teacher", teacher, example)
+        made = cut("teacher", teacher, layer, example)
+        images = made.images
+        found = map_head(made, head)
+        if found is not None:
+            return Source(found, made.body, "map", made.channels, made.nonnegative)
+    except LayoutError:  # lists of features, say, which the head does not need
+        if named:
+            raise
+    if images is None:
+        images = input_of("teacher", teacher, example)
+    found, names = token_head("teacher", teacher, images, head)
+    body = ReadInputs(share(teacher), names).eval()
+    with torch.no_grad():
+        z = body(images)
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("teacher must give finite features, got NaN or infinity on random input")
+    return Source(found, body, "token", found.in_features, bool((z >= 0).all()))
+
+
+def make_projector(kind: str, inputs: int, outputs: int, *, nonnegative: bool = True) -> nn.Module:
+    """The projector [N,inputs,H,W] → [N,outputs,H,W]; `nonnegative` keeps the ReLU at its end."""
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Conv2d(inputs, outputs, 1)
+    hidden = max(outputs // 2, 1)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(inputs, hidden, 1, bias=False),
+        bn1=nn.BatchNorm2d(hidden),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden if kind == "depthwise" else 1, bias=False),
+        bn2=nn.BatchNorm2d(hidden),
+        relu2=nn.ReLU(),
+        conv3=nn.Conv2d(hidden, outputs, 1, bias=False),
+        bn3=nn.BatchNorm2d(outputs),
+        relu3=LastReLU(signed=not nonnegative),
+    )
+    return nn.Sequential(layers)
+
+
+class LastReLU(nn.Module):
+    """ReLU, or nothing where the maps to be reached are signed.
+
+    Which of them is part of the state: a model rebuilt around another teacher must compute what was trained.
+    """
+
+    signed: Tensor
+
+    def __init__(self, signed: bool) -> None:
+        super().__init__()
+        self.register_buffer("signed", torch.tensor(signed))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return torch.where(self.signed, feature, F.relu(feature))
+
+
+def _pair(argument: str, names: object) -> tuple[str | None, str | None]:
+    if names is None or isinstance(names, str):
+        return names, names
+    if isinstance(names, (tuple, list)) and len(names) == 2 and all(n is None or isinstance(n, str) for n in names):
+        return names[0], names[1]
+    raise TypeError(f"{argument} must be a name, a (teacher, student) pair of names, or None, got {names!r}")
+
+
+class FrozenTeacher(Frozen):
+    """A teacher as a source of targets: `forward(images)` gives (its features, logits [N,K]).
+
+    The features are what a student is matched with: the last feature map [N,C_t,H,W] where the logits follow from it,
+    and at token level the vector [N,D] that the last layers read (a class token, say).
+
+    A copy of the teacher, in eval mode whatever the module around it is told, without gradients, its tensors
+    buffers: it has no parameters, so no optimiser can hold it, and its batch norm never moves. The teacher itself is
+    left as it is. It serves training and does not belong into what is saved.
+
+    Args:
+        teacher: as for `transplant`.
+        layer: the layer whose output is the last feature map; None: timm's protocol.
+        head: the last layer; None: `get_classifier()`, or the layers whose outputs are the logits.
+        example: as for `transplant`.
+
+    Attributes:
+        level: "map" or "token".
+        num_features: C_t or D.
+        num_classes: K.
+
+    Raises:
+        TypeError, ValueError: as `transplant` for its teacher.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from debiaskd.models.transplant import FrozenTeacher
+        >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> feature, logits = FrozenTeacher(teacher, layer="0", head="3")(torch.randn(4, 3, 16, 16))
+        >>> feature.shape, logits.shape, feature.requires_grad
+        (torch.Size([4, 8, 14, 14]), torch.Size([4, 2]), False)
+    """
+
+    def __init__(
+        self, teacher: nn.Module, *, layer: str | None = None, head: str | None = None, example: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        source = find_source(teacher, layer, head, example)
+        assert source.body is not None
+        self.head = source.head
+        self.body = freeze(copy.deepcopy(source.body))
+        self.level: Level = source.level
+        self.num_features, self.nonnegative = source.channels, source.nonnegative
+        self.num_classes = self.head.num_classes
+        self.eval()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            feature: Tensor = self.body(images)
+            return feature
+
+    def forward_head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:
+        output: Tensor = self.head(feature, pre_logits=pre_logits)
+        return output
+
+    def get_classifier(self) -> Any:
+        return self.head.get_classifier()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            feature = self.forward_features(images)
+            return feature, self.forward_head(feature)
+
+
+def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the student's feature map and the teacher's features to one size, to be compared.
+
+    Two maps: the larger is adaptively average-pooled to the smaller. Height and width are compared one by one; a map
+    that fits already is returned as it is. A teacher at token level gives a vector: the student's map is averaged.
+
+    Args:
+        student: [N,C,H,W].
+        teacher: [N,C',H',W'], or [N,D].
+
+    Returns:
+        [N,C,min(H,H'),min(W,W')] and [N,C',min(H,H'),min(W,W')]; or [N,C] and [N,D].
+
+    Raises:
+        TypeError: not floating tensors.
+        ValueError: of other dimensions, or different N.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.models.transplant import match_spatial
+        >>> a, b = match_spatial(torch.randn(2, 8, 14, 14), torch.randn(2, 8, 7, 7))
+        >>> a.shape, b.shape
+        (torch.Size([2, 8, 7, 7]), torch.Size([2, 8, 7, 7]))
+        >>> a, b = match_spatial(torch.randn(2, 8, 14, 14), torch.randn(2, 8))
+        >>> a.shape
+        torch.Size([2, 8])
+    """
+    checks.rank("student", checks.floating("student", student), "[N,C,H,W]")
+    if checks.floating("teacher", teacher).dim() != 2:
+        checks.rank("teacher", teacher, "[N,C,H,W]")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"teacher must have the batch size of student, {student.shape[0]}, got {teacher.shape[0]}")
+    if teacher.dim() == 2:
+        return student.mean((2, 3)), teacher
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    pooled = [value if value.shape[2:] == size else F.adaptive_avg_pool2d(value, size) for value in (student, teacher)]
+    return pooled[0], pooled[1]

@@ -1,0 +1,1 @@
+"""The stages of a recipe in order: teacher, identification, weights, teacher outputs, student."""

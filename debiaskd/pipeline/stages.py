@@ -1,0 +1,323 @@
+"""The stages of a recipe, in their order: teacher, weights, pretraining, student."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.models.registry import load_weights, weights_hash
+from debiaskd.models.transplant import FrozenTeacher
+from debiaskd.pipeline.head_probe import check as check_probe
+from debiaskd.pipeline.head_probe import probed
+from debiaskd.pipeline.teachers import check_dfr, last_layer, selecting, teacher_terms, trained_teacher
+from debiaskd.recipe import Network, Recipe, Schedule, Teacher
+from debiaskd.reweight import error_weights, group_weights
+from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
+from debiaskd.training.fit import Fitting
+from debiaskd.training.rebuild import frozen, observed, transplanted
+from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
+from debiaskd.training.schedule import brief
+from debiaskd.training.teacher_cache import PARTS, Cached, fill
+from debiaskd.training.teacher_outputs import Live, Observed, Teaching
+from debiaskd.utils import files
+
+
+class Chain:
+    """The stages of one recipe, on a Fabric that has been launched.
+
+    Args:
+        recipe: as checked.
+        folder: of the run.
+        fabric: see `debiaskd.training.fabric`.
+        say: is told what is being done.
+
+    Raises:
+        RecipeError, RunError, DataError, NetworkError: before anything is trained.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, fabric: Any, say: Say) -> None:
+        self.recipe, self.fabric = recipe, fabric
+        news: list[tuple[str, float, str]] = []
+        self.fitting = Fitting(recipe, fabric, lambda *one: news.append(one))
+        self.student_network = self.fitting.network(recipe.student, "student")
+        finished = (folder / "student" / STAGE).exists()  # so all of it has been trained
+        self._rehearse(begun=(folder / "recipe.yaml").exists(), run=not finished)
+        self.base = {"data": data_fingerprint(recipe.data.path)}
+        begun = {"student": recipe.student, "teacher": recipe.teacher}
+        for name, network in begun.items():
+            if network is not None and network.weights is not None:
+                self.base[f"{name}.weights"] = weights_hash(network.weights)
+            if network is not None and network.made_head not in (None, "probe"):
+                self.base[f"{name}.head"] = files.sha256(Path(str(network.head)))
+        self.run = Run(folder, recipe, write=fabric.is_global_zero)
+        self.fitting.say = _later(news, say)
+
+    def _rehearse(self, *, begun: bool, run: bool) -> None:
+        """Networks and terms are put together once, and with `run` each network runs a training step, so that what does
+        not fit is said before hours of training."""
+        recipe, model, teacher = self.recipe, copy.deepcopy(self.student_network), None
+        labels: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
+        if recipe.teacher is not None:
+            source = self.fitting.network(recipe.teacher, "teacher")
+            if recipe.teacher.method == "dfr":
+                check_dfr(self.fitting, recipe.teacher, begun=begun)
+                last_layer(self.fitting, recipe.teacher, source)
+            if recipe.teacher.schedule is not None:
+                self.fitting.rehearse(
+                    copy.deepcopy(source),
+                    teacher_terms(recipe.teacher),
+                    recipe.teacher.schedule,
+                    network=recipe.teacher,
+                    schedule_key="teacher.schedule",
+                    run=run,
+                )
+            if recipe.teacher.head == "probe":
+                check_probe(source, self.fitting.example(recipe.teacher))
+            teacher = self._still(source, recipe.teacher)
+            if isinstance(teacher, FrozenTeacher):
+                model = self._transplanted(teacher, model)
+        if recipe.pretraining is not None:
+            plain = copy.deepcopy(self.student_network)
+            self.fitting.rehearse(plain, labels, recipe.pretraining, schedule_key="pretraining", run=run)
+        if recipe.weights is not None and recipe.weights.method == "errors" and recipe.transplant is not None:
+            plain = copy.deepcopy(self.student_network)
+            self.fitting.rehearse(plain, labels, brief(recipe.schedule, recipe.weights.epochs), run=run)
+        taught = None if teacher is None else Live(teacher)
+        self.fitting.rehearse(model, self._terms(), recipe.schedule, teacher=taught, run=run)
+
+    def _terms(self) -> dict[str, TermOptions]:
+        return {name: options for name, options in vars(self.recipe.terms).items() if options is not None}
+
+    def _asked(self) -> set[str]:
+        """What the terms need of the teacher."""
+        needs = {need for name in self._terms() for need in TERMS[name].needs}
+        return {need.partition(".")[2] for need in needs if need.startswith("teacher.")}
+
+    def _still(self, source: nn.Module, options: Teacher) -> FrozenTeacher | Observed:
+        """The teacher, frozen; cut in two only where its head is transplanted."""
+        example = self.fitting.example(options)
+        if self.recipe.transplant is not None:
+            return frozen(source, options, example)
+        return observed(source, options, example, sorted(self._asked() - {"logits"}))
+
+    # -- the chain ----------------------------------------------------------------------------------------------------
+
+    def common(self) -> dict[str, Any]:
+        """What decides about every training, whatever the stage."""
+        everything = decisive(self.run.document)
+        data = {k: v for k, v in everything["data"].items() if k not in ("annotated_fraction", "dilate")}
+        found = {"pictures": data, "seed": self.recipe.seed}
+        return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
+
+    def student(self) -> Stage:
+        """The last stage, after all those that it needs. The folder is free for others afterwards.
+
+        Raises:
+            DivergedError, CheckpointError, OSError: see `Training.run`.
+        """
+        try:
+            return self._student()
+        finally:
+            self.run.release()
+
+    def _student(self) -> Stage:
+        recipe, model, before = self.recipe, self.student_network, dict(self.base)
+        weight = sampling = None
+        if recipe.weights is not None:
+            stage = self.weights()
+            before["weights"] = stage.fingerprint
+            found = _load(stage.folder / "weights.safetensors")["weights"]
+            if recipe.weights.draw:
+                sampling = found
+            else:
+                weight = self.spread(found)
+        if recipe.pretraining is not None:
+            stage = self._pretraining()
+            before["pretraining"] = stage.fingerprint
+            load_weights(model, stage.model)
+        teacher: Teaching | None = None
+        terms = self._terms()
+        if recipe.teacher is not None:
+            source, fingerprint = self.teacher(recipe.teacher)
+            before["teacher"] = fingerprint
+            still = self._still(source, recipe.teacher)
+            if isinstance(still, FrozenTeacher):
+                model = self._transplanted(still, model)
+            needs = self._asked()
+            if needs:
+                parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
+                teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
+        networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
+        inputs = {**before, **self.fitting.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
+
+        chosen = selecting(self.fitting)
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            facts = self.fitting.fit(
+                "student",
+                folder,
+                fingerprint,
+                model,
+                terms,
+                recipe.schedule,
+                teacher=teacher,
+                weight=weight,
+                sampling=sampling,
+                **chosen,
+            )
+            if "rule" in chosen:
+                facts["selection"] += ": the validation pictures fitted the teacher's last layer"
+            return facts
+
+        return self.run.stage("student", inputs, make)
+
+    def _teaching(
+        self, teacher: FrozenTeacher | Observed, options: Teacher, fingerprint: str, parts: tuple[str, ...]
+    ) -> Teaching:
+        if self.recipe.compute.compile:
+            teacher.body.compile()
+        live = Live(teacher).to(self.fabric.device)
+        if options.cache is None:
+            return live
+        fitting, views = self.fitting, options.views or 1
+        seed = zlib.crc32(f"{self.recipe.seed}/student/steps".encode())
+        inputs = {**self.base, "pictures": self.common()["pictures"], "teacher": fingerprint, "seed": seed}
+        inputs |= {"parts": parts, "dtype": options.cache, "views": views}
+        # Of both networks: the student's size, too, decides how large the crop is that the teacher's input is made of.
+        inputs |= fitting.contracts.decisive(self.recipe.student, options)
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            pictures = fitting.pictures(
+                fitting.train, self.recipe.student, training=True, batch=64, teaching=live, alone=True
+            )
+            share = (fitting.ranks.rank, fitting.ranks.world_size)
+            with self.fabric.autocast():
+                for done in fill(
+                    folder, live, pictures, seed=seed, views=views, dtype=str(options.cache), parts=parts, share=share
+                ):
+                    fitting.say("teacher-cache", done, "")
+            self.fabric.barrier()
+            return {"pictures": len(fitting.train), "views": views, "parts": parts, "dtype": options.cache}
+
+        stage = self.run.stage("teacher-cache", inputs, make)
+        place = torch.full((len(fitting.train.whole),), -1)
+        place[fitting.train.numbers] = torch.arange(len(fitting.train))
+        return Cached(stage.folder, place, views, live.width)
+
+    def _pretraining(self) -> Stage:
+        recipe = self.recipe
+        assert recipe.pretraining is not None
+        schedule = recipe.pretraining
+        inputs = {**self.base, **self.common(), **self.fitting.contracts.decisive(recipe.student)}
+        inputs |= {"student": self.run.document["student"], "schedule": self.run.document["pretraining"]}
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            model = self.fitting.network(recipe.student, "student")
+            return self.fitting.fit(
+                "pretraining", folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule
+            )
+
+        return self.run.stage("pretraining", inputs, make)
+
+    def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
+        """The teacher, trained here if need be, and a fingerprint of its weights."""
+        model = self.fitting.network(options, "teacher")
+        if options.method == "checkpoint" and options.head != "probe":
+            what = "pretrained" if options.weights is None else weights_hash(options.weights)
+            head = f" {files.sha256(Path(options.made_head))}" if options.made_head else ""
+            return model, f"{options.name} {what}{head}"
+        stage = probed(self, options) if options.head == "probe" else trained_teacher(self, options)
+        load_weights(model, stage.model)
+        return model, stage.fingerprint
+
+    def weights(self) -> Stage:
+        options = self.recipe.weights
+        assert options is not None
+        if options.method == "groups":
+            groups = self.fitting.train.groups
+            assert groups is not None
+            return self._write_weights({**self.base, "method": "groups"}, lambda: group_weights(groups))
+        schedule = brief(self.recipe.schedule, options.epochs)
+        correct, fingerprint = self.identified("identification", self.recipe.student, schedule)
+        up, convention = 50.0 if options.up is None else options.up, options.convention or "weight"
+        inputs = {"identification": fingerprint, "up": up, "convention": convention}
+        return self._write_weights(inputs, lambda: error_weights(correct(), up, convention=convention))
+
+    def _write_weights(self, inputs: dict[str, Any], weights: Any) -> Stage:
+        from safetensors.torch import save_file
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            found = weights()
+            if self.fitting.ranks.rank == 0:
+                files.write(folder / "weights.safetensors", lambda path: save_file({"weights": found}, path))
+            self.fabric.barrier()
+            heaviest = float(found.max())
+            return {"pictures": len(found), "heaviest": heaviest, "heaviest_pictures": int((found == heaviest).sum())}
+
+        return self.run.stage("weights", inputs, make)
+
+    def identified(self, name: str, network: Network, schedule: Schedule) -> tuple[Any, str]:
+        """Which training pictures a briefly and plainly trained network gets right, once it is trained."""
+        teacher = isinstance(network, Teacher)
+        said = self.run.document["teacher" if teacher else "student"]
+        words = (said if teacher else self.run.document)["schedule"]
+        plain = {field.name: said[field.name] for field in dataclasses.fields(Network) if field.name in said}
+        inputs = {**self.base, **self.common(), **self.fitting.contracts.decisive(network)}
+        inputs |= {"network": plain, "schedule": {key: value for key, value in vars(schedule).items() if key in words}}
+
+        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+            model = self.fitting.network(network, name)
+            return self.fitting.fit(
+                name, folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule, rule="last"
+            )
+
+        stage = self.run.stage(name, inputs, make)
+
+        def correct() -> Tensor:
+            model = self.fitting.network(network, name).to(self.fabric.device).eval()
+            load_weights(model, stage.model)
+            pictures = self.fitting.pictures(self.fitting.train, network, training=False, batch=256, alone=True)
+            found = []
+            with torch.no_grad(), self.fabric.autocast():
+                for batch in pictures.batches:
+                    placed = pictures.placed(batch)
+                    found.append((model(placed.images).argmax(1) == placed.target).cpu())
+            return torch.cat(found)
+
+        return correct, stage.fingerprint
+
+    def _transplanted(self, teacher: FrozenTeacher, student: nn.Module) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/projector".encode()))
+            model = transplanted(self.recipe, teacher, student, self.fitting.example(self.recipe.student))
+        self.fitting.begin_projector(model)
+        return model
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """From the training pictures to all of the prepared split, by number."""
+        whole = torch.zeros(len(self.fitting.train.whole))
+        whole[self.fitting.train.numbers] = weights
+        return whole
+
+
+def _later(news: list[tuple[str, float, str]], say: Say) -> Say:
+    """What was to be said while networks were put together, once something is trained: a refusal is one line alone."""
+
+    def said(task: str, done: float, text: str) -> None:
+        while news:
+            say(*news.pop(0))
+        say(task, done, text)
+
+    return said
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)

@@ -1,0 +1,235 @@
+"""Debiased teachers that are trained here: erm, balanced, group_dro, jtt, dfr.
+
+`dfr` is debiased in its last layer alone, its features stay what the labels made of them: the layer is fitted anew on
+validation pictures, with as many of each group (`debiaskd.pipeline.dfr`). What fitted it says too much good of students
+that follow it, so that those pictures do not select the student's epoch unless the recipe says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.models.registry import load_weights, save_weights
+from debiaskd.pipeline.dfr import DRAWS, Scale, parts, refit, too_small
+from debiaskd.recipe import RecipeError, Teacher
+from debiaskd.reweight import error_weights, group_weights
+from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
+from debiaskd.training.schedule import brief
+from debiaskd.utils import files
+
+if TYPE_CHECKING:
+    from debiaskd.pipeline.stages import Chain
+    from debiaskd.training.batches import Split
+    from debiaskd.training.fit import Fitting
+    from debiaskd.training.run import Stage
+
+
+def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
+    """The loss of its training; jtt's is weighted."""
+    if options.method == "group_dro":
+        return {"group_dro": GroupDroOptions(step_size=0.01 if options.step_size is None else options.step_size)}
+    return {"supervised": SupervisedOptions(weighted=options.method == "jtt")}
+
+
+def trained_teacher(chain: Chain, options: Teacher) -> Stage:
+    """The stage that trained it."""
+    assert options.schedule is not None
+    groups, schedule = chain.fitting.train.groups, options.schedule
+    terms = teacher_terms(options)
+    weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
+    sampling = None
+    inputs = {**chain.base, **chain.common(), **chain.fitting.contracts.decisive(options)}
+    inputs["teacher"] = dict(chain.run.document["teacher"])
+    if options.method in ("balanced", "group_dro"):
+        assert groups is not None
+        sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)
+    if options.method == "jtt":
+        assert options.up is not None
+        identification = brief(schedule, options.identification_epochs)
+        correct, fingerprint = chain.identified("teacher-identification", options, identification)
+        inputs["identification"] = fingerprint
+        up = options.up
+
+        def weight() -> Tensor:
+            return chain.spread(error_weights(correct(), up))
+
+    name = "teacher-erm" if options.method == "dfr" else "teacher"
+    if options.method == "dfr":
+        inputs["teacher"]["method"] = "erm"  # which it is so far
+
+    def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+        return chain.fitting.fit(
+            name,
+            folder,
+            fingerprint,
+            chain.fitting.network(options, "teacher"),
+            terms,
+            schedule,
+            weight=None if weight is None else weight(),
+            sampling=sampling,
+            network=options,
+        )
+
+    stage = chain.run.stage(name, inputs, make)
+    return stage if options.method != "dfr" else _refitted(chain, options, stage)
+
+
+def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
+    def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+        model = chain.fitting.network(options, "teacher").to(chain.fabric.device).eval()
+        load_weights(model, erm.model)
+        facts = _refit(chain, options, model, last_layer(chain.fitting, options, model))
+        if chain.fabric.is_global_zero:
+            about = chain.fitting.about("teacher", options)
+            files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
+        chain.fabric.barrier()
+        return facts
+
+    inputs = {"erm": erm.fingerprint, "method": "dfr", "draws": DRAWS, "share": options.validation_share or 1.0}
+    # As it was before there were shares: a run that was begun then goes on with the teacher that it has.
+    older = {"erm": erm.fingerprint, "method": "dfr", "fits": 10}
+    return chain.run.stage("teacher", inputs, make, older=older)
+
+
+def last_layer(fitting: Fitting, options: Teacher, model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that dfr fits.
+
+    Raises:
+        RecipeError: the network ends in something else than one linear layer of pooled features.
+    """
+    at = fitting.places(model, options, ("pooled",))
+    found = [model.get_submodule(name) for name in at.readers]
+    layer = found[0] if len(found) == 1 else None
+    linear = type(layer) is nn.Linear and layer.in_features == at.pooled_width
+    linear |= type(layer) is nn.Conv2d and layer.groups == 1 and layer.weight[0].numel() == at.pooled_width
+    if isinstance(layer, (nn.Linear, nn.Conv2d)) and linear and _gives_logits(model, layer, fitting.example(options)):
+        return layer
+    kinds = ", ".join(f"{name} ({type(module).__name__})" for name, module in zip(at.readers, found))
+    raise RecipeError(
+        "teacher.method: dfr fits anew one linear layer, or 1×1 convolution, of pooled features, whose output must be "
+        f"the logits; {options.name} computes them otherwise from {kinds}"
+    )
+
+
+def _gives_logits(model: nn.Module, layer: nn.Module, example: Tensor) -> bool:
+    """Whether a layer's output is the model's, and nothing is added to it or averaged with it."""
+    caught: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, arguments, output: caught.append(output.flatten(1)))
+    mode = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(example.to(next(model.parameters()).device))
+    finally:
+        handle.remove()
+        model.train(mode)
+    return len(caught) == 1 and caught[0].shape == logits.shape and torch.allclose(caught[0], logits)
+
+
+def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+    intercept, split = classifier.bias is not None, chain.fitting.validation
+    assert split.groups is not None
+    feature = torch.cat(list(_read(chain, options, model, classifier, split)))
+    # By the training pictures, as the authors' code does it: of the few that are fitted to, moments are uncertain.
+    sums = [feature.new_zeros(()), feature.new_zeros(feature.shape[1]), feature.new_zeros(feature.shape[1])]
+    for part in _read(chain, options, model, classifier, chain.fitting.train):
+        for total, more in zip(sums, (part.new_tensor(float(len(part))), part.sum(0), part.square().sum(0))):
+            total += more
+    rows, _ = shares(chain.fitting, options)
+    made = refit(
+        feature[rows],
+        split.target[rows],
+        split.groups[rows],
+        Scale.from_sums(*sums, centred=intercept),
+        intercept=intercept,
+        seed=chain.recipe.seed,
+    )
+    with torch.no_grad():
+        classifier.weight.copy_(made.weight.reshape(classifier.weight.shape))
+        if classifier.bias is not None:
+            classifier.bias.copy_(made.bias)
+    return {
+        "strength": made.strength,
+        "worst_group_accuracy_of_the_other_half": made.tuned[made.strength],
+        "fitted_on": len(rows),
+        "draws": DRAWS,
+        "pictures_a_draw": made.draw,
+    }
+
+
+def _read(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Module, split: Split) -> Iterator[Tensor]:
+    """What the last layer reads of a split's pictures, [n,D] of each batch, in float64."""
+    caught: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(
+        lambda module, arguments: caught.append(arguments[0].flatten(1).double().cpu())
+    )
+    pictures = chain.fitting.pictures(split, options, training=False, batch=256, alone=True)
+    try:
+        for batch in pictures.batches:
+            with torch.no_grad():
+                model(pictures.placed(batch).images)
+            yield caught.pop()
+    finally:
+        handle.remove()
+
+
+# -- validation that fitted a last layer ------------------------------------------------------------------------------
+
+
+def shares(fitting: Fitting, options: Teacher) -> tuple[Tensor, Tensor]:
+    """Numbers of the validation pictures that dfr fits the last layer to, and of the rest: of each group as large a
+    part, drawn by `data.seed`."""
+    groups = fitting.validation.groups
+    assert groups is not None
+    generator = torch.Generator().manual_seed(fitting.recipe.data.seed)
+    return parts(groups, options.validation_share or 1.0, generator)
+
+
+def check_dfr(fitting: Fitting, options: Teacher, *, begun: bool = False) -> None:
+    """Refuse what dfr cannot do with the validation pictures, before hours of training.
+
+    Args:
+        fitting, options: of the recipe.
+        begun: the run was begun before; how it selects the student's epoch is not asked again.
+
+    Raises:
+        RecipeError: too few pictures of a class or a group; a rule that would select on what fitted the layer.
+    """
+    split, selection = fitting.validation, fitting.recipe.selection
+    if split.groups is None:
+        raise RecipeError("teacher.method: dfr needs groups of the validation pictures, and they have none")
+    fitted, rest = shares(fitting, options)
+    names = (split.whole.classes, split.whole.groups)
+    problem = too_small(split.target[fitted], split.groups[fitted], split.num_classes, names=names)
+    where = "validation pictures"
+    if problem is None and options.validation_share is not None:
+        where = f"validation pictures, the share of {1 - options.validation_share:g} that selects the student's epoch"
+        problem = too_small(split.target[rest], split.groups[rest], split.num_classes, least=1, names=names)
+        lost = sorted(set(split.groups[fitted].tolist()) - set(split.groups[rest].tolist()))
+        if problem is None and lost:
+            problem = f"needs pictures of every group, and there are none of {split.whole.groups[lost[0]]}"
+    if problem is not None:
+        raise RecipeError(f"teacher.method: dfr {problem} ({where})")
+    if options.validation_share is None and selection.rule not in (None, "last") and not selection.reuse and not begun:
+        raise RecipeError(
+            f"selection.rule: {selection.rule} would select the student's epoch on the validation pictures that the "
+            "dfr teacher's last layer is fitted on; say teacher.validation_share: 0.5, which keeps half of them for "
+            "the selection, or selection.reuse: true, or leave the rule out, which keeps the last epoch"
+        )
+
+
+def selecting(fitting: Fitting) -> dict[str, Any]:
+    """By which rule, and on which pictures, the student's epoch is selected: what `Fitting.fit` is told of it.
+
+    Empty where validation fitted nothing.
+    """
+    recipe = fitting.recipe
+    if recipe.teacher is None or recipe.teacher.method != "dfr" or recipe.selection.reuse:
+        return {}
+    if recipe.teacher.validation_share is not None:
+        return {"validation": fitting.validation.part(shares(fitting, recipe.teacher)[1])}
+    return {"rule": "last"} if recipe.selection.rule is None else {}

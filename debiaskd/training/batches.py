@@ -1,0 +1,215 @@
+"""From a recipe's `data` to batches on the device, the same whatever the number of processes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from debiaskd.data import Augment, Batch, ChunkedDataset, DataError, EpochSampler, PackedDataset, loader
+from debiaskd.data.packed import manifest
+from debiaskd.models.input import InputContract, Preprocess, default_contract, with_inverse
+from debiaskd.recipe import Data, RecipeError
+from debiaskd.terms import Ranks
+from debiaskd.training import split_parts as parts
+
+
+class Random(Protocol):
+    """Draws uniform numbers, a row for each picture."""
+
+    def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor: ...
+
+
+class Slice(Dataset[Any]):
+    """Some of a data set's pictures, each with its number in the whole of it."""
+
+    def __init__(self, whole: PackedDataset, numbers: Tensor) -> None:
+        self.whole, self.numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[int(self.numbers[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.whole.__getitems__(self.numbers[torch.as_tensor(indices)])
+
+
+class Split:
+    """A split, or a part of one.
+
+    Attributes:
+        whole: the prepared split.
+        dataset: what is read; a `Slice` of it, or the whole.
+        numbers: int64 [N], the pictures' numbers in `whole`, rising.
+        target, groups, boxes: of these N pictures; `groups` None where there are none.
+    """
+
+    def __init__(self, data: Data, key: str, *, training: bool = False) -> None:
+        text = getattr(data, key)
+        part = parts.parse(text, f"data.{key}")
+        options = {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate} if training else {}
+        whole = _opened(data, part.name, **options)
+        self.name, self.whole = text, whole
+        self.numbers = parts.numbers(part, len(whole), data.seed, f"data.{key}")
+        self.dataset: Any = whole if len(self.numbers) == len(whole) else Slice(whole, self.numbers)
+        self.target = whole.target[self.numbers]
+        self.groups = None if whole.group_ids is None else whole.group_ids[self.numbers]
+        self.boxes = whole.boxes[self.numbers]
+        self.num_classes = len(whole.classes)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def part(self, rows: Tensor) -> Split:
+        """Some of these N pictures: int64 [M], in 0…N-1, rising."""
+        found = copy.copy(self)
+        found.numbers = self.numbers[rows]
+        found.dataset = Slice(self.whole, found.numbers)
+        found.target, found.boxes = self.target[rows], self.boxes[rows]
+        found.groups = None if self.groups is None else self.groups[rows]
+        return found
+
+
+def _opened(data: Data, name: str, **options: Any) -> PackedDataset:
+    """By number in either format, so that all that is drawn and looked up is the same in both."""
+    if manifest.read(Path(data.path))["options"]["format"] == "litdata":
+        url = None if data.url is None else f"{data.url.rstrip('/')}/{name}"
+        return ChunkedDataset(data.path, name, url=url, seed=data.seed, **options)
+    if data.url is not None:
+        raise RecipeError(f"data.url: only for data prepared with `--format litdata`, and {data.path} is not")
+    return PackedDataset(data.path, name, seed=data.seed, **options)
+
+
+class Intake:
+    """The way of stored pixels into a network.
+
+    Args:
+        contract: of what it reads.
+        device: where it is.
+        flip, crop_scale: see `Augment`.
+        teacher: contract of the network that teaches it; None: there is none.
+        taught: whether the teacher's input is made as well, as `Batch.teacher_images`.
+        stored: (height, width) of the stored pictures; None: of several sizes.
+
+    Both networks read the same augmented picture: a random crop is made at the larger of the two sizes, and each
+    network resizes and normalises its own input from it. Where nothing is cropped, each resizes the stored picture.
+    Boxes are in pixels of this network's input. Where both contracts are the same, the picture is normalised once.
+    """
+
+    def __init__(
+        self,
+        contract: InputContract,
+        device: torch.device,
+        *,
+        flip: bool = False,
+        crop_scale: tuple[float, float] | None = None,
+        teacher: InputContract | None = None,
+        taught: bool = False,
+        stored: tuple[int, int] | None = None,
+    ) -> None:
+        self.contract, self.device = contract, device
+        self.own = self.teacher = None
+        same_crop = crop_scale is None or teacher is None or teacher.size == contract.size
+        resized = crop_scale is None and contract.size != stored
+        two = taught and teacher is not None and not teacher.same_as(contract, resized=resized)
+        if same_crop and not two:
+            normal: dict[str, Any] = {"mean": contract.mean, "std": contract.std}
+            self.augment = Augment(
+                contract.size, flip=flip, crop_scale=crop_scale, interpolation=contract.interpolation, **normal
+            )
+            return
+        assert teacher is not None
+        size = None if crop_scale is None else max(contract.size, teacher.size, key=lambda s: s[0] * s[1])
+        self.augment = Augment(size, flip=flip, crop_scale=crop_scale, mean=None, std=None, box_size=contract.size)
+        self.own = Preprocess(contract).to(device)
+        self.teacher = Preprocess(teacher).to(device) if taught else None
+
+    def __call__(self, batch: Batch, draws: Random | None = None) -> Batch:
+        """On the device, as the network reads it."""
+        batch = self.augment(batch.to(self.device, non_blocking=True), None if draws is None else draws.rand)
+        if self.own is None:
+            if self.contract.channels == 6:
+                return replace(batch, images=_channels_last(with_inverse(batch.images)))
+            return batch
+        pixels = batch.images
+        taught = None if self.teacher is None else _channels_last(self.teacher(pixels))
+        return replace(batch, images=_channels_last(self.own(pixels)), teacher_images=taught)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+class Pictures:
+    """Batches of a split, augmented on the device.
+
+    Args:
+        split, data: see there.
+        training: shuffled and augmented, or in order and only normalised.
+        batch: pictures of this process a step.
+        contract: what the network reads; None: the default of three channels, at the data's size.
+        teacher, taught: see `Intake`.
+        sampling: float [N], probabilities up to a factor that an epoch's N pictures are drawn with; None: each once.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        data: Data,
+        *,
+        training: bool,
+        batch: int,
+        ranks: Ranks,
+        device: torch.device,
+        seed: int = 0,
+        workers: int = 0,
+        contract: InputContract | None = None,
+        teacher: InputContract | None = None,
+        taught: bool = False,
+        sampling: Tensor | None = None,
+    ) -> None:
+        self.split, self.device = split, device
+        size = data.size or split.whole.size[0]
+        contract = contract or default_contract("", (size, size))
+        self.size = contract.size
+        crop = data.crop_scale if training else None
+        flip = training and data.flip
+        self.placed = Intake(
+            contract, device, flip=flip, crop_scale=crop, teacher=teacher, taught=taught, stored=split.whole.size
+        )
+        self.batches = loader(
+            split.dataset,
+            batch,
+            shuffle=training,
+            seed=seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=workers,
+            drop_last=training,
+            pin_memory=device.type == "cuda",
+            weights=sampling,
+        )
+        self.sampler: EpochSampler = self.batches.sampler
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def open_split(data: Data, key: str, *, training: bool = False) -> Split:
+    """A split of the recipe's data.
+
+    Raises:
+        RecipeError: there is none such; says which key.
+    """
+    try:
+        return Split(data, key, training=training)
+    except DataError as error:
+        raise RecipeError(f"data.{key}: {error}") from None

@@ -1,0 +1,106 @@
+"""One training step of every network that a recipe trains, before any of them is trained.
+
+Networks are built and probed in evaluation mode. What fails in training alone (batch norm on one value a channel, an
+attribution that cannot be differentiated twice, a pass that does not fit in memory) would otherwise show in the first
+step of its stage: for the student, after the teacher has been trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from debiaskd.recipe import RecipeError, Schedule
+from debiaskd.terms import Draws, Ranks
+from debiaskd.training.batches import Pictures
+from debiaskd.training.learner import Learner, Step
+
+
+class Rehearsal:
+    """Runs single steps, forward and backward, without moving any weights.
+
+    Args:
+        fabric: launched.
+        pictures: augmented as in training, read by this process alone.
+        name: the network's.
+        key: the recipe's section of the network, "student" or "teacher".
+        schedule_key: the recipe's section of its schedule, "schedule".
+        schedule: of its training.
+        several: whether batch norm counts the pictures of other processes as well.
+    """
+
+    def __init__(
+        self,
+        fabric: Any,
+        pictures: Pictures,
+        name: str,
+        key: str,
+        schedule_key: str,
+        schedule: Schedule,
+        *,
+        several: bool = False,
+    ) -> None:
+        self.fabric, self.pictures, self.schedule, self.several = fabric, pictures, schedule, several
+        self.name, self.key, self.schedule_key = name, key, schedule_key
+        self.count: int = pictures.batches.batch_size
+
+    def run(self, learner: Learner) -> None:
+        """One step of as many pictures as a pass has. `learner` is of no use afterwards.
+
+        Raises:
+            RecipeError: it fails; names the key that has to change.
+        """
+        error = self._error(learner, max(self.count, 2) if self.several else self.count)
+        if error is None:
+            return
+        raise RecipeError(self._account(learner, error)) from error
+
+    def _account(self, learner: Learner, error: Exception) -> str:
+        shown = f"({' '.join(str(error).split())[:300] or type(error).__name__})"
+        passes = f"{self.count} picture{'s' if self.count > 1 else ''} a pass"
+        if isinstance(error, torch.OutOfMemoryError):
+            key = f"{self.schedule_key}.batch"
+            return f"{key}: {passes} do not fit in memory; a larger {self.schedule_key}.accumulate needs less {shown}"
+        if self.count == 1 and self._error(learner, 2) is None:
+            accumulate = self.schedule.accumulate
+            key = f"{self.schedule_key}.{'accumulate' if accumulate > 1 else 'batch'}"
+            got = f"accumulate={accumulate} of batch={self.schedule.batch} gives" if accumulate > 1 else "gives"
+            return f"{key}: {got} {passes}, and {self.name} needs 2 in training mode {shown}"
+        if "guide" in learner.names and self._error(learner, self.count, plain=True) is None:
+            return f"terms.guide: cannot train {self.name} {shown}"
+        return f"{self.key}.name: {self.name} cannot be trained, in training mode it fails on {passes} {shown}"
+
+    def _error(self, learner: Learner, count: int, *, plain: bool = False) -> Exception | None:
+        split = self.pictures.split
+        batch = split.whole.__getitems__(split.numbers[torch.arange(count) % len(split)])
+        alone = Ranks()
+        alone.rank, alone.world_size = 0, 1  # ranks do not wait for each other: one may fail where another does not
+        draws, device = Draws(0, 0, alone, self.pictures.device), self.pictures.device
+        try:
+            with _seeded(device), self.fabric.autocast():
+                learner.place(device)
+                learner.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                learner.train()
+                placed = self.pictures.placed(batch, draws)
+                last = self.schedule.epochs - 1  # when all terms count
+                if plain:  # the model alone
+                    total = learner.watched(placed.images)[0].logits.float().sum()
+                else:
+                    total, _ = learner(Step(placed, last, draws, alone, batch.index))
+                total.backward()
+        except Exception as error:  # whatever a network of somebody else's raises
+            return error
+        finally:
+            learner.zero_grad(set_to_none=True)
+        return None
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Random layers draw from a seed of their own, and leave the global generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,131 @@
+"""One pass of a model that gives its last feature map, what its last layers read, and its logits.
+
+Any model will do: the two places are found on a small run, and looked at while the model runs as ever. Nothing is
+computed twice, and nothing that is not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.attribution.guide import Guide, Seen
+from debiaskd.models.cut import share
+from debiaskd.models.depths import find
+from debiaskd.models.last_layers import last_layers
+from debiaskd.models.layouts import Layout
+from debiaskd.terms import Outputs
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a model's last feature map comes from, and the layers that it ends in: names of modules.
+
+    feature: "" where it was not asked for; `width` of its channels.
+    readers: the layers whose inputs are the pooled features, one after another; `pooled_width` of all of them.
+    classifier: the last layer, if it is one.
+    """
+
+    feature: str
+    layout: Layout
+    readers: tuple[str, ...]
+    width: int
+    pooled_width: int
+
+    @property
+    def classifier(self) -> str:
+        if len(self.readers) != 1:
+            raise ValueError(f"model must end in one layer, it ends in {list(self.readers)}")
+        return self.readers[0]
+
+
+def places(
+    model: nn.Module,
+    images: Tensor,
+    layer: str | None = None,
+    head: str | None = None,
+    wanted: Iterable[str] = ("feature", "pooled"),
+) -> Places:
+    """Finds them.
+
+    Args:
+        model: from images to logits [N,K].
+        images: [N,3,H,W] that it runs on.
+        layer, head: names, where they are known.
+        wanted: any of "feature" and "pooled": nothing else is looked for.
+
+    Raises:
+        ValueError: not found, or no such module.
+    """
+    feature, layout, width = "", Layout(), 0
+    if "feature" in wanted:
+        depth = find(model, layer or "Final", images)
+        assert depth.module is not None
+        feature, layout = depth.module, depth.layout
+        width = layout.to_map(_output(model, feature, images[:1].detach()), images[:1]).shape[1]
+    if "pooled" not in wanted:
+        return Places(feature, layout, (), width, 0)
+    found = last_layers("model", share(model).eval(), images[:1].detach(), head)
+    return Places(feature, layout, tuple(found.distinct), width, sum(shape.numel() for shape in found.distinct_shapes))
+
+
+def _output(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    copied, caught = share(model).eval(), []
+    copied.get_submodule(name).register_forward_hook(lambda module, arguments, output: caught.append(output))
+    with torch.no_grad():
+        copied(images)
+    found: Tensor = caught[0]
+    return found
+
+
+class Watched(nn.Module):
+    """`model`, looked at while it runs. Under torch.compile the looking is compiled with it.
+
+    Args:
+        model: see `places`.
+        at: what `places` found; None where nothing is wanted.
+        wanted: any of "feature" and "pooled": what is kept beside the logits.
+    """
+
+    def __init__(self, model: nn.Module, at: Places | None, wanted: Iterable[str]) -> None:
+        super().__init__()
+        self.model, self.at = model, at
+        self.caught: dict[str, Tensor] = {}
+        self.read: list[Tensor] = []
+        self.looking = False  # nothing is held on to when others run the model
+        if at is None:
+            return
+        if "feature" in wanted:
+            model.get_submodule(at.feature).register_forward_hook(self._catch_feature)
+        if "pooled" in wanted:
+            for name in at.readers:
+                model.get_submodule(name).register_forward_pre_hook(self._catch_pooled)
+
+    def _catch_feature(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        if self.looking:
+            self.caught["feature"] = output
+
+    def _catch_pooled(self, module: nn.Module, arguments: Any) -> None:
+        if self.looking:
+            self.read.append(arguments[0])
+
+    def forward(self, images: Tensor, guide: Guide | None = None) -> tuple[Outputs, Seen | None]:
+        """What the model gives; with a guide, of the same model, what that watches in the same pass."""
+        self.looking = True
+        try:
+            seen = guide.watch(images) if guide is not None else None
+            logits = seen.logits if seen is not None else self.model(images)
+        finally:
+            self.looking = False
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"model must give logits [N,K], got {type(logits).__name__}")
+        feature = self.caught.pop("feature", None)
+        pooled = torch.cat([part.flatten(1) for part in self.read], 1) if self.read else None
+        self.read.clear()
+        if feature is not None and self.at is not None:
+            feature = self.at.layout.to_map(feature, images)
+        return Outputs(feature, pooled, logits), seen

@@ -1,0 +1,291 @@
+"""How the network of a finished run is put together, so that it can be built again: to be measured, or to teach.
+
+A student is more than its network's name says: it may have a transplanted head, and CID's intervention; and the network
+that it began from may have been such a student itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.models.input import InputContract, of_weights
+from debiaskd.models.registry import NetworkError, build, load_weights, prepare, weights_file
+from debiaskd.models.transplant import FrozenTeacher, transplant
+from debiaskd.models.weight_reading import read
+from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
+from debiaskd.terms import BackdoorOptions
+from debiaskd.terms.backdoor import Intervened, Intervention
+from debiaskd.training.feature_extraction import places
+from debiaskd.training.run import STAGE, RunError, open_run
+from debiaskd.training.teacher_outputs import Observed
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What a network of a run is made of.
+
+    Attributes:
+        recipe: of the run.
+        about: what the file of its weights says of itself.
+        role: "student" or "teacher", whose network it is.
+        whole: with what training put around the student's network.
+        intervened: with CID's second head; an epoch before the contexts were built may have been the best.
+    """
+
+    recipe: Recipe
+    about: Mapping[str, Any]
+    role: str
+    whole: bool
+    intervened: bool
+
+    @property
+    def network(self) -> Network:
+        network = self.recipe.teacher if self.role == "teacher" else self.recipe.student
+        assert network is not None
+        return network
+
+    @property
+    def contract(self) -> InputContract:
+        return of_weights(self.about, self.network.name)
+
+    @property
+    def transplanted(self) -> bool:
+        return self.whole and self.recipe.transplant is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is what its name says."""
+        return not (self.transplanted or self.intervened or self._base(self.role))
+
+    def build(self, contract: InputContract | None = None) -> nn.Module:
+        """With weights of no meaning.
+
+        Args:
+            contract: what it is to read; None: what it was trained with.
+        """
+        recipe, contract = self.recipe, contract or self.contract
+        model, example = self.bare(contract), contract.example()
+        if self.transplanted and recipe.teacher is not None:
+            reads = of_weights(self.about, recipe.teacher.name, "teacher_input")
+            source = self._bare("teacher", recipe.teacher, reads)
+            model = transplanted(recipe, frozen(source, recipe.teacher, reads.example()), model, example)
+        if self.intervened:
+            options = recipe.terms.backdoor
+            assert options is not None
+            width = places(model, example, recipe.student.layer, recipe.student.named_head, ("pooled",)).pooled_width
+            model = Intervened(model, Intervention(width, self.classes, options.mode, options.temperature))
+        return model
+
+    @property
+    def classes(self) -> int:
+        return len(self.about["classes"])
+
+    def described(self) -> str:
+        """In words."""
+        parts = [self.network.name]
+        if self.transplanted and self.recipe.teacher is not None:
+            parts.append(f"with the head of {self.recipe.teacher.name}")
+        if self.intervened:
+            parts.append("with CID's intervention")
+        return " ".join(parts)
+
+    def bare(self, contract: InputContract, classes: int | None = None) -> nn.Module:
+        """The network alone, with a last layer for as many classes as the run's, or for others."""
+        return self._bare(self.role, self.network, contract, classes)
+
+    def inner(self) -> Design | None:
+        """What the network alone is, where that is more than its name says."""
+        base = self._base(self.role)
+        return None if base is None else Design.from_dict(base)
+
+    def _bare(self, role: str, network: Network, contract: InputContract, classes: int | None = None) -> nn.Module:
+        base = self._base(role)
+        if base is not None:
+            return Design.from_dict(base).build(contract)
+        with torch.random.fork_rng(devices=[]):
+            model = build(network.name, classes or self.classes, size=contract.size)
+        return prepare(model, contract, x_dnn=network.bias_free)
+
+    def _base(self, role: str) -> Mapping[str, Any] | None:
+        return self.about.get("bases", {}).get(role)  # type: ignore[no-any-return]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON, which `from_dict` takes."""
+        recipe = self.recipe
+        parts: dict[str, Any] = {"student": recipe.student, "teacher": recipe.teacher}
+        parts |= {"transplant": recipe.transplant, "backdoor": recipe.terms.backdoor}
+        said = {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()}
+        found = {"recipe": said, "about": dict(self.about), "role": self.role, "whole": self.whole}
+        return json.loads(json.dumps({**found, "intervened": self.intervened}))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Design:
+        said = document["recipe"]
+        recipe = Recipe(
+            Data(""),
+            _made(Network, said["student"]),
+            Terms(backdoor=_made(BackdoorOptions, said["backdoor"])),
+            teacher=_made(Teacher, said["teacher"]),
+            transplant=_made(Transplant, said["transplant"]),
+        )
+        return cls(recipe, document["about"], document["role"], document["whole"], document["intervened"])
+
+
+def _made(cls: type, said: Mapping[str, Any] | None) -> Any:
+    """A dataclass of those of its keys that building a network reads."""
+    if said is None:
+        return None
+    names = {field.name for field in dataclasses.fields(cls)} - {"input", "schedule"}
+    return cls(**{name: value for name, value in said.items() if name in names})
+
+
+def of_file(path: Path | str) -> Design | None:
+    """The design of the network whose weights these are; None where no run's folder holds them.
+
+    Raises:
+        RunError: it is a run's, whose recipe cannot be read.
+    """
+    file = weights_file(path)
+    stage = next((folder for folder in (file.parent, file.parent.parent) if (folder / STAGE).is_file()), None)
+    if stage is None or file.suffix != ".safetensors" or not file.is_file():
+        return None
+    if not (stage.parent / "recipe.yaml").is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            about, names = json.loads(opened.metadata()["debiaskd"]), set(opened.keys())
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return of_stage(open_run(stage.parent), about, stage.name, names)
+
+
+def of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names: set[str]) -> Design:
+    """The design of a stage's network.
+
+    Args:
+        recipe: of the run.
+        about: what the file of its weights says of itself.
+        stage: its name.
+        names: of the tensors in that file.
+    """
+    role = "teacher" if stage.startswith("teacher") and recipe.teacher is not None else "student"
+    whole = stage == "student"
+    intervened = whole and recipe.terms.backdoor is not None and any(name.startswith("intervention.") for name in names)
+    return Design(recipe, about, role, whole, intervened)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The network of a run that a recipe's network begins from.
+
+    Attributes:
+        design: of the run's network.
+        new_head: only its body is used, and its projector where that fits: the recipe gives it another head.
+    """
+
+    design: Design
+    new_head: bool
+
+    def kept(self) -> dict[str, Any] | None:
+        """What has to be known of it to build a network that began from it: its design, as JSON."""
+        design = self.design.inner() if self.new_head else self.design
+        return None if design is None else design.to_dict()
+
+    def load_projector(self, model: nn.Module, path: str) -> None:
+        """Into a student that was transplanted anew, the run's projector, if it is of the same shape."""
+        state, own = self._state(path), model.state_dict()
+        there = {name: tensor for name, tensor in state.items() if name.startswith("projector.")}
+        here = {name: tensor for name, tensor in own.items() if name.startswith("projector.")}
+        if {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in here.items()}:
+            model.load_state_dict({**own, **there})
+
+    def _state(self, path: str) -> dict[str, Tensor]:
+        """The transplanted student's tensors, without the intervention around it."""
+        state: dict[str, Tensor] = read(weights_file(path))
+        return (
+            {name.removeprefix("student."): tensor for name, tensor in state.items()}
+            if self.design.intervened
+            else state
+        )
+
+    def begin(self, path: str, contract: InputContract, classes: int) -> tuple[nn.Module, str]:
+        """(the network, what was taken of the run in one line)."""
+        design, name = self.design, self.design.network.name
+        if not self.new_head:
+            if design.classes != classes:
+                raise NetworkError(
+                    f"{path}: its {name} knows {design.classes} classes and the data has {classes}; a head that it was "
+                    "given cannot begin anew"
+                )
+            model = design.build(contract)
+            load_weights(model, path)
+            return model, f"took the whole {design.role} of a run, {design.described()}"
+        model, body = design.bare(contract, classes), "body.model."
+        own, state = model.state_dict(), self._state(path)
+        found = {key.removeprefix(body): tensor for key, tensor in state.items() if key.startswith(body)}
+        model.load_state_dict({**own, **{key: tensor for key, tensor in found.items() if key in own}})
+        return model, f"took the body of a run's student, {name}; its head is the teacher's"
+
+
+def base_of(key: str, network: Network, recipe: Recipe) -> Base | None:
+    """The run's network that a recipe's network begins from, where that is more than its name says.
+
+    Args:
+        key: "student" or "teacher".
+        network: of the recipe.
+        recipe: which may give its student another head.
+
+    Raises:
+        NetworkError: the recipe names another network than the run has.
+    """
+    if network.weights is None:
+        return None
+    try:
+        design = of_file(network.weights)
+    except RunError as error:
+        raise NetworkError(f"{key}.weights: {error}") from None
+    if design is None or design.plain:
+        return None
+    there = design.network
+    for name in ("name", "bias_free"):
+        if getattr(network, name) != getattr(there, name):
+            asked, found = getattr(network, name), getattr(there, name)
+            raise NetworkError(f"{key}.{name}: must be {found}, as {network.weights} has it, got {asked}")
+    return Base(design, new_head=key == "student" and recipe.transplant is not None and design.transplanted)
+
+
+def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
+    """A teacher to be transplanted, whose layers need not be named."""
+    try:
+        return FrozenTeacher(model, layer=network.layer, head=network.named_head, example=example)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"teacher: {error}") from None
+
+
+def observed(model: nn.Module, network: Network, example: Tensor, wanted: Iterable[str]) -> Observed:
+    """A teacher without a cut, from which nothing is read but what is wanted, any of "feature" and "pooled"."""
+    try:
+        at = places(model, example, network.layer, network.named_head, wanted) if wanted else None
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"teacher: {error}") from None
+    return Observed(model, at, wanted)
+
+
+def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, example: Tensor) -> nn.Module:
+    """The student with the teacher's head; the projector's initial weights come from the global generator."""
+    assert recipe.transplant is not None
+    layer = recipe.student.layer
+    try:
+        names = None if layer is None else (None, layer)
+        return transplant(teacher, student, projector=recipe.transplant.projector, layer=names, example=example)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"transplant: {error}") from None

@@ -1,0 +1,102 @@
+"""Which epochs of a training are kept, by their figures on validation alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from debiaskd.models.registry import save_weights
+from debiaskd.training.pareto import ParetoFront
+from debiaskd.utils import files
+
+#: The figures that a rule looks at, each a fraction, larger is better.
+RULES: dict[str, tuple[str, ...]] = {
+    "worst_group": ("worst_group_accuracy",),
+    "accuracy": ("accuracy",),
+    "f1": ("f1",),
+    "pareto": ("f1", "epg", "iou"),
+    "last": (),
+}
+
+
+class Keeper:
+    """Keeps weights as `kept/epoch-0007.safetensors`.
+
+    Of equals, a rule of one figure keeps the later, as does `last`; a Pareto front of several keeps all that no other
+    beats, and puts the one with the highest sum in front.
+
+    Args:
+        folder: of the stage.
+        rule: see `RULES`.
+        names: of the figures; None: the rule's own.
+        about: is written into the files.
+    """
+
+    def __init__(self, folder: Path, rule: str, names: tuple[str, ...] | None, about: dict[str, Any]) -> None:
+        self.folder, self.rule, self.about = folder / "kept", rule, about
+        self.names = RULES[rule] if names is None else names
+        self.front = ParetoFront(self.names) if len(self.names) > 1 else None
+        self.chosen: int | None = None
+        self.figures: dict[str, dict[str, float]] = {}
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}.safetensors"
+
+    @property
+    def kept(self) -> list[int]:
+        if self.front is not None:
+            return [candidate.epoch for candidate in self.front]
+        return [] if self.chosen is None else [self.chosen]
+
+    def consider(
+        self, epoch: int, figures: Mapping[str, float], model: nn.Module, last: bool, *, write: bool = True
+    ) -> None:
+        """One more epoch; `last` says that there is no other.
+
+        Raises:
+            OSError: its weights cannot be written.
+        """
+        values = {name: figures[name] for name in self.names}
+        self.figures[str(epoch)] = dict(figures)
+        if self.front is not None:
+            # A figure without a single picture to be measured on is no better than any.
+            change = self.front.add({name: value if value == value else 0.0 for name, value in values.items()}, epoch)
+            entered = change.entered
+            self.chosen = max(self.front, key=lambda candidate: (sum(candidate.values), candidate.epoch)).epoch
+        else:
+            old = None if self.chosen is None else self.figures[str(self.chosen)]
+            entered = (not self.names and last) or (bool(self.names) and (old is None or self._beats(values, old)))
+            if entered:
+                self.chosen = epoch
+        if entered and write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            about = {**self.about, "epoch": epoch}
+            files.write(self.path(epoch), lambda unfinished: save_weights(model, unfinished, about))
+
+    def _beats(self, values: Mapping[str, float], old: Mapping[str, float]) -> bool:
+        (name,) = self.names
+        return not values[name] < old[name]
+
+    def tidy(self, *, write: bool = True) -> None:
+        """Removes what is kept no more: once a checkpoint knows that, and not before."""
+        if write and self.folder.is_dir():
+            wanted = {self.path(epoch) for epoch in self.kept}
+            for path in self.folder.iterdir():
+                if path not in wanted:
+                    path.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule,
+            "chosen": self.chosen,
+            "figures": self.figures,
+            "front": None if self.front is None else self.front.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.chosen, self.figures = state["chosen"], state["figures"]
+        if self.front is not None:
+            self.front.load_state_dict(state["front"])

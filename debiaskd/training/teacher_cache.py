@@ -1,0 +1,167 @@
+"""What a frozen teacher says of every training picture, computed once and kept on the disk.
+
+A distillation epoch then costs the student alone. Augmentation comes from a fixed number of views: view v of a picture
+is the same in every epoch that shows it, e mod the number of views, so that the teacher has seen what the student sees.
+
+    teacher-cache/view-00/00000/{feature,pooled,logits}.npy     512 pictures, whole once the folder has its name
+
+bfloat16, which numpy does not know, is stored as the int16 of the same bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from debiaskd.data import Batch
+from debiaskd.terms import Outputs
+from debiaskd.training.batches import Pictures
+from debiaskd.training.teacher_outputs import Teaching
+from debiaskd.utils import files
+
+#: Pictures a shard.
+SHARD = 512
+PARTS = ("feature", "pooled", "logits")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Views:
+    """Random numbers of a picture's number and its view alone; what `Draws` is to steps."""
+
+    def __init__(self, seed: int, numbers: Tensor, view: int, device: torch.device) -> None:
+        seeds = ((seed * 1_000_003 + view) * 1_000_003 + int(n) for n in numbers)
+        self.generators = [torch.Generator().manual_seed(s * 2_654_435_761 % 2**63) for s in seeds]
+        self.device = device
+
+    def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        rows = [torch.rand(shape[1:], generator=generator) for generator in self.generators]
+        joined = torch.stack(rows) if rows else torch.zeros(shape)
+        return joined.to(device or self.device, non_blocking=True)
+
+
+class Cached:
+    """Reads what `fill` wrote; stands for the teacher.
+
+    Args:
+        folder: of the cache.
+        place: int64 [M], of each picture's number in the prepared split its place in the cache; -1 for none.
+        views: how many there are.
+        width: of pooled features.
+    """
+
+    def __init__(self, folder: Path, place: Tensor, views: int, width: int) -> None:
+        self.folder, self.place, self.width = folder, place, width
+        self.views: int | None = views
+        self.count = views
+        self.device = torch.device("cpu")
+        self.mapped: dict[tuple[int, int, str], NDArray[Any]] = {}
+
+    def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
+        assert batch.index is not None
+        # Those on the device would have to be waited for.
+        places = self.place[batch.index.cpu() if numbers is None else numbers]
+        found = {part: self._rows(epoch % self.count, part, places) for part in PARTS}
+        logits = found["logits"]
+        assert logits is not None
+        return Outputs(found["feature"], found["pooled"], logits)
+
+    def to(self, device: torch.device) -> Cached:
+        self.device = device
+        return self
+
+    def _rows(self, view: int, part: str, places: Tensor) -> Tensor | None:
+        rows = []
+        for place in places.tolist():
+            shard = self._shard(view, place // SHARD, part)
+            if shard is None:
+                return None
+            rows.append(shard[place % SHARD])
+        joined = torch.from_numpy(np.stack(rows))
+        joined = joined.view(torch.bfloat16).float() if joined.dtype == torch.int16 else joined
+        if joined.dim() == 4:
+            joined = joined.permute(0, 3, 1, 2)  # stored as convolutions lay it out
+        return joined.to(self.device, non_blocking=True)
+
+    def _shard(self, view: int, number: int, part: str) -> NDArray[Any] | None:
+        key = (view, number, part)
+        if key not in self.mapped:
+            path = self.folder / f"view-{view:02d}" / f"{number:05d}" / f"{part}.npy"
+            if not path.exists():
+                return None
+            self.mapped[key] = np.load(path, mmap_mode="r").view(np.ndarray)
+        return self.mapped[key]
+
+
+def fill(
+    folder: Path,
+    teacher: Teaching,
+    pictures: Pictures,
+    *,
+    seed: int,
+    views: int,
+    dtype: str,
+    parts: tuple[str, ...],
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[float]:
+    """Writes every shard that is not there yet; gives the share of them that is.
+
+    Args:
+        folder: of the cache.
+        teacher: on the pictures' device.
+        pictures: augmented as in training; which of them come when is of no matter here.
+        seed, views: see `Views`.
+        dtype: "fp32" or "bf16".
+        parts: those of PARTS that are wanted.
+        share: (rank, world_size): this process makes every world_size-th shard.
+    """
+    numbers = pictures.split.numbers
+    shards = -(-len(numbers) // SHARD)
+    jobs = [(view, number) for view in range(views) for number in range(shards)]
+    for done, (view, number) in enumerate(jobs):
+        final = folder / f"view-{view:02d}" / f"{number:05d}"
+        if done % share[1] == share[0] and not final.exists():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            for unfinished in final.parent.glob(f"{files.TEMPORARY}{number:05d}-*"):
+                shutil.rmtree(unfinished)
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{files.TEMPORARY}{number:05d}-", dir=final.parent))
+            rows = numbers[number * SHARD : (number + 1) * SHARD]
+            _write(unfinished, teacher, pictures, rows, seed, view, dtype, parts)
+            unfinished.chmod(0o755)
+            unfinished.rename(final)
+            files.sync(final.parent)
+        yield (done + 1) / len(jobs)
+
+
+def _write(
+    folder: Path,
+    teacher: Teaching,
+    pictures: Pictures,
+    rows: Tensor,
+    seed: int,
+    view: int,
+    dtype: str,
+    parts: tuple[str, ...],
+) -> None:
+    found: dict[str, list[Tensor]] = {part: [] for part in parts}
+    for numbers in rows.split(pictures.batches.batch_size):
+        batch = pictures.split.whole.__getitems__(numbers)
+        placed = pictures.placed(batch, Views(seed, numbers, view, pictures.device))
+        outputs = teacher(placed, view)
+        for part in parts:
+            value: Tensor = getattr(outputs, part)
+            value = value.permute(0, 2, 3, 1) if value.dim() == 4 else value
+            found[part].append(value.to(_DTYPES[dtype]).cpu())
+    for part, values in found.items():
+        joined = torch.cat(values).contiguous()
+        stored = joined.view(torch.int16) if joined.dtype == torch.bfloat16 else joined
+        path = folder / f"{part}.npy"
+        np.save(path, stored.numpy())
+        files.sync(path)

@@ -1,0 +1,189 @@
+"""What a model is worth on a split: figures as fractions in [0,1], over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debiaskd.attribution.guide import Guide
+from debiaskd.boxes import Boxes
+from debiaskd.data import Batch
+from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, MultilabelF1, MultilabelMeanAveragePrecision
+from debiaskd.ops.ignore import judged
+from debiaskd.recipe import Network, Recipe
+from debiaskd.terms import GuideOptions, make_guide
+from debiaskd.training.batches import Pictures, Split
+
+#: Where boxes count as small, middling or large: shares of the picture that they cover.
+SIZES = (0.1, 0.3)
+
+
+def boxed(split: Split) -> bool:
+    """Whether attributions can be compared with boxes: those of the labels of pictures that are annotated."""
+    labelled = split.target.any(1) if split.whole.multi_label else torch.ones(len(split), dtype=torch.bool)
+    return bool((split.boxes.annotated & labelled).any()) and bool(len(split.boxes.coords))
+
+
+def selectable(split: Split) -> tuple[str, ...]:
+    """Names of the figures on a split that selection may look at: those that are defined, whatever the model says."""
+    if split.whole.multi_label:
+        found: tuple[str, ...] = ("f1",) if bool(split.target.any()) else ()
+    else:
+        found = ("accuracy",) if split.groups is None else ("accuracy", "worst_group_accuracy")
+    return (*found, "epg", "iou") if boxed(split) else found
+
+
+def looked_at(recipe: Recipe, stage: str) -> GuideOptions:
+    """Where and how the attributions of a stage's model are looked at: as the student is guided, and of others at
+    their last feature map."""
+    if stage in ("student", "pretraining") and recipe.terms.guide is not None:
+        return recipe.terms.guide
+    network: Network = recipe.teacher if stage.startswith("teacher") and recipe.teacher else recipe.student
+    named = None if stage == "student" and recipe.transplant is not None else network.layer
+    return GuideOptions(layer=named or "Final")
+
+
+class Evaluation:
+    """Of models on the pictures of a split.
+
+    Args:
+        pictures: in order, not augmented.
+        training_groups: int64 [M] of the training split; None: not known, the adjusted accuracy is left undefined.
+        guide: where and how attributions are looked at.
+        threshold: of the IoU; None: the best of a grid, as is right on validation.
+        maps: compare attributions with boxes, where there are any: EPG and IoU.
+        autocast: makes the context in which the model runs, of the precision that it was trained in.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        training_groups: Tensor | None,
+        guide: GuideOptions,
+        threshold: float | None = None,
+        *,
+        maps: bool = True,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.autocast = autocast
+        self.pictures, self.training_groups = pictures, training_groups
+        self.guide, self.threshold = guide, threshold
+        split = pictures.split
+        self.boxed = maps and boxed(split)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The model's figures, NaN where one is undefined; it is in evaluation mode, and on the pictures' device."""
+        meters = _Meters(self)
+        guide = make_guide(self.guide, model) if self.boxed else None
+        self.pictures.sampler.start_at(0, 0)
+        for batch in self.pictures.batches:
+            placed = self.pictures.placed(batch)
+            with torch.no_grad(), self.autocast():
+                meters.classes(model(placed.images), placed)
+            if guide is not None:
+                with (
+                    self.autocast(),
+                    torch.compiler.set_stance("force_eager"),
+                ):  # compiled, inner layers' outputs are not to be had
+                    found = attributions(guide, placed)
+                for one in found:
+                    meters.maps(*one)
+        return meters.compute()
+
+
+def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes | None]]:
+    """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes and the areas
+    of that class to be ignored."""
+    if batch.target.dim() == 1:
+        return [(guide.attribute(batch.images, batch.target), *judged(batch.boxes, batch.target, batch.ignore))]
+    most = int(batch.target.sum(1).max()) if len(batch) else 0
+    if not most:
+        return []
+    found = batch.target.float().topk(most, 1)
+    target = torch.where(found.values > 0, found.indices, -1)
+    maps = guide.attribute(batch.images, target.clamp(min=0))
+    return [(maps[:, t], *judged(batch.boxes, target[:, t], batch.ignore)) for t in range(most)]
+
+
+class _Meters:
+    def __init__(self, evaluation: Evaluation) -> None:
+        pictures = evaluation.pictures
+        split, device = pictures.split, pictures.device
+        self.found: dict[str, Any] = {}
+        self.multi_label = split.whole.multi_label
+        self.right = torch.zeros(2, dtype=torch.float64, device=device)
+        if self.multi_label:
+            self.found["f1"] = MultilabelF1(split.num_classes).to(device)
+            self.found["map"] = MultilabelMeanAveragePrecision(split.num_classes).to(device)
+        if split.groups is not None and not self.multi_label:
+            groups = len(split.whole.groups)
+            self.found["groups"] = GroupAccuracy(evaluation.training_groups, groups).to(device)
+        if evaluation.boxed:
+            self.found["epg"] = EnergyPointingGame(bins=SIZES, size=pictures.size).to(device)
+            self.found["iou"] = BoxIoU(evaluation.threshold, size=pictures.size).to(device)
+
+    def classes(self, logits: Tensor, batch: Batch) -> None:
+        if self.multi_label:
+            self.found["f1"].update(logits.float(), batch.target.long())
+            self.found["map"].update(logits.float(), batch.target.long())
+            return
+        correct = logits.argmax(1) == batch.target
+        self.right += torch.stack([correct.double().sum(), correct.new_tensor(len(correct), dtype=torch.float64)])
+        if "groups" in self.found:
+            self.found["groups"].update(correct, batch.groups)
+
+    def maps(self, maps: Tensor, boxes: Boxes, ignore: Boxes | None) -> None:
+        self.found["epg"].update(maps, boxes, ignore)
+        self.found["iou"].update(maps, boxes, ignore)
+
+    def compute(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if self.multi_label:
+            figures["f1"] = float(self.found["f1"].compute())
+            figures["map"] = float(self.found["map"].compute())
+            figures["map_classes"] = self.found["map"].classes()
+        else:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(self.right)
+            figures["accuracy"] = float(self.right[0] / self.right[1])
+        if "groups" in self.found:
+            computed = self.found["groups"].compute()
+            for name, key in (("worst_group", "worst_group_accuracy"), ("unbiased", "unbiased_accuracy")):
+                figures[key] = float(computed[name]) / 100
+            figures["adjusted_accuracy"] = float(computed["adjusted"]) / 100
+            figures["smallest_group_pictures"] = int(computed["smallest"])
+            figures |= {f"group_{g}_accuracy": float(v) / 100 for g, v in enumerate(computed["groups"])}
+        if "epg" in self.found:
+            computed = self.found["epg"].compute()
+            figures |= {name: float(computed[name]) for name in ("epg", "epg_defined", "defined")}
+            sizes = zip(("small", "middle", "large"), computed["epg_bins"])
+            figures |= {f"epg_{name}": float(value) for name, value in sizes}
+            computed = self.found["iou"].compute()
+            figures |= {"iou": float(computed["iou"]), "iou_threshold": float(computed["threshold"])}
+        return figures
+
+
+#: (what is measured, its heading): in the order in which people read them.
+HEADINGS: Sequence[tuple[str, str]] = (
+    ("f1", "F1"),
+    ("map", "mAP"),
+    ("accuracy", "accuracy"),
+    ("worst_group_accuracy", "worst group"),
+    ("unbiased_accuracy", "unbiased"),
+    ("adjusted_accuracy", "adjusted"),
+    ("epg", "EPG"),
+    ("epg_defined", "EPG where defined"),
+    ("epg_small", "EPG, small boxes"),
+    ("epg_middle", "EPG, middling boxes"),
+    ("epg_large", "EPG, large boxes"),
+    ("iou", "IoU"),
+)
+#: (what is counted, its heading): numbers of classes and of pictures that other figures are of.
+COUNTS: Sequence[tuple[str, str]] = (
+    ("map_classes", "classes in the mAP"),
+    ("smallest_group_pictures", "smallest group, pictures"),
+)

@@ -1,0 +1,1 @@
+"""Argument checks and atomic files: what every other package may use."""
