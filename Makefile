@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 OLD_VENV := .venv-torch210
-SANITIZED := $(patsubst %,tests/test_%.py,feature_match localization localization_cpu box_overlap channel_dot class_relation \
-	backdoor autograd common cuda_on_cpu)
+SANITIZED := $(patsubst %,tests/ops/test_%.py,feature_match localization localization_cpu box_overlap channel_dot \
+	class_relation backdoor autograd) tests/native/test_common.py tests/native/test_cuda_on_cpu.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)
@@ -44,7 +44,7 @@ sanitize: $(VENV)/.dev
 
 # The libraries as built against the newest torch, run under the oldest one supported.
 abi: $(VENV)/.dev $(OLD_VENV)/.done
-	DEBIASKD_OLD_PYTHON=$(abspath $(OLD_VENV))/bin/python $(PYTEST) tests/test_build.py
+	DEBIASKD_OLD_PYTHON=$(abspath $(OLD_VENV))/bin/python $(PYTEST) tests/native/test_build.py
 
 old-torch: $(OLD_VENV)/.done
 

@@ -42,7 +42,7 @@ step tests "$python" -m pytest -q --maxfail=50 tests
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q tests/test_gpu.py -k "no_op_waits and cuda-cuda"
+      "$python" -m pytest -q tests/ops/test_gpu.py -k "no_op_waits and cuda-cuda"
   done
 else
   echo "== compute-sanitizer is not installed: skipped"

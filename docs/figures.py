@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import comparisons  # noqa: E402
 
@@ -28,7 +28,7 @@ from bench.__main__ import OPS  # noqa: E402
 from debiaskd.reports import quickstart_table as report  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"<!-- figures:(\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
 SHOWN = ("worst_group_accuracy", "average_accuracy", "energy_in_box", "parameters")
 

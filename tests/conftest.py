@@ -26,7 +26,8 @@ if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))
 
 # The same examples in every run, so that a red gate is a fact about the change and not about the day. "few" is for slow
-# sanitized libraries; "thorough" searches on: HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_localization.py
+# sanitized libraries; "thorough" searches on:
+# HYPOTHESIS_PROFILE=thorough python -m pytest tests/ops/test_localization.py
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.register_profile("few", settings.get_profile("default"), max_examples=10)
 settings.register_profile(

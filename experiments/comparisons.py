@@ -1,0 +1,177 @@
+"""Tables and verdicts of docs/results.md, from the JSON files that experiments/evidence.py wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from debiaskd.reports.quickstart_table import Figure
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+WORST, AVERAGE, ENERGY = "worst_group_accuracy", "accuracy", "epg"
+HEADINGS = {
+    WORST: "worst group %",
+    AVERAGE: "average accuracy %",
+    ENERGY: "energy in box %",
+    "mnist_accuracy": "digits, probed: accuracy %",
+    "voc_map": "VOC, probed: mAP %",
+}
+Row = dict[str, Any]
+#: A method and its teacher.
+Who = tuple[str, str | None]
+
+#: What the papers claim, as: figure, who is to be above whom, in words. By the teacher that group DRO debiased.
+DRO = "group_dro"
+CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
+    (WORST, ("teacher", DRO), ("kd", DRO), "KD from a debiased teacher still yields a biased student"),
+    (WORST, ("dett", DRO), ("kd", DRO), "transplanting and reweighting cure that"),
+    (WORST, ("dett", DRO), ("teacher", DRO), "the student is then no worse than its teacher"),
+    (WORST, ("dett", DRO), ("simkd", DRO), "transplanting alone does less than with reweighting"),
+    (WORST, ("kd, λ = 5", DRO), ("kd", DRO), "reweighting helps KD, too"),
+    (WORST, ("dett, λ = 5", DRO), ("kd, λ = 5", DRO), "with transplanting it does more, λ being the same"),
+    (WORST, ("cid", DRO), ("kd", DRO), "CID's student is less biased than KD's"),
+    (
+        WORST,
+        ("dett", DRO),
+        ("dett", "dfr"),
+        "DeTT gets more from a teacher whose features are debiased than from one debiased in its head alone",
+    ),
+    (WORST, ("kd", DRO), ("kd", "dfr"), "so does KD"),
+    (ENERGY, ("guided", None), ("erm", None), "a tenth of the boxes moves attributions onto the object"),
+    (AVERAGE, ("guided", None), ("erm", None), "without costing accuracy"),
+    (WORST, ("dett+guided+cid", DRO), ("dett", DRO), "all three together do better than DeTT alone"),
+    (WORST, ("dett+guided+cid, reweighted", DRO), ("dett", DRO), "so they do where CID's terms are reweighted, too"),
+)
+CIFAR_CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
+    (AVERAGE, ("kd", None), ("plain", None), "KD helps"),
+    (AVERAGE, ("cid", None), ("kd", None), "CID does better than KD"),
+    ("mnist_accuracy", ("cid", None), ("kd", None), "CID's features transfer better than KD's, to digits"),
+    ("voc_map", ("cid", None), ("kd", None), "and to VOC's pictures"),
+)
+#: Tables of docs/results.md: rows of each, by method and teacher, with the words for them.
+TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
+    "teachers": tuple(
+        ((method, teacher), f"{method}, teacher {teacher}" if method != "teacher" else f"the teacher itself, {teacher}")
+        for teacher in ("erm", "dfr", DRO)
+        for method in ("teacher", "kd", "dett")
+    ),
+    "methods": (
+        (("teacher", DRO), "teacher (group_dro)"),
+        (("erm", None), "erm, without a teacher"),
+        (("kd", DRO), "kd"),
+        (("simkd", DRO), "simkd"),
+        (("dett", DRO), "dett"),
+        (("cid", DRO), "cid"),
+        (("guided", None), "guided, without a teacher, 10 % of the boxes"),
+        (("dett+guided+cid", DRO), "dett+guided+cid, 10 % of the boxes"),
+    ),
+    "students": (
+        (("teacher", DRO), "the teacher itself"),
+        (("kd", DRO), "kd"),
+        (("kd, smaller student", DRO), "kd, smaller student"),
+        (("dett", DRO), "dett"),
+        (("dett, smaller student", DRO), "dett, smaller student"),
+    ),
+    "lambda": (
+        (("simkd", DRO), "transplanted, 1 (simkd)"),
+        *(((f"dett, λ = {up}", DRO), f"transplanted, {up}") for up in (5, 20)),
+        (("dett", DRO), "transplanted, 50 (dett)"),
+        (("dett, λ = 200", DRO), "transplanted, 200"),
+        (("kd", DRO), "kd, 1"),
+        *(((f"kd, λ = {up}", DRO), f"kd, {up}") for up in (5, 20, 50)),
+    ),
+    "parts": (
+        (("kd", DRO), "kd"),
+        (("kd + sample", DRO), "kd + sample"),
+        (("kd + sample + relation", DRO), "kd + sample + relation"),
+        (("cid", DRO), "kd + sample + relation + backdoor (cid)"),
+    ),
+    "reweighted": (
+        (("kd", DRO), "kd"),
+        (("simkd", DRO), "transplanting (simkd)"),
+        (("dett", DRO), "transplanting, reweighted (dett)"),
+        (("cid", DRO), "cid"),
+        (("cid, its backdoor term reweighted", DRO), "cid, its backdoor term reweighted"),
+        (("cid, reweighted", DRO), "cid, all but its class loss reweighted"),
+        (("dett+guided+cid", DRO), "dett+guided+cid"),
+        (("dett+guided+cid, reweighted", DRO), "dett+guided+cid, all but guidance and class loss reweighted"),
+    ),
+    "boxes": (
+        (("erm", None), "none (erm)"),
+        (("guided, 1% of the boxes", None), "1 %"),
+        (("guided", None), "10 %"),
+        (("guided, 100% of the boxes", None), "all"),
+    ),
+}
+
+
+def blocks() -> dict[str, Any]:
+    return {
+        **{f"comparison-{name}": lambda name=name: shortcut_table(name) for name in TABLES},
+        "comparison-claims": lambda: verdicts(_rows("shortcut"), CLAIMS),
+        "comparison-cifar": cifar,
+        "comparison-cifar-claims": lambda: verdicts(_rows("cifar"), CIFAR_CLAIMS),
+    }
+
+
+def _document(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _rows(name: str) -> list[Row]:
+    return list(_document(name)["rows"])
+
+
+def _of(rows: Iterable[Row], who: Who, key: str) -> dict[int, float]:
+    """Percent by seed."""
+    return {row["seed"]: 100 * row[key] for row in rows if (row["method"], row.get("teacher")) == who}
+
+
+def shortcut_table(name: str) -> str:
+    document = _document("shortcut")
+    first = {"lambda": "λ", "parts": "terms", "boxes": "boxes"}.get(name, "method")
+    return _table(document, TABLES[name], (WORST, AVERAGE, ENERGY), first)
+
+
+def cifar() -> str:
+    document = _document("cifar")
+    named = tuple(((name, None), name) for name in document["settings"]["methods"])
+    return _table(document, named, (AVERAGE, "mnist_accuracy", "voc_map"), "method")
+
+
+def _table(document: dict[str, Any], named: Sequence[tuple[Who, str]], keys: Sequence[str], first: str) -> str:
+    lines = [f"| {first} | " + " | ".join(HEADINGS[key] for key in keys) + " |", "| --- |" + " ---: |" * len(keys)]
+    for who, words in named:
+        figures = [Figure.of(list(_of(document["rows"], who, key).values())).text(1) for key in keys]
+        lines.append(f"| {words} | " + " | ".join(figures) + " |")
+    where, seeds = document["environment"], len(document["seeds"])
+    lines += ["", f"Test pictures, means ± standard deviation over {seeds} seeds. CPU, torch {where['torch']}."]
+    for teacher, later in document.get("renewed", {}).items():
+        if any(who[1] == teacher for who, _ in named):
+            lines[-1] += f" Rows of {teacher} were trained later, with torch {later['torch']}."
+    return "\n".join(lines)
+
+
+def verdicts(rows: list[Row], claims: Sequence[tuple[str, Who, Who, str]]) -> str:
+    """One line a claim: by how many points, of each seed, and whether that bears it out."""
+    lines = ["| claim | figure | by seed, points | so |", "| --- | --- | --- | --- |"]
+    for key, better, other, words in claims:
+        one, two = _of(rows, better, key), _of(rows, other, key)
+        gaps = [one[seed] - two[seed] for seed in sorted(one)]
+        if all(gap > 0 for gap in gaps):
+            said = "yes, in every seed"
+        elif sum(gaps) > 0:
+            said = "on average, not in every seed"
+        else:
+            said = "no"
+        figure = f"{HEADINGS[key]}: {_name(better)} − {_name(other)}"
+        lines.append(f"| {words} | {figure} | {', '.join(f'{gap:+.1f}' for gap in gaps)} | {said} |")
+    return "\n".join(lines)
+
+
+def _name(who: Who) -> str:
+    method, teacher = who
+    return method if teacher is None else f"{method} ({teacher})"

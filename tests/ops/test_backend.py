@@ -1,0 +1,242 @@
+"""Which backend runs, who may choose it, and what happens where it is missing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import debiaskd as dk
+from debiaskd.ops import backend
+
+ROOT = Path(__file__).parents[2]
+OPS = tuple(backend.IMPLEMENTATIONS)
+cpu = torch.zeros(1)
+needs_native = pytest.mark.skipif("cpp" in backend.unavailable, reason="the native CPU library is not built")
+
+#: What a fresh process does with every op: prints the warnings, the choice, and whether the numbers are right.
+PROBE = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import debiaskd as dk
+import torch
+from debiaskd.ops import backend
+student = torch.randn(4, 5, requires_grad=True)
+dk.feature_match_loss(student, torch.zeros(4, 5)).backward()
+right = torch.allclose(student.grad, student.detach() / 10)
+maps = torch.rand(1, 4, 4, requires_grad=True)
+loss = dk.energy_loss(maps, dk.Boxes.from_lists([[[0, 0, 2, 4]]]))
+loss.backward()
+right &= torch.allclose(loss, maps[:, :, 2:].sum() / maps.sum()) and maps.grad.isfinite().all().item()
+try:
+    with dk.backend("cpp"):
+        dk.feature_match_loss(student, torch.zeros(4, 5))
+    error = None
+except dk.BackendError as raised:
+    error = str(raised)
+print(json.dumps({
+    "warnings": [str(w.message) for w in caught if "debiaskd" in str(w.message)],
+    "chosen": {op: backend.choose(op, maps) for op in ("feature_match", "localization")},
+    "right": bool(right),
+    "error": error,
+}))
+"""
+
+
+def probe(**environment):
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_the_cpu_chooses_cpp_by_itself(op):
+    assert backend.choose(op, cpu) == "cpp"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_device_that_no_implementation_knows_runs_on_eager(op):
+    assert backend.choose(op, torch.zeros(1, device="meta")) == "eager"
+
+
+def test_context_chooses_nests_and_restores():
+    before = backend.requested()
+    with dk.backend("eager"):
+        assert backend.choose("feature_match", cpu) == "eager"
+        with dk.backend(None):
+            assert backend.requested() is None
+            with dk.backend("cpp"):
+                assert backend.requested() == "cpp"
+            assert backend.requested() is None
+        assert backend.requested() == "eager"
+    assert backend.requested() is before is None
+
+
+def test_context_restores_when_its_body_raises():
+    with pytest.raises(KeyError), dk.backend("eager"):
+        raise KeyError
+    assert backend.requested() is None
+
+
+def test_context_can_be_entered_again_within_itself():
+    eager = dk.backend("eager")
+    with eager, dk.backend("cpp"), eager:
+        assert backend.requested() == "eager"
+    assert backend.requested() is None
+
+
+def test_choice_is_of_this_thread_alone():
+    seen = []
+    with dk.backend("eager"):
+        worker = threading.Thread(target=lambda: seen.append(backend.requested()))
+        worker.start()
+        worker.join()
+        assert backend.requested() == "eager"
+    assert seen == [None]
+
+
+@needs_native
+def test_environment_variable_chooses_and_context_overrules_it(monkeypatch):
+    monkeypatch.setenv("DEBIASKD_BACKEND", "eager")
+    assert backend.choose("localization", cpu) == "eager"
+    with dk.backend("cpp"):
+        assert backend.choose("localization", cpu) == "cpp"
+    with dk.backend(None):
+        assert backend.choose("localization", cpu) == "eager"
+    monkeypatch.setenv("DEBIASKD_BACKEND", "")
+    assert backend.choose("localization", cpu) == "cpp"
+
+
+@needs_native
+@pytest.mark.parametrize("name", ("eager", "cpp"))
+def test_choice_decides_which_code_runs(name, monkeypatch):
+    called = []
+    from debiaskd.ops import feature_match
+
+    plain = feature_match.eager
+    monkeypatch.setattr(feature_match, "eager", lambda *arguments: called.append(True) or plain(*arguments))
+    with dk.backend(name):
+        dk.feature_match_loss(torch.zeros(1, 2), torch.ones(1, 2))
+    assert bool(called) == (name == "eager")
+
+
+@pytest.mark.parametrize("name", ("cudnn", "", 3, "CPP"))
+def test_unknown_names_are_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"backend must be one of 'eager', 'cpp', 'cuda', 'triton', got {name!r}"):
+        dk.backend(name)
+
+
+def test_unknown_name_in_the_environment_is_refused_with_the_variable(monkeypatch):
+    monkeypatch.setenv("DEBIASKD_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"DEBIASKD_BACKEND must be one of 'eager', .*, got 'fast'"):
+        dk.feature_match_loss(torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ("cuda", "triton"))
+@pytest.mark.parametrize("op", OPS)
+def test_backend_that_cannot_run_raises_and_says_why(op, name):
+    if name not in backend.IMPLEMENTATIONS[op]:
+        pytest.skip(f"{op} has no kernels for {name}: it is a composition there")
+    with dk.backend(name), pytest.raises(dk.BackendError) as caught:
+        backend.choose(op, torch.zeros(1, device="meta"))
+    message = str(caught.value)
+    assert message.startswith(f"backend {name!r} was asked for but cannot run {op} on meta: ")
+    assert message.endswith((f"{op} has no {name} implementation", "tensors"))
+
+
+def test_cpp_refuses_tensors_of_another_device():
+    with dk.backend("cpp"), pytest.raises(dk.BackendError, match=r"cannot run localization on meta: it runs on cpu"):
+        dk.energy_loss(torch.zeros(1, 2, 2, device="meta"), dk.Boxes.from_lists([[]]).to("meta"))
+
+
+# ---- where libraries are missing ----
+
+
+def assert_everything_runs_on_eager(seen, reason):
+    assert len(seen["warnings"]) == 1
+    assert "every op runs on eager" in seen["warnings"][0]
+    assert reason in seen["warnings"][0]
+    assert set(seen["chosen"].values()) == {"eager"}
+    assert seen["right"]
+    assert seen["error"].startswith("backend 'cpp' was asked for but cannot run feature_match on cpu: ")
+    assert reason in seen["error"]
+
+
+def test_without_libraries_everything_runs_on_eager_after_one_warning(tmp_path):
+    seen = probe(DEBIASKD_LIBRARY_DIR=str(tmp_path))
+    assert_everything_runs_on_eager(seen, "libdebiaskd_schema.so was not built; reinstall with a compiler")
+
+
+def test_the_reason_that_the_build_recorded_is_the_one_given(tmp_path):
+    record = {"schema": {"skipped": "no C++ compiler was found at install"}}
+    (tmp_path / "build_record.json").write_text(json.dumps(record))
+    seen = probe(DEBIASKD_LIBRARY_DIR=str(tmp_path))
+    assert_everything_runs_on_eager(seen, "no C++ compiler was found at install")
+
+
+@needs_native
+@pytest.mark.parametrize("broken", ("schema", "cpu"))
+def test_a_broken_library_is_left_alone(tmp_path, broken):
+    for name in ("schema", "cpu"):
+        shutil.copy(backend.library_directory() / f"libdebiaskd_{name}.so", tmp_path)
+    (tmp_path / f"libdebiaskd_{broken}.so").write_bytes(b"not a library")
+    (tmp_path / "build_record.json").write_text("{ not json")
+    seen = probe(DEBIASKD_LIBRARY_DIR=str(tmp_path))
+    assert_everything_runs_on_eager(seen, f"libdebiaskd_{broken}.so did not load")
+
+
+@needs_native
+def test_a_missing_cpu_library_beside_a_good_schema_is_no_obstacle(tmp_path):
+    shutil.copy(backend.library_directory() / "libdebiaskd_schema.so", tmp_path)
+    assert_everything_runs_on_eager(probe(DEBIASKD_LIBRARY_DIR=str(tmp_path)), "libdebiaskd_cpu.so was not built")
+
+
+@needs_native
+def test_with_libraries_a_fresh_process_runs_on_cpp_without_a_word():
+    seen = probe()
+    assert seen["warnings"] == []
+    assert set(seen["chosen"].values()) == {"cpp"}
+    assert seen["right"]
+    assert seen["error"] is None
+
+
+def test_importing_needs_torch_and_numpy_alone():
+    extras = ("timm", "lightning", "lightning_fabric", "jsonargparse", "torchmetrics", "sklearn", "scipy", "PIL")
+    extras += ("matplotlib", "jinja2", "rich", "triton", "torchvision", "pandas", "hypothesis", "pytest")
+    script = f"""
+import sys
+import torch  # brings what it needs by itself
+blocked = {extras!r}
+for name in blocked:
+    sys.modules.setdefault(name, None)  # importing it raises ImportError
+before = set(sys.modules)
+import debiaskd
+debiaskd.feature_match_loss(torch.zeros(1, 2), torch.zeros(1, 2))
+third = {{m.split(".")[0] for m in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+assert third <= {{"debiaskd", "torch", "numpy"}}, third
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif("triton" in backend.unavailable, reason="the Triton kernels cannot run here")
+def test_an_older_triton_leaves_out_what_it_cannot_compile(monkeypatch):
+    device = "cpu" if backend.INTERPRETED else "cuda"
+    reason = "its kernels for backdoor need Triton 3.7 or newer, got 3.6"
+    assert backend._too_new((3, 6)) == {"backdoor": reason}
+    assert backend._too_new((3, 10)) == {}
+    monkeypatch.setattr(backend, "too_new", {"backdoor": reason})
+    assert backend.why_not("backdoor", "triton", device) == reason
+    assert backend.why_not("feature_match", "triton", device) is None
