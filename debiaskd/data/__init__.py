@@ -8,6 +8,7 @@ and boxes on the device. `digits` draws its own pictures.
 from debiaskd.data.augment import Augment
 from debiaskd.data.batch import Batch, collate
 from debiaskd.data.loading import EpochSampler, loader, open_dataset, set_epoch
+from debiaskd.data.packed import manifest
 from debiaskd.data.packed.chunked import ChunkedDataset
 from debiaskd.data.packed.mapped import PackedDataset
 from debiaskd.data.packed.prepare import Prepared, prepare
@@ -25,6 +26,7 @@ __all__ = [
     "StreamedDataset",
     "collate",
     "loader",
+    "manifest",
     "open_dataset",
     "prepare",
     "set_epoch",

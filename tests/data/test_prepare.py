@@ -232,7 +232,7 @@ def test_damaged_shard_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["while its processes start", "while they write"])
 def test_ctrl_c_stops_all_processes_and_leaves_nothing_unfinished(tmp_path: Path, moment: str) -> None:
     src, out = trees.coco(tmp_path / "src", 300), tmp_path / "out"
-    code = "import sys; from debiaskd import cli; from debiaskd.data import preparing\n"
+    code = "import sys; from debiaskd import cli; from debiaskd.data.packed import prepare as preparing\n"
     code += "preparing.prepare.__kwdefaults__['shard_size'] = 2\n"
     code += "if __name__ == '__main__': sys.exit(cli.main(sys.argv[1:]))"
     script = tmp_path / "command.py"
