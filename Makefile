@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)
 
-.PHONY: quickstart test bench lint format sanitize abi old-torch clean
+.PHONY: quickstart test docs bench lint format sanitize abi old-torch clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/debiaskd quickstart --out quickstart-out
@@ -18,6 +18,10 @@ quickstart: $(VENV)/.train
 # CUDA sources on the CPU are tested under sanitizers, by `make sanitize`.
 test: $(VENV)/.dev
 	$(PYTEST) -m "not cuda_on_cpu"
+
+# The documentation site in build/site: a broken link, a missing page or a docstring that cannot be read is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.dev
 	$(BIN)/debiaskd bench

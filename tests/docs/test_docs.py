@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -50,3 +51,45 @@ def test_python_in_the_pages_is_python(page: Path) -> None:
         signature = re.fullmatch(r"(dk\.\w+\(.*\).*\n)+", block)  # a page's heading shows the call, not a program
         if not signature:
             compile(block, f"{page.name}:{number}", "exec")
+
+
+@pytest.mark.parametrize(
+    "package", ["debiaskd", *(f"debiaskd.{p}" for p in ("attribution", "bias", "data", "metrics"))]
+)
+def test_every_public_name_is_in_the_api_reference(package: str) -> None:
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = {name.rpartition(".") for name in re.findall(r"^::: (debiaskd\S+)$", pages, re.MULTILINE)}
+    names = {name for name in importlib.import_module(package).__all__ if not name.startswith("__")}
+    missing = names - {name for where, _, name in shown if where == package or where.startswith(f"{package}.")}
+    assert not missing, f"{package}: add ::: lines for {sorted(missing)} to a page in docs/api"
+
+
+def test_the_sites_links_lead_to_pages_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links that leave docs/ become pages that show the source; those within stay; code is left alone."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'debiaskd[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    links = importlib.import_module("links")
+    text = (
+        "[a](../../recipes) [b](../../README.md#cite) [c](../data.md#pixels) [d](https://x.org)\n"
+        "```\n[a](../../recipes)\n```"
+    )
+    assert links.rewritten(text, "docs/ops/kd.md", "ops/kd.md") == (
+        "[a](../source/recipes.md) [b](../index.md#cite) [c](../data.md#pixels) [d](https://x.org)\n"
+        "```\n[a](../../recipes)\n```"
+    )
+    assert links.rewritten("[e](docs/ops/kd.md) [f](gone)", "README.md", "index.md") == "[e](ops/kd.md) [f](gone)"
+    assert links.outside(text, "docs/ops/kd.md") == {"recipes", "README.md"}
+    (tmp_path / "page.py").write_text('"""```\n```"""\n')
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    assert links.source_page(tmp_path / "page.py") == '# page.py\n\n`page.py`\n\n````python\n"""```\n```"""\n````'
+
+
+def test_docstrings_are_read_as_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("griffe", reason="griffe is not installed: pip install 'debiaskd[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    docstrings = importlib.import_module("docstrings")
+    text = "Args:\n    a, b: [N] of\n        two.\n    c: one, or: none.\n\nRaises:\n    TypeError, ValueError: x\n"
+    assert docstrings.ARGUMENTS.sub(docstrings.one_name_an_entry, text) == (
+        "Args:\n    a: [N] of\n        two.\n    b: [N] of\n        two.\n    c: one, or: none.\n\n"
+        "Raises:\n    TypeError, ValueError: x\n"
+    )
