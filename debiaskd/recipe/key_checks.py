@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from debiaskd.recipe.checking import RecipeError
@@ -12,7 +12,13 @@ from debiaskd.recipe.options import Recipe
 
 
 def refuse_unknown(
-    document: Mapping[Any, Any], where: str, *, cls: type = Recipe, prefix: str = "", shown: str | None = None
+    document: Mapping[Any, Any],
+    where: str,
+    *,
+    cls: type = Recipe,
+    prefix: str = "",
+    shown: str | None = None,
+    more: Sequence[str] = (),
 ) -> None:
     """Refuse a key that does not exist, and a section that is no mapping.
 
@@ -22,6 +28,7 @@ def refuse_unknown(
         cls: the dataclass of the section.
         prefix: name of the section, with a dot behind.
         shown: what the message calls the key instead of its own name.
+        more: keys beside those of `cls`, which the message may suggest.
 
     Raises:
         RecipeError: names the keys that are close to it.
@@ -30,7 +37,7 @@ def refuse_unknown(
     for key, value in document.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 3) or list(hints)
+            near = difflib.get_close_matches(str(key), [*hints, *more], 3) or list(hints)
             raise RecipeError(
                 f"{where}{shown or name}: no such key; did you mean {', '.join(prefix + n for n in near)}?"
             )

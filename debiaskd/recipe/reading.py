@@ -6,74 +6,39 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from debiaskd.recipe.checking import RecipeError, check
-from debiaskd.recipe.key_checks import refuse_null, refuse_unknown, without_value
 from debiaskd.recipe.keys import expected, keys, shown
 from debiaskd.recipe.options import Recipe
 from debiaskd.recipe.overrides import parse, put
+from debiaskd.recipe.sources import document as merged
+from debiaskd.recipe.sources import names
 
 __all__ = ["RecipeError", "names", "read", "to_dict"]
-
-
-def names() -> list[str]:
-    """The recipes that come with debiaskd: `read` and `debiaskd train` take these names, too."""
-    found = (file.name for file in files("debiaskd.recipes").iterdir())
-    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
-
-
-def _text(path: Path | str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if len(Path(path).parts) != 1 or Path(path).suffix:
-            raise
-        if str(path) in names():
-            return (files("debiaskd.recipes") / f"{path}.yaml").read_text(encoding="utf-8")
-        raise RecipeError(f"{path}: no such file; recipes that come with debiaskd: {', '.join(names())}") from None
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides.
 
     Args:
-        path: a file, or one of `names`; see `debiaskd.recipe.options.Recipe` for what it may say.
+        path: a file, or one of `names`; see `debiaskd.recipe.options.Recipe` for its keys, and
+            `debiaskd.recipe.sources` for `extends`.
         overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1". A mapping changes the keys that it names
             and leaves the others of its section; null leaves a section or an optional key out.
 
     Raises:
-        RecipeError: no such name; unknown keys, keys without a value or given twice, values of another type, unused
-            options, impossible combinations.
+        RecipeError: no such name; a cycle of `extends`; unknown keys, keys without a value or given twice, values of
+            another type, unused options, impossible combinations.
         OSError: the file cannot be read.
         ModuleNotFoundError: jsonargparse is not installed (`pip install 'debiaskd[train]'`).
     """
-    document, typed = _document(path), parse(overrides)
+    document, typed = merged(path), parse(overrides)
     for key, value in typed.items():
         put(document, key, value)
     _precision(document)
     return check(_typed(document, list(typed), path))
-
-
-def _document(path: Path | str) -> dict[str, Any]:
-    from debiaskd.recipe.document import DocumentError, load
-
-    try:
-        document, empty = load(_text(path))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not YAML ({error})") from None
-    except DocumentError as error:
-        raise RecipeError(f"{path}: {error}") from None
-    if not isinstance(document, dict):
-        got = "nothing" if document is None else type(document).__name__
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {got}")
-    refuse_unknown(document, f"{path}: ")
-    for key in empty:
-        raise RecipeError(f"{path}: {without_value(key)}")
-    refuse_null(document, f"{path}: ")
-    return document
 
 
 def _precision(document: dict[str, Any]) -> None:

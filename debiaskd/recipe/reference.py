@@ -9,8 +9,9 @@ from typing import Any
 from debiaskd.recipe.keys import Key, keys, type_name
 
 INTRODUCTION = (
-    "Keys of a recipe, with what they hold and (their default). `--KEY VALUE` says one anew; `null` leaves out what "
-    "may be left out. A section whose default is (left out) is there once one of its keys is given."
+    "Keys of a recipe, with what they hold and (their default). `--KEY VALUE` overrides one; `null` leaves out what "
+    "may be left out. A section whose default is (left out) is there once one of its keys is given. In a file, "
+    "`extends: NAME` or `extends: PATH.yaml` takes over the keys of another recipe, which those of the file override."
 )
 
 

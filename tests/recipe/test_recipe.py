@@ -17,7 +17,7 @@ from debiaskd.recipe.key_checks import refuse_null
 from debiaskd.recipe.keys import Key, keys, nullable
 from debiaskd.recipe.overrides import nested
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("[!_]*.yaml"))
 PLAIN: dict[str, Any] = {"data": {"path": "x"}, "student": {"name": "small/4"}, "terms": {"supervised": {}}}
 TEACHER = {"teacher": {"name": "small/8", "weights": "t.safetensors"}}
 KD = {**TEACHER, "terms": {"kd": {}}}
