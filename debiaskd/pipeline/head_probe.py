@@ -1,99 +1,63 @@
-"""Last layers for teachers without one for the data's classes: fitted on the training pictures, or read from a file.
+"""Fit a teacher's last layer on the training pictures (`teacher.head: probe`).
 
 A network without a classifier (DINO, CLIP's image tower), or with one of other classes, is built with a random last
-layer. `teacher.head: probe` fits that layer alone: logistic regression on what it reads, standardised, its strength of
-regularisation chosen on a fifth of the training pictures. A file of safetensors gives it as `weight` [K,D] and, if it
-has one, `bias` [K]: zero-shot text embeddings, scaled.
+layer. This stage fits that layer alone: logistic regression on the standardised features that it reads, with the
+strength of regularisation chosen on a held-out fifth of the training pictures.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from debiaskd.models.cut import share
-from debiaskd.models.last_layers import Reading, last_layers, reading
-from debiaskd.models.registry import NetworkError, save_weights
-from debiaskd.recipe import RecipeError, Teacher
+from debiaskd.models.registry import save_weights
+from debiaskd.pipeline.context import StageContext
+from debiaskd.pipeline.weights import read_weights, sample_weights
+from debiaskd.recipe import Teacher
 from debiaskd.reweight import group_weights
 from debiaskd.training.feature_extraction import Watched
+from debiaskd.training.head_weights import find_head, linear_layers, put
+from debiaskd.training.run import Stage
 from debiaskd.utils import files
-
-if TYPE_CHECKING:
-    from debiaskd.pipeline.stages import Chain
-    from debiaskd.training.run import Stage
 
 #: Inverse strengths of L2 regularisation that are tried.
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
-def from_file(model: nn.Module, example: Tensor, path: str) -> None:
-    """Puts the head of a file into a model's last layers.
-
-    Raises:
-        RecipeError: no such file, no such tensors, of other shapes, or layers that cannot hold it.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(
-            f"teacher.head: {path}: not readable as safetensors ({' '.join(str(error).split())})"
-        ) from None
-    r, (z, _, logits) = _ends(model, example)
-    shape = [logits.shape[1], z.shape[1]]
-    weight, bias = found.get("weight"), found.get("bias")
-    if weight is None or list(weight.shape) != shape:
-        got = f"tensors {sorted(found)}" if weight is None else f"{list(weight.shape)}"
-        raise RecipeError(f"teacher.head: {path}: must hold weight [K,D]={shape}, got {got}")
-    if bias is not None and list(bias.shape) != shape[:1]:
-        raise RecipeError(f"teacher.head: {path}: bias must be [K]={shape[:1]}, got {list(bias.shape)}")
-    put(model, r, example, weight, bias)
-
-
-def probed(chain: Chain, options: Teacher) -> Stage:
+def probed(context: StageContext, options: Teacher) -> Stage:
     """The stage that fitted a teacher's last layer to the training pictures."""
-    by, inputs = options.probe or "plain", {**chain.base, **chain.common(), **chain.fitting.contracts.decisive(options)}
+    by = options.probe or "plain"
+    inputs = {**context.base, **context.common(), **context.fitting.contracts.decisive(options)}
     inputs |= {"teacher": [options.name, options.pretrained], "head": "probe", "by": by}
     weight = None
     if by == "groups":
-        groups = chain.fitting.train.groups
+        groups = context.fitting.train.groups
         assert groups is not None
         weight = group_weights(groups)
     elif by == "weights":
-        stage = chain.weights()
+        stage = sample_weights(context)
         inputs["weights"] = stage.fingerprint
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        from safetensors.torch import load_file
-
-        each = load_file(stage.folder / "weights.safetensors")["weights"] if by == "weights" else weight
-        model = chain.fitting.network(options, "teacher").to(chain.fabric.device).eval()
-        facts = _fit_into(chain, options, model, each)
-        if chain.fabric.is_global_zero:
-            about = chain.fitting.about("teacher", options)
+        each = read_weights(stage) if by == "weights" else weight
+        model = context.fitting.network(options, "teacher").to(context.fabric.device).eval()
+        facts = _fit_into(context, options, model, each)
+        if context.fabric.is_global_zero:
+            about = context.fitting.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
-        chain.fabric.barrier()
+        context.fabric.barrier()
         return facts
 
-    return chain.run.stage("teacher", inputs, make)
+    return context.run.stage("teacher", inputs, make)
 
 
-def check(model: nn.Module, example: Tensor) -> None:
-    """Raises RecipeError if a model's last layers cannot hold a head that is fitted."""
-    r, (z, _, logits) = _ends(model, example)
-    put(share(model), r, example, torch.zeros(logits.shape[1], z.shape[1]), None, dry=True)
-
-
-def _fit_into(chain: Chain, options: Teacher, model: nn.Module, weight: Tensor | None) -> dict[str, Any]:
-    fitting = chain.fitting
-    example = fitting.example(options).to(chain.fabric.device)
+def _fit_into(context: StageContext, options: Teacher, model: nn.Module, weight: Tensor | None) -> dict[str, Any]:
+    fitting = context.fitting
+    example = fitting.example(options).to(context.fabric.device)
     watched = Watched(model, fitting.places(model, options, ("pooled",)), ("pooled",)).eval()
     pictures = fitting.pictures(fitting.train, options, training=False, batch=256, alone=True)
     found = []
@@ -103,9 +67,9 @@ def _fit_into(chain: Chain, options: Teacher, model: nn.Module, weight: Tensor |
             assert pooled is not None
             found.append(pooled.float().cpu())
     feature, target = torch.cat(found), fitting.train.target
-    r, _ = _ends(model, example)
-    bias = all(getattr(layer, "bias", None) is not None for layer in _layers(model, r))
-    made, offset, strength, right = fit(feature, target, weight, bias=bias, seed=chain.recipe.seed)
+    r, _ = find_head(model, example)
+    bias = all(getattr(layer, "bias", None) is not None for layer in linear_layers(model, r))
+    made, offset, strength, right = fit(feature, target, weight, bias=bias, seed=context.recipe.seed)
     put(model, r, example, made, offset if bias else None)
     return {"fitted_on": len(feature), "strength": strength, "held_out_accuracy": right, "by": options.probe or "plain"}
 
@@ -169,56 +133,3 @@ def _solve(feature: Tensor, target: Tensor, weight: Tensor, strength: float, bia
         else:
             pairs.append(solved(labels.long()))
     return torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])
-
-
-def _ends(model: nn.Module, example: Tensor) -> tuple[Reading, tuple[Tensor, list[Tensor], Tensor]]:
-    copied = share(model).eval()
-    try:
-        r = last_layers("teacher", copied, example)
-        batch = torch.rand(3, *example.shape[1:], generator=torch.Generator().manual_seed(4)).to(example)
-        return r, reading(copied, r, batch)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"teacher.head: {error}") from None
-
-
-def _layers(model: nn.Module, r: Reading) -> list[Any]:
-    found = [model.get_submodule(name) for name in r.names]
-    for layer in found:
-        if not isinstance(layer, nn.Linear) and not (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
-            raise RecipeError(
-                f"teacher.head: a head can be put into linear layers and 1×1 convolutions, {type(model).__name__} ends "
-                f"in {type(layer).__name__}"
-            )
-    return found
-
-
-@torch.no_grad()
-def put(
-    model: nn.Module, r: Reading, example: Tensor, weight: Tensor, bias: Tensor | None, *, dry: bool = False
-) -> None:
-    """Makes `W z + b` the logits of a model whose last layers these are, whether one, or a sum of several.
-
-    Raises:
-        RecipeError: that is not what they make; a bias, and a layer without one. `dry`: only that.
-    """
-    layers = _layers(model, r)
-    batch = torch.rand(3, *example.shape[1:], generator=torch.Generator().manual_seed(4)).to(example)
-    z, outputs, logits = reading(model.eval(), r, batch)
-    scale = r.scale_for(outputs, logits)
-    same = torch.allclose((scale[:, None, None] * torch.stack(outputs)).sum(0), logits, rtol=1e-3, atol=1e-4)
-    if not same or not bool((scale.abs() > 1e-6).all()):
-        raise RecipeError(
-            f"teacher.head: {type(model).__name__} computes more behind its last layers: no head fits there"
-        )
-    if bias is not None and any(layer.bias is None for layer in layers):
-        raise RecipeError("teacher.head: a bias, and the network's last layer has none")
-    if dry:
-        return
-    parts = weight.split([shape.numel() for shape in r.distinct_shapes], 1)
-    for layer, i, factor in zip(layers, r.reads, scale):
-        layer.weight.copy_((parts[i] / (factor * r.reads.count(i)).cpu()).reshape(layer.weight.shape))
-        if layer.bias is not None:
-            layer.bias.copy_(torch.zeros(len(weight)) if bias is None else bias / (factor * len(layers)).cpu())
-    expected = z.cpu().float() @ weight.float().T + (0 if bias is None else bias)
-    if not torch.allclose(reading(model, r, batch)[2].cpu().float(), expected, rtol=1e-2, atol=1e-3):
-        raise NetworkError("teacher.head: the head that was put into the network does not give its logits")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from debiaskd.models.registry import load_weights, weights_hash
 from debiaskd.models.transplant import FrozenTeacher
-from debiaskd.pipeline.head_probe import check as check_probe
+from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.head_probe import probed
 from debiaskd.pipeline.teachers import check_dfr, last_layer, selecting, teacher_terms, trained_teacher
-from debiaskd.recipe import Network, Recipe, Schedule, Teacher
-from debiaskd.reweight import error_weights, group_weights
+from debiaskd.pipeline.weights import read_weights, sample_weights
+from debiaskd.recipe import Recipe, Teacher
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
 from debiaskd.training.fit import Fitting
+from debiaskd.training.head_weights import check as check_probe
 from debiaskd.training.rebuild import frozen, observed, transplanted
 from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief
@@ -28,7 +28,7 @@ from debiaskd.training.teacher_outputs import Live, Observed, Teaching
 from debiaskd.utils import files
 
 
-class Chain:
+class Chain(StageContext):
     """The stages of one recipe, on a Fabric that has been launched.
 
     Args:
@@ -108,13 +108,6 @@ class Chain:
 
     # -- the chain ----------------------------------------------------------------------------------------------------
 
-    def common(self) -> dict[str, Any]:
-        """What decides about every training, whatever the stage."""
-        everything = decisive(self.run.document)
-        data = {k: v for k, v in everything["data"].items() if k not in ("annotated_fraction", "dilate")}
-        found = {"pictures": data, "seed": self.recipe.seed}
-        return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
-
     def student(self) -> Stage:
         """The last stage, after all those that it needs. The folder is free for others afterwards.
 
@@ -130,9 +123,9 @@ class Chain:
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
         weight = sampling = None
         if recipe.weights is not None:
-            stage = self.weights()
+            stage = sample_weights(self)
             before["weights"] = stage.fingerprint
-            found = _load(stage.folder / "weights.safetensors")["weights"]
+            found = read_weights(stage)
             if recipe.weights.draw:
                 sampling = found
             else:
@@ -236,74 +229,12 @@ class Chain:
         load_weights(model, stage.model)
         return model, stage.fingerprint
 
-    def weights(self) -> Stage:
-        options = self.recipe.weights
-        assert options is not None
-        if options.method == "groups":
-            groups = self.fitting.train.groups
-            assert groups is not None
-            return self._write_weights({**self.base, "method": "groups"}, lambda: group_weights(groups))
-        schedule = brief(self.recipe.schedule, options.epochs)
-        correct, fingerprint = self.identified("identification", self.recipe.student, schedule)
-        up, convention = 50.0 if options.up is None else options.up, options.convention or "weight"
-        inputs = {"identification": fingerprint, "up": up, "convention": convention}
-        return self._write_weights(inputs, lambda: error_weights(correct(), up, convention=convention))
-
-    def _write_weights(self, inputs: dict[str, Any], weights: Any) -> Stage:
-        from safetensors.torch import save_file
-
-        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            found = weights()
-            if self.fitting.ranks.rank == 0:
-                files.write(folder / "weights.safetensors", lambda path: save_file({"weights": found}, path))
-            self.fabric.barrier()
-            heaviest = float(found.max())
-            return {"pictures": len(found), "heaviest": heaviest, "heaviest_pictures": int((found == heaviest).sum())}
-
-        return self.run.stage("weights", inputs, make)
-
-    def identified(self, name: str, network: Network, schedule: Schedule) -> tuple[Any, str]:
-        """Which training pictures a briefly and plainly trained network gets right, once it is trained."""
-        teacher = isinstance(network, Teacher)
-        said = self.run.document["teacher" if teacher else "student"]
-        words = (said if teacher else self.run.document)["schedule"]
-        plain = {field.name: said[field.name] for field in dataclasses.fields(Network) if field.name in said}
-        inputs = {**self.base, **self.common(), **self.fitting.contracts.decisive(network)}
-        inputs |= {"network": plain, "schedule": {key: value for key, value in vars(schedule).items() if key in words}}
-
-        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            model = self.fitting.network(network, name)
-            return self.fitting.fit(
-                name, folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule, rule="last"
-            )
-
-        stage = self.run.stage(name, inputs, make)
-
-        def correct() -> Tensor:
-            model = self.fitting.network(network, name).to(self.fabric.device).eval()
-            load_weights(model, stage.model)
-            pictures = self.fitting.pictures(self.fitting.train, network, training=False, batch=256, alone=True)
-            found = []
-            with torch.no_grad(), self.fabric.autocast():
-                for batch in pictures.batches:
-                    placed = pictures.placed(batch)
-                    found.append((model(placed.images).argmax(1) == placed.target).cpu())
-            return torch.cat(found)
-
-        return correct, stage.fingerprint
-
     def _transplanted(self, teacher: FrozenTeacher, student: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/projector".encode()))
             model = transplanted(self.recipe, teacher, student, self.fitting.example(self.recipe.student))
         self.fitting.begin_projector(model)
         return model
-
-    def spread(self, weights: Tensor) -> Tensor:
-        """From the training pictures to all of the prepared split, by number."""
-        whole = torch.zeros(len(self.fitting.train.whole))
-        whole[self.fitting.train.numbers] = weights
-        return whole
 
 
 def _later(news: list[tuple[str, float, str]], say: Say) -> Say:
@@ -315,9 +246,3 @@ def _later(news: list[tuple[str, float, str]], say: Say) -> Say:
         say(task, done, text)
 
     return said
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debiaskd.models.registry import load_weights, save_weights
+from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.dfr import DRAWS, Scale, parts, refit, too_small
+from debiaskd.pipeline.identification import identified
 from debiaskd.recipe import RecipeError, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
+from debiaskd.training.batches import Split
+from debiaskd.training.fit import Fitting
+from debiaskd.training.run import Stage
 from debiaskd.training.schedule import brief
 from debiaskd.utils import files
-
-if TYPE_CHECKING:
-    from debiaskd.pipeline.stages import Chain
-    from debiaskd.training.batches import Split
-    from debiaskd.training.fit import Fitting
-    from debiaskd.training.run import Stage
 
 
 def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
@@ -36,38 +35,38 @@ def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
     return {"supervised": SupervisedOptions(weighted=options.method == "jtt")}
 
 
-def trained_teacher(chain: Chain, options: Teacher) -> Stage:
+def trained_teacher(context: StageContext, options: Teacher) -> Stage:
     """The stage that trained it."""
     assert options.schedule is not None
-    groups, schedule = chain.fitting.train.groups, options.schedule
+    groups, schedule = context.fitting.train.groups, options.schedule
     terms = teacher_terms(options)
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
-    inputs = {**chain.base, **chain.common(), **chain.fitting.contracts.decisive(options)}
-    inputs["teacher"] = dict(chain.run.document["teacher"])
+    inputs = {**context.base, **context.common(), **context.fitting.contracts.decisive(options)}
+    inputs["teacher"] = dict(context.run.document["teacher"])
     if options.method in ("balanced", "group_dro"):
         assert groups is not None
         sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)
     if options.method == "jtt":
         assert options.up is not None
         identification = brief(schedule, options.identification_epochs)
-        correct, fingerprint = chain.identified("teacher-identification", options, identification)
+        correct, fingerprint = identified(context, "teacher-identification", options, identification)
         inputs["identification"] = fingerprint
         up = options.up
 
         def weight() -> Tensor:
-            return chain.spread(error_weights(correct(), up))
+            return context.spread(error_weights(correct(), up))
 
     name = "teacher-erm" if options.method == "dfr" else "teacher"
     if options.method == "dfr":
         inputs["teacher"]["method"] = "erm"  # which it is so far
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        return chain.fitting.fit(
+        return context.fitting.fit(
             name,
             folder,
             fingerprint,
-            chain.fitting.network(options, "teacher"),
+            context.fitting.network(options, "teacher"),
             terms,
             schedule,
             weight=None if weight is None else weight(),
@@ -75,25 +74,25 @@ def trained_teacher(chain: Chain, options: Teacher) -> Stage:
             network=options,
         )
 
-    stage = chain.run.stage(name, inputs, make)
-    return stage if options.method != "dfr" else _refitted(chain, options, stage)
+    stage = context.run.stage(name, inputs, make)
+    return stage if options.method != "dfr" else _refitted(context, options, stage)
 
 
-def _refitted(chain: Chain, options: Teacher, erm: Stage) -> Stage:
+def _refitted(context: StageContext, options: Teacher, erm: Stage) -> Stage:
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        model = chain.fitting.network(options, "teacher").to(chain.fabric.device).eval()
+        model = context.fitting.network(options, "teacher").to(context.fabric.device).eval()
         load_weights(model, erm.model)
-        facts = _refit(chain, options, model, last_layer(chain.fitting, options, model))
-        if chain.fabric.is_global_zero:
-            about = chain.fitting.about("teacher", options)
+        facts = _refit(context, options, model, last_layer(context.fitting, options, model))
+        if context.fabric.is_global_zero:
+            about = context.fitting.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
-        chain.fabric.barrier()
+        context.fabric.barrier()
         return facts
 
     inputs = {"erm": erm.fingerprint, "method": "dfr", "draws": DRAWS, "share": options.validation_share or 1.0}
     # As it was before there were shares: a run that was begun then goes on with the teacher that it has.
     older = {"erm": erm.fingerprint, "method": "dfr", "fits": 10}
-    return chain.run.stage("teacher", inputs, make, older=older)
+    return context.run.stage("teacher", inputs, make, older=older)
 
 
 def last_layer(fitting: Fitting, options: Teacher, model: nn.Module) -> nn.Linear | nn.Conv2d:
@@ -130,23 +129,25 @@ def _gives_logits(model: nn.Module, layer: nn.Module, example: Tensor) -> bool:
     return len(caught) == 1 and caught[0].shape == logits.shape and torch.allclose(caught[0], logits)
 
 
-def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Linear | nn.Conv2d) -> dict[str, Any]:
-    intercept, split = classifier.bias is not None, chain.fitting.validation
+def _refit(
+    context: StageContext, options: Teacher, model: nn.Module, classifier: nn.Linear | nn.Conv2d
+) -> dict[str, Any]:
+    intercept, split = classifier.bias is not None, context.fitting.validation
     assert split.groups is not None
-    feature = torch.cat(list(_read(chain, options, model, classifier, split)))
+    feature = torch.cat(list(_read(context, options, model, classifier, split)))
     # By the training pictures, as the authors' code does it: of the few that are fitted to, moments are uncertain.
     sums = [feature.new_zeros(()), feature.new_zeros(feature.shape[1]), feature.new_zeros(feature.shape[1])]
-    for part in _read(chain, options, model, classifier, chain.fitting.train):
+    for part in _read(context, options, model, classifier, context.fitting.train):
         for total, more in zip(sums, (part.new_tensor(float(len(part))), part.sum(0), part.square().sum(0))):
             total += more
-    rows, _ = shares(chain.fitting, options)
+    rows, _ = shares(context.fitting, options)
     made = refit(
         feature[rows],
         split.target[rows],
         split.groups[rows],
         Scale.from_sums(*sums, centred=intercept),
         intercept=intercept,
-        seed=chain.recipe.seed,
+        seed=context.recipe.seed,
     )
     with torch.no_grad():
         classifier.weight.copy_(made.weight.reshape(classifier.weight.shape))
@@ -161,13 +162,15 @@ def _refit(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Line
     }
 
 
-def _read(chain: Chain, options: Teacher, model: nn.Module, classifier: nn.Module, split: Split) -> Iterator[Tensor]:
+def _read(
+    context: StageContext, options: Teacher, model: nn.Module, classifier: nn.Module, split: Split
+) -> Iterator[Tensor]:
     """What the last layer reads of a split's pictures, [n,D] of each batch, in float64."""
     caught: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(
         lambda module, arguments: caught.append(arguments[0].flatten(1).double().cpu())
     )
-    pictures = chain.fitting.pictures(split, options, training=False, batch=256, alone=True)
+    pictures = context.fitting.pictures(split, options, training=False, batch=256, alone=True)
     try:
         for batch in pictures.batches:
             with torch.no_grad():

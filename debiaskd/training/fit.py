@@ -15,13 +15,13 @@ from debiaskd.models.cut import has_protocol
 from debiaskd.models.depths import check_layer, find
 from debiaskd.models.input import InputContract
 from debiaskd.models.registry import build, load_weights, prepare, pretrained_classes
-from debiaskd.pipeline.head_probe import from_file
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.training.batches import Pictures, Split, open_split
 from debiaskd.training.dry_run import Rehearsal
 from debiaskd.training.feature_extraction import Places, Watched
 from debiaskd.training.feature_extraction import places as find_places
+from debiaskd.training.head_weights import from_file
 from debiaskd.training.input_contracts import Contracts
 from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training

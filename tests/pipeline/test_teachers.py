@@ -19,6 +19,7 @@ import training_runs as runs
 from debiaskd.evaluation.evaluate import Loaded
 from debiaskd.models import registry as networks
 from debiaskd.pipeline import dfr, teachers
+from debiaskd.pipeline.identification import identified
 from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import group_weights
@@ -91,7 +92,7 @@ def test_what_each_method_is_of(
         return
     (_, brief), _ = asked.pop("teacher-identification")
     assert brief.epochs == 2 and asked == {}
-    correct, _ = made.identified("teacher-identification", made.recipe.teacher, brief)  # which is finished
+    correct, _ = identified(made, "teacher-identification", made.recipe.teacher, brief)  # which is finished
     assert torch.equal(more["weight"], torch.where(correct(), 1.0, 6.0)) and not correct().all()
 
 

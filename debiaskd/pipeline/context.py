@@ -1,0 +1,43 @@
+"""What the stages of one recipe share: the run's folder, the fingerprints of its inputs, and what trains them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiaskd.recipe import Recipe
+from debiaskd.training.fit import Fitting
+from debiaskd.training.run import Run, decisive
+
+
+class StageContext:
+    """Passed to every function that builds a stage.
+
+    Attributes:
+        recipe: as checked.
+        fabric: launched.
+        fitting: trains the recipe's networks.
+        run: the run's folder.
+        base: fingerprint inputs of every stage: the data, and the files of weights that training starts from.
+    """
+
+    recipe: Recipe
+    fabric: Any
+    fitting: Fitting
+    run: Run
+    base: dict[str, Any]
+
+    def common(self) -> dict[str, Any]:
+        """Fingerprint inputs of every stage that trains a network."""
+        everything = decisive(self.run.document)
+        data = {k: v for k, v in everything["data"].items() if k not in ("annotated_fraction", "dilate")}
+        found = {"pictures": data, "seed": self.recipe.seed}
+        return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """Scatter weights of the training pictures to the whole prepared split, by sample number."""
+        whole = torch.zeros(len(self.fitting.train.whole))
+        whole[self.fitting.train.numbers] = weights
+        return whole

@@ -1,0 +1,59 @@
+"""Train an identification model: briefly, on the labels alone; its mistakes are upweighted (JTT, DeTT)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from debiaskd.models.registry import load_weights
+from debiaskd.pipeline.context import StageContext
+from debiaskd.recipe import Network, Schedule, Teacher
+from debiaskd.terms import SupervisedOptions
+
+
+def identified(
+    context: StageContext, name: str, network: Network, schedule: Schedule
+) -> tuple[Callable[[], Tensor], str]:
+    """Train the identification model, unless the stage is finished.
+
+    Args:
+        context: of the recipe.
+        name: of the stage.
+        network: of the recipe, the student or the teacher.
+        schedule: of the training.
+
+    Returns:
+        (a function that gives bool [N], whether the model predicts each training picture correctly; the fingerprint
+        of the stage).
+    """
+    fitting, run = context.fitting, context.run
+    teacher = isinstance(network, Teacher)
+    section = run.document["teacher" if teacher else "student"]
+    words = (section if teacher else run.document)["schedule"]
+    plain = {field.name: section[field.name] for field in dataclasses.fields(Network) if field.name in section}
+    inputs = {**context.base, **context.common(), **fitting.contracts.decisive(network)}
+    inputs |= {"network": plain, "schedule": {key: value for key, value in vars(schedule).items() if key in words}}
+
+    def make(folder: Path, fingerprint: str) -> dict[str, Any]:
+        model = fitting.network(network, name)
+        return fitting.fit(name, folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule, rule="last")
+
+    stage = run.stage(name, inputs, make)
+
+    def correct() -> Tensor:
+        model = fitting.network(network, name).to(context.fabric.device).eval()
+        load_weights(model, stage.model)
+        pictures = fitting.pictures(fitting.train, network, training=False, batch=256, alone=True)
+        found = []
+        with torch.no_grad(), context.fabric.autocast():
+            for batch in pictures.batches:
+                placed = pictures.placed(batch)
+                found.append((model(placed.images).argmax(1) == placed.target).cpu())
+        return torch.cat(found)
+
+    return correct, stage.fingerprint
