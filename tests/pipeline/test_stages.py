@@ -23,7 +23,7 @@ from debiaskd.data import Augment, PackedDataset
 from debiaskd.evaluation.evaluate import Loaded
 from debiaskd.models import registry as networks
 from debiaskd.models.registry import NetworkError
-from debiaskd.pipeline import stages
+from debiaskd.pipeline import weights as weights_stage
 from debiaskd.pipeline.stages import Chain
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import ErrorSetWarning
@@ -187,9 +187,9 @@ def test_pictures_are_drawn_by_their_weights_instead_of_weighing_the_loss(
 
     monkeypatch.setattr(Supervised, "forward", noting)
     monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
-    monkeypatch.setattr(stages, "group_weights", lambda groups: torch.where(groups == 2, 30.0, 1.0))
-    weights = {"method": "groups", "draw": draw}
-    document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": weights}
+    monkeypatch.setattr("debiaskd.pipeline.weights.group_weights", lambda groups: torch.where(groups == 2, 30.0, 1.0))
+    document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}}
+    document["weights"] = {"method": "groups", "draw": draw}
     run(data, tmp_path, document, "--schedule.epochs", "2", "--data.train", "train[:60%]")
     share = torch.cat([groups for groups, _ in seen]).eq(2).float().mean()
     assert all((weight is None) is draw for _, weight in seen)
@@ -208,9 +208,9 @@ def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_pa
 
 
 def test_an_empty_error_set_is_warned_of(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = stages.error_weights
+    inner = weights_stage.error_weights
     monkeypatch.setattr(
-        stages, "error_weights", lambda correct, *rest, **more: inner(torch.ones_like(correct), *rest, **more)
+        weights_stage, "error_weights", lambda correct, *rest, **more: inner(torch.ones_like(correct), *rest, **more)
     )
     document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": {}}
     with pytest.warns(ErrorSetWarning, match="the error set is empty"):
