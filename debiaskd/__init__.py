@@ -18,6 +18,7 @@ from debiaskd.losses import (
     KdLoss,
     LocalizationLoss,
 )
+from debiaskd.models.own import register_model
 from debiaskd.models.transplant import FrozenTeacher, Transplanted, match_spatial, transplant
 from debiaskd.ops.backdoor import backdoor_logits
 from debiaskd.ops.backend import BackendError, backend
@@ -62,5 +63,6 @@ __all__ = [
     "match_spatial",
     "normalize_attribution",
     "predict_correct",
+    "register_model",
     "transplant",
 ]

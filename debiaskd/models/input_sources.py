@@ -34,6 +34,7 @@ def resolve(
     data_size: int | None = None,
     pretrained: bool = False,
     weights: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[InputContract, str]:
     """The contract of a network of a recipe.
 
@@ -44,6 +45,7 @@ def resolve(
         data_size: the recipe's `data.size`.
         pretrained: whether it begins from the weights that timm or torchvision know under the name.
         weights: a file that it begins from.
+        options: what it is built with; of these `img_size` says what it reads.
 
     Returns:
         The contract, and in words where mean and std come from.
@@ -62,9 +64,12 @@ def resolve(
             known, origin = published(name, prepared), f"the pretrained weights of {name}"
     if known is not None:
         found, source = known.to_dict(), origin
+    built_for = (options or {}).get("img_size")
+    if built_for is not None and "size" not in own:
+        own["size"] = built_for
     wanted = (data_size, data_size) if data_size is not None else saved_size or prepared
     if "size" in own:
-        own["size"] = (own["size"], own["size"])
+        own["size"] = tuple(own["size"]) if isinstance(own["size"], (list, tuple)) else (own["size"],) * 2
     elif accepts(name, wanted, pretrained=pretrained):
         found["size"] = wanted
     else:
@@ -159,7 +164,7 @@ def timm_config(name: str) -> Any:
     import timm
     from timm.models import get_pretrained_cfg
 
-    if not timm.is_model(name.partition(".")[0]):
+    if ":" in name or not timm.is_model(name.partition(".")[0]):
         return None
     return get_pretrained_cfg(name, allow_unregistered=True)
 

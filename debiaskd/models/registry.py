@@ -5,20 +5,22 @@ torchvision/resnet18  torchvision
 bcos/resnet18         the B-cos networks of their authors' package
 small/8,16/1,32       3×3 convolutions of these widths, each halving the map but for those of stride 1 (`SmallNet`)
 cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), without parameters in their shortcuts
+my_nets:Net           a callable of the user's, see `debiaskd.models.own`; names given to `register_model`, too
 """
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from debiaskd.models.bcos_networks import build_bcos
 from debiaskd.models.input import InputContract
 from debiaskd.models.input_sources import accepts
+from debiaskd.models.own import build_own, is_own
 from debiaskd.models.weight_files import LastLayerWarning, load_weights, save_weights, weights_file, weights_hash
 from debiaskd.models.weight_reading import NetworkError, one_line
 from debiaskd.models.zoo import cifar as cifar_models
@@ -37,29 +39,43 @@ __all__ = [
 ]
 
 
-def build(name: str, num_classes: int, *, pretrained: bool = False, size: tuple[int, int] | None = None) -> nn.Module:
+def build(
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    size: tuple[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A network with a head for `num_classes`; its random weights come from torch's global generator.
 
     Args:
         name, num_classes, pretrained: see there.
         size: (height, width) that it is to read. Networks built for one size alone (a ViT's position embeddings) are
             built for this one. None: as they are built by default.
+        options: keyword arguments of timm's `create_model`, of torchvision's builder, or of the user's callable.
 
     Raises:
         NetworkError: no such network, or none that has pretrained weights; they could not be fetched; it cannot be
-            built for images of this size.
+            built for images of this size, or with these options.
         ModuleNotFoundError: the package that has it is not installed.
     """
     family, slash, rest = name.partition("/")
-    make = _FAMILIES.get(family) if slash else None
-    if pretrained and make not in (None, _torchvision, _bcos):
+    make, options = _FAMILIES.get(family) if slash else None, dict(options or {})
+    own = make is None and is_own(name)
+    if pretrained and (own or make not in (None, _torchvision, build_bcos)):
         raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
-    other = size is not None and not accepts(name, size, pretrained=pretrained)
+    if own:
+        _refuse_ambiguous(name)
+        return build_own(name, num_classes, options)
+    if options and make not in (None, _torchvision):
+        raise NetworkError(f"{name}: takes no options, got {', '.join(options)}")
+    other = size is not None and not accepts(name, size, pretrained=pretrained) and "img_size" not in options
     try:
         if make is None:
-            return _timm(name, num_classes, pretrained, size if other else None)
+            return _timm(name, num_classes, pretrained, size if other else None, options)
         if make is _torchvision:
-            return _torchvision(rest, num_classes, pretrained, size if other else None)
+            return _torchvision(rest, num_classes, pretrained, size if other else None, options)
         return make(rest, num_classes, pretrained)
     except OSError as error:
         if not pretrained:
@@ -71,29 +87,52 @@ def build(name: str, num_classes: int, *, pretrained: bool = False, size: tuple[
         ) from None
 
 
-def _timm(name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
+def _refuse_ambiguous(name: str) -> None:
+    import timm
+
+    if ":" not in name and timm.is_model(name):
+        raise NetworkError(f"{name}: is registered with register_model, and timm has a network of this name; rename it")
+
+
+def _timm(
+    name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None, given: Mapping[str, Any]
+) -> nn.Module:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5])
         raise NetworkError(
             f"{name}: timm has no such network{f'; it has {near}' if near else ''} "
-            f"(others are named {', '.join(f'{family}/…' for family in _FAMILIES)})"
+            f"(others are named {', '.join(f'{family}/…' for family in _FAMILIES)}; one of your own, "
+            "package.module:callable)"
         )
     options: dict[str, Any] = {} if size is None else {"img_size": size[0] if size[0] == size[1] else size}
+    options |= given
     try:
         found: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except (TypeError, AssertionError, ValueError) as error:
+        why = " ".join(str(error).split())
+        if given:
+            raise NetworkError(f"{name}: cannot be built with {_listed(given)} ({why})") from None
         if size is None:
             raise
-        why = " ".join(str(error).split())
         raise NetworkError(f"{name}: cannot be built for images of {size[0]}×{size[1]} pixels ({why})") from None
     except RuntimeError as error:  # such as a tag of pretrained weights that is none
         raise NetworkError(f"{name}: {one_line(error)}") from None
     return found
 
 
-def _torchvision(name: str, num_classes: int, pretrained: bool, size: tuple[int, int] | None = None) -> nn.Module:
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _torchvision(
+    name: str,
+    num_classes: int,
+    pretrained: bool,
+    size: tuple[int, int] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -104,14 +143,26 @@ def _torchvision(name: str, num_classes: int, pretrained: bool, size: tuple[int,
         options: dict[str, Any] = {}
         if size is not None:
             options = {"input_size": size} if name.startswith("maxvit_") else {"image_size": size[0]}
-        return _without_auxiliary(models.get_model(name, num_classes=num_classes, **options))
-    model = _without_auxiliary(models.get_model(name, weights="DEFAULT"))
+        return _without_auxiliary(_tv_model(name, given, num_classes=num_classes, **options))
+    model = _without_auxiliary(_tv_model(name, given, weights="DEFAULT"))
     last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     if model.get_submodule(last).out_features == num_classes:
         return model
     parent, _, attribute = last.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Linear(model.get_submodule(last).in_features, num_classes))  # type: ignore[arg-type]
     return model
+
+
+def _tv_model(name: str, given: Mapping[str, Any] | None, **options: Any) -> nn.Module:
+    from torchvision import models
+
+    try:
+        return models.get_model(name, **{**options, **(given or {})})  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        if not given:
+            raise
+        why = one_line(error)
+        raise NetworkError(f"torchvision/{name}: cannot be built with {_listed(given)} ({why})") from None
 
 
 def _without_auxiliary(model: nn.Module) -> nn.Module:
@@ -125,70 +176,6 @@ def _without_auxiliary(model: nn.Module) -> nn.Module:
             if hasattr(model, name):
                 setattr(model, name, None)
     return model
-
-
-def _bcos(name: str, num_classes: int, pretrained: bool) -> nn.Module:
-    from bcos import models
-
-    found: nn.Module | None = None
-    if re.fullmatch(r"vgg\d+(_bnu)?", name):
-        found = _bcos_vgg(name, num_classes)
-    elif re.fullmatch(r"(vitc|simple_vit)_\w+", name):
-        found = _bcos_vit(name, num_classes)
-    else:
-        for module in ("resnet", "densenet", "convnext"):
-            make = getattr(getattr(models, module), name, None)
-            if found is None and callable(make):
-                found = make(num_classes=num_classes)
-    if found is None:
-        raise NetworkError(f"bcos/{name}: the bcos package has no such network")
-    if pretrained:
-        _load_bcos(found, name)
-    return found
-
-
-def _bcos_vgg(name: str, num_classes: int) -> nn.Module | None:
-    """With the layers that its authors' configurations give it; its own defaults are incomplete."""
-    from bcos.models import vgg
-    from bcos.modules import BcosConv2d, norms
-
-    make = getattr(vgg, name, None)
-    layers = {"norm_layer": norms.NoBias(norms.BatchNormUncentered2d)} if name.endswith("_bnu") else {}
-    return None if make is None else make(num_classes=num_classes, conv_layer=BcosConv2d, **layers)
-
-
-def _bcos_vit(name: str, num_classes: int) -> nn.Module | None:
-    """With the layers, and the bias of the logits, that its authors' configurations give it."""
-    from bcos.models import vit
-    from bcos.modules import BcosConv2d, BcosLinear, LogitLayer, norms
-    from bcos.modules.common import BcosSequential
-
-    make = getattr(vit, name, None)
-    if make is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You are trying to use the entrypoints")  # which lack these layers
-        model = make(
-            num_classes=num_classes,
-            linear_layer=BcosLinear,
-            conv2d_layer=BcosConv2d,
-            norm_layer=norms.NoBias(norms.DetachableLayerNorm),
-            norm2d_layer=norms.NoBias(norms.DetachableGNLayerNorm2d),
-            act_layer=nn.Identity,
-        )
-    return BcosSequential(model, LogitLayer(logit_bias=-math.log(max(num_classes - 1, 1))))  # type: ignore[no-any-return]
-
-
-def _load_bcos(model: nn.Module, name: str) -> None:
-    """ImageNet's weights, which bcos downloads, but for the last layer."""
-    from bcos.models import pretrained
-
-    entry = getattr(pretrained, name, None)
-    if name not in pretrained.list_available() or entry is None:
-        raise NetworkError(f"bcos/{name}: has no pretrained weights; bcos has some for {pretrained.list_available()}")
-    known, own = entry(pretrained=True).state_dict(), model.state_dict()
-    fitting = {key: tensor for key, tensor in known.items() if key in own and own[key].shape == tensor.shape}
-    model.load_state_dict({**own, **fitting})
 
 
 def _small(widths: str, num_classes: int, pretrained: bool) -> nn.Module:
@@ -223,7 +210,7 @@ _CIFAR = {
     "vgg8": cifar_models.vgg8,
     "mobilenetv2": cifar_models.mobilenetv2,
 }
-_FAMILIES = {"torchvision": _torchvision, "bcos": _bcos, "small": _small, "cifar": _cifar}
+_FAMILIES = {"torchvision": _torchvision, "bcos": build_bcos, "small": _small, "cifar": _cifar}
 
 
 def pretrained_classes(name: str, model: nn.Module) -> int:
@@ -238,11 +225,17 @@ def pretrained_classes(name: str, model: nn.Module) -> int:
     return int((getattr(loose, "pretrained_cfg", None) or {}).get("num_classes", 1000))
 
 
-def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False) -> nn.Module:
+def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False, classes: int | None = None) -> nn.Module:
     """Tries the network on what it `reads` before anything is trained.
 
+    Args:
+        model: made bias-free with `x_dnn`.
+        reads: what it is tried on.
+        x_dnn: see there.
+        classes: how many logits it must give an image; None: any number.
+
     Raises:
-        NetworkError: it does not run on them, or cannot be made bias-free.
+        NetworkError: it does not run on them, gives something else than logits, or cannot be made bias-free.
     """
     size, example = reads.size, reads.example(2)
     try:
@@ -257,6 +250,9 @@ def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False) -> n
         raise NetworkError(
             f"{type(model).__name__}: does not run on {size[0]}×{size[1]} pictures ({message})"
         ) from None
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise NetworkError(f"{type(model).__name__}: must give logits [N,K] for {size[0]}×{size[1]} pictures")
+    expected = f"{type(model).__name__}: must give logits [N,{classes or 'K'}] for {size[0]}×{size[1]} pictures"
+    if not isinstance(logits, Tensor):
+        raise NetworkError(f"{expected}, got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(example) or classes not in (None, logits.shape[1]):
+        raise NetworkError(f"{expected}, got {list(logits.shape)} for {len(example)}")
     return model

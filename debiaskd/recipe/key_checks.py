@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from debiaskd.recipe.checking import RecipeError
-from debiaskd.recipe.keys import expected, keys, nullable, section
+from debiaskd.recipe.keys import expected, free, keys, nullable, section
 from debiaskd.recipe.options import Recipe
 
 
@@ -44,10 +44,23 @@ def refuse_unknown(
         inner = section(hints[key])
         if inner is not None and isinstance(value, Mapping):
             refuse_unknown(value, where, cls=inner, prefix=f"{name}.", shown=shown)
+        elif free(hints[key]):
+            _refuse_no_names(value, f"{where}{name}")
         elif shown and value:
             raise RecipeError(f"{where}{shown}: no such key; did you mean {name}?")
         elif inner is not None and value is not None:
             raise RecipeError(f"{where}{name}: must be a mapping of keys, got {value!r}")
+
+
+def _refuse_no_names(value: Any, where: str) -> None:
+    """Refuse what is no mapping whose keys are names, for `**` in a call."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where}: must be a mapping of names to values, got {value!r}")
+    for name in value:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise RecipeError(f"{where}: names must be those of keyword arguments, got {name!r}")
 
 
 def refuse_null(document: Mapping[str, Any], where: str, *, cls: type = Recipe, prefix: str = "") -> None:
@@ -72,7 +85,9 @@ def refuse_null(document: Mapping[str, Any], where: str, *, cls: type = Recipe, 
 
 def without_value(name: str) -> str:
     """The message for `name:` with nothing behind it: null to YAML, but its writer may have meant the defaults."""
-    key = next(key for key in keys() if key.name == name)
+    key = next((key for key in keys() if key.name == name), None)
+    if key is None:  # in a mapping whose keys are the user's
+        return f"{name}: has no value; write null if that is meant"
     last, inner = name.rpartition(".")[2], key.section
     if inner is None or not nullable(key.kind):
         or_null = ", or null to leave it out" if nullable(key.kind) else ""

@@ -63,6 +63,11 @@ def section(kind: Any) -> type | None:
     return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
+def free(kind: Any) -> bool:
+    """Whether it holds a mapping whose keys are the user's."""
+    return any(get_origin(part) is dict for part in (kind, *get_args(kind)))
+
+
 def nullable(kind: Any) -> bool:
     """Whether null says "left out"."""
     return type(None) in get_args(kind)
@@ -77,6 +82,8 @@ def type_name(kind: Any) -> str:
         return " or ".join(type_name(part) for part in parts if part is not type(None))
     if origin is Literal:
         return ", ".join(repr(part) for part in parts)
+    if origin is dict:
+        return "mapping of names to values"
     if origin is list:
         return f"[{type_name(parts[0])}, ...]"
     if origin is tuple:
@@ -87,7 +94,7 @@ def type_name(kind: Any) -> str:
 def expected(kind: Any) -> str:
     """The same for messages, behind "must be"."""
     name = type_name(kind)
-    if section(kind) is not None:
+    if name.startswith("mapping"):
         return f"a {name}"
     return f"a list {name}" if name[0] == "[" else f"one of {name}" if name[0] == "'" else f"of type {name}"
 

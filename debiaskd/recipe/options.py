@@ -7,7 +7,7 @@ is refused (`debiaskd.recipe.checking`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from debiaskd.terms import (
     BackdoorOptions,
@@ -79,13 +79,16 @@ class Network:
 
     Args:
         name: of timm, "resnet18"; or "torchvision/resnet18", "bcos/resnet18", "small/8,16,32" (convolutions of these
-            widths, each halving the map; "8/1" keeps its size), "cifar/resnet20".
+            widths, each halving the map; "8/1" keeps its size), "cifar/resnet20"; a network of your own,
+            "package.module:callable", or a name that `debiaskd.register_model` knows.
         pretrained: begin from the weights that timm or torchvision know for the name, which they download.
         weights: begin from these: a file of safetensors, the index of its shards, a state dict or a checkpoint that has
             one, or the folder of a run. A last layer of other classes begins anew, unless the network is used as it is.
         bias_free: make it an X-DNN.
         layer, head: names of its last feature map's module and of its last linear layer, where they are not found.
         input: what it reads, where that is not what its weights were trained with.
+        options: keyword arguments of timm's `create_model`, of torchvision's builder or of your own callable, such as
+            {img_size: 96, drop_path_rate: 0.1}.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Network:
     layer: str | None = None
     head: str | None = None
     input: Input | None = None
+    options: dict[str, Any] | None = None
 
     @property
     def made_head(self) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from debiaskd.recipe.checking import RecipeError
 from debiaskd.recipe.key_checks import refuse_null, refuse_unknown
-from debiaskd.recipe.keys import expected, keys
+from debiaskd.recipe.keys import expected, free, keys
 
 
 def parse(texts: Sequence[str]) -> dict[str, Any]:
@@ -37,6 +37,18 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by key, {"schedule.epochs": 5, "terms": {"guide": {}}}, whose keys exist.
+
+    Raises:
+        RecipeError: no such key, or a null where it means nothing.
+    """
+    for key, value in values.items():
+        refuse_unknown(nested(key, value), "")
+        refuse_null(nested(key, value), "")
+    return dict(values)
+
+
 def put(document: dict[str, Any], key: str, value: Any) -> None:
     """Set a key of a document in place; a mapping changes the keys that it names and leaves the others."""
     *above, last = key.split(".")
@@ -61,7 +73,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def _value(key: str, text: str) -> Any:
     from debiaskd.recipe.document import DocumentError, load
 
-    kind = next(found.kind for found in keys() if found.name == key)
+    kind = _kind(key)
     if _holds_text(kind):
         return None if text in ("null", "~") else text
     try:
@@ -71,6 +83,16 @@ def _value(key: str, text: str) -> Any:
     for name in empty:
         raise RecipeError(f"--{key}.{name}: has no value")
     return text if value is None and text not in ("null", "~") else value
+
+
+def _kind(key: str) -> Any:
+    """What a key holds; of a key in a mapping whose keys are the user's, anything."""
+    found = {known.name: known.kind for known in keys()}
+    while key not in found:
+        key = key.rpartition(".")[0]
+        if free(found.get(key)):
+            return Any
+    return found[key]
 
 
 def _holds_text(kind: Any) -> bool:

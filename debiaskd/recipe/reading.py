@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,24 @@ from typing import Any
 from debiaskd.recipe.checking import RecipeError, check
 from debiaskd.recipe.keys import expected, keys, shown
 from debiaskd.recipe.options import Recipe
-from debiaskd.recipe.overrides import parse, put
+from debiaskd.recipe.overrides import checked, parse, put
 from debiaskd.recipe.sources import document as merged
-from debiaskd.recipe.sources import names
+from debiaskd.recipe.sources import from_mapping, names
 
 __all__ = ["RecipeError", "names", "read", "to_dict"]
 
 
-def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with overrides.
+def read(path: Path | str | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """The recipe in a YAML file, or in a dict of the same keys, with overrides.
+
+    "~" and environment variables are expanded in the paths that it names.
 
     Args:
-        path: a file, or one of `names`; see `debiaskd.recipe.options.Recipe` for its keys, and
-            `debiaskd.recipe.sources` for `extends`.
-        overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1". A mapping changes the keys that it names
-            and leaves the others of its section; null leaves a section or an optional key out.
+        path: a file, or one of `names`, or what such a file holds, or a recipe; see `debiaskd.recipe.options.Recipe`
+            for its keys, and `debiaskd.recipe.sources` for `extends`.
+        overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1". Or values by key: {"schedule.epochs": 5,
+            "terms": {"guide": {"loss": "l1"}}}. A mapping changes the keys that it names and leaves the others of its
+            section; null leaves a section or an optional key out.
 
     Raises:
         RecipeError: no such name; a cycle of `extends`; unknown keys, keys without a value or given twice, values of
@@ -34,11 +38,52 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         OSError: the file cannot be read.
         ModuleNotFoundError: jsonargparse is not installed (`pip install 'debiaskd[train]'`).
     """
-    document, typed = merged(path), parse(overrides)
+    if isinstance(path, Recipe):
+        document, where = to_dict(path), "recipe"
+    elif isinstance(path, Mapping):
+        document, where = from_mapping(_plain(path)), "recipe"
+    else:
+        document, where = merged(path), str(path)
+    typed = checked(_plain(overrides)) if isinstance(overrides, Mapping) else parse(overrides)
     for key, value in typed.items():
         put(document, key, value)
     _precision(document)
-    return check(_typed(document, list(typed), path))
+    _expand(document)
+    return check(_typed(document, list(typed), where))
+
+
+def _plain(value: Any) -> Any:
+    """Python's values as YAML has them: paths as text, tuples as lists, mappings as dicts; all of it a copy."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+#: Keys of a recipe that hold paths.
+PATHS = ("data.path", "student.weights", "teacher.weights", "teacher.head")
+
+
+def _expand(document: dict[str, Any]) -> None:
+    """Replace "~" and environment variables in paths.
+
+    Raises:
+        RecipeError: a variable is not set.
+    """
+    for key in PATHS:
+        name, _, last = key.partition(".")
+        section = document.get(name)
+        text = section.get(last) if isinstance(section, dict) else None
+        if not isinstance(text, str) or (last == "head" and not text.endswith(".safetensors")):
+            continue
+        expanded = os.path.expandvars(os.path.expanduser(text))
+        missing = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+        if missing is not None and not os.path.exists(expanded):
+            raise RecipeError(f"{key}: {missing[0]} is not set, in {text}")
+        section[last] = expanded  # type: ignore[index]
 
 
 def _precision(document: dict[str, Any]) -> None:
@@ -54,8 +99,12 @@ def _typed(document: dict[str, Any], overridden: Sequence[str], path: Path | str
 
     parser = _parser()
     try:
+        text = yaml.safe_dump(document)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: holds a value that YAML cannot ({_one_line(str(error))})") from None
+    try:
         instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called
-        parsed = parser.parse_args(["--recipe", yaml.safe_dump(document)])
+        parsed = parser.parse_args(["--recipe", text])
         parsed.pop("recipe")
         made = instantiate(parsed)
     except ArgumentError as error:

@@ -8,7 +8,7 @@ share. They can be extended, and are not listed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -42,6 +42,20 @@ def document(path: Path | str) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     return _merged(_find(path), ())
+
+
+def from_mapping(own: dict[str, Any]) -> dict[str, Any]:
+    """The same for keys that are given from Python; a path in `extends` is relative to the working directory.
+
+    Raises:
+        RecipeError: as `document`.
+    """
+    source = _Source("recipe", Path("recipe"))
+    extended, own = own.get(EXTENDS), {key: value for key, value in own.items() if key != EXTENDS}
+    _refuse(own, source)
+    if extended is None:
+        return own
+    return _over(_merged(_extended(source, extended), ()), own)
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,21 @@ def _merged(source: _Source, above: tuple[_Source, ...]) -> dict[str, Any]:
     own = _parsed(source)
     if EXTENDS not in own:
         return own
-    found = _merged(_extended(source, own.pop(EXTENDS)), chain)
+    return _over(_merged(_extended(source, own.pop(EXTENDS)), chain), own)
+
+
+def _over(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     for key, value in own.items():
         put(found, key, value)
     return found
+
+
+def _refuse(own: dict[str, Any], source: _Source, empty: Sequence[str] = ()) -> None:
+    refuse_unknown(own, f"{source.shown}: ", more=(EXTENDS,))
+    for key in empty:
+        if key != EXTENDS:
+            raise RecipeError(f"{source.shown}: {without_value(key)}")
+    refuse_null(own, f"{source.shown}: ")
 
 
 def _parsed(source: _Source) -> dict[str, Any]:
@@ -126,10 +151,5 @@ def _parsed(source: _Source) -> dict[str, Any]:
     if not isinstance(found, dict):
         got = "nothing" if found is None else type(found).__name__
         raise RecipeError(f"{source.shown}: a recipe is a mapping of keys, got {got}")
-    own = {key: value for key, value in found.items() if key != EXTENDS}
-    refuse_unknown(own, f"{source.shown}: ", more=(EXTENDS,))
-    for key in empty:
-        if key != EXTENDS:
-            raise RecipeError(f"{source.shown}: {without_value(key)}")
-    refuse_null(own, f"{source.shown}: ")
+    _refuse({key: value for key, value in found.items() if key != EXTENDS}, source, empty)
     return found

@@ -115,6 +115,7 @@ class Fitting:
                 self.train.num_classes,
                 pretrained=options.pretrained,
                 size=self.contract(options).size,
+                options=options.options,
             )
         as_it_is = isinstance(options, Teacher) and options.method == "checkpoint"
         if as_it_is and options.pretrained and not options.made_head:
@@ -125,7 +126,7 @@ class Fitting:
             except (ValueError, TypeError) as error:
                 key = "teacher" if isinstance(options, Teacher) else options.name
                 raise RecipeError(f"{key}: {error}") from None
-        model = prepare(model, self.contract(options), x_dnn=options.bias_free)
+        model = prepare(model, self.contract(options), x_dnn=options.bias_free, classes=self.train.num_classes)
         if options.weights is not None:
             to_train = not as_it_is or options.made_head is not None
             self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=to_train))

@@ -32,6 +32,7 @@ class Contracts:
                 data_size=recipe.data.size,
                 pretrained=network.pretrained,
                 weights=None if network.weights is None else weights_file(network.weights),
+                options=network.options,
             )
             self.lines.append(f"input of the {key}: {self.found[key]} ({source})")
 

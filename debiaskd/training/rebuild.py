@@ -110,7 +110,7 @@ class Design:
         if base is not None:
             return Design.from_dict(base).build(contract)
         with torch.random.fork_rng(devices=[]):
-            model = build(network.name, classes or self.classes, size=contract.size)
+            model = build(network.name, classes or self.classes, size=contract.size, options=network.options)
         return prepare(model, contract, x_dnn=network.bias_free)
 
     def _base(self, role: str) -> Mapping[str, Any] | None:
@@ -256,7 +256,7 @@ def base_of(key: str, network: Network, recipe: Recipe) -> Base | None:
     if design is None or design.plain:
         return None
     there = design.network
-    for name in ("name", "bias_free"):
+    for name in ("name", "bias_free", "options"):
         if getattr(network, name) != getattr(there, name):
             asked, found = getattr(network, name), getattr(there, name)
             raise NetworkError(f"{key}.{name}: must be {found}, as {network.weights} has it, got {asked}")

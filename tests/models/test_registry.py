@@ -148,7 +148,9 @@ def test_pretrained_torchvision_networks_get_a_new_last_layer(monkeypatch: pytes
 def test_a_network_that_does_not_run_on_the_pictures() -> None:
     with pytest.raises(NetworkError, match=r"^Conv2d: does not run on 8×8 pictures "):
         prepare(nn.Conv2d(3, 4, 33), InputContract((8, 8)))
-    with pytest.raises(NetworkError, match=r"^Conv2d: must give logits \[N,K\] for 8×8 pictures$"):
+    with pytest.raises(
+        NetworkError, match=r"^Conv2d: must give logits \[N,K\] for 8×8 pictures, got \[2, 4, 6, 6\] for 2$"
+    ):
         prepare(nn.Conv2d(3, 4, 3), InputContract((8, 8)))
     with pytest.raises(NetworkError, match=r"^Sequential: does not run on 8×8 pictures .*positively homogeneous"):
         prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.GELU()), InputContract((8, 8)), x_dnn=True)

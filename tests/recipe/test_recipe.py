@@ -487,3 +487,70 @@ def test_what_does_not_fit_together(tmp_path: Path, change: dict[str, Any], mess
 )
 def test_what_does_fit_together(tmp_path: Path, change: dict[str, Any]) -> None:
     assert read(written(tmp_path, {**PLAIN, **change}))
+
+
+# -- from Python, and what is the user's own ---------------------------------------------------------------------------
+
+
+def test_a_dict_and_a_recipe_are_read_as_a_file_is(tmp_path: Path) -> None:
+    document = {**PLAIN, "data": {"path": tmp_path, "crop_scale": (0.5, 1)}}
+    found = read(document, {"schedule": {"epochs": 3}, "terms.supervised.weight": 2})
+    file = written(tmp_path, {**PLAIN, "data": {"path": str(tmp_path), "crop_scale": [0.5, 1]}})
+    assert found == read(file, ["--schedule.epochs", "3", "--terms.supervised.weight", "2"])
+    assert read(found, {"seed": 4}).seed == 4 and found.seed == 0 and document["data"]["crop_scale"] == (0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("document", "overrides", "message"),
+    [
+        ({**PLAIN, "studnet": {}}, {}, "recipe: studnet: no such key"),
+        ({**PLAIN, "seed": None}, {}, "recipe: seed: must be of type int, got null"),
+        (PLAIN, {"schedule.epoch": 3}, "schedule.epoch: no such key"),
+        (PLAIN, {"schedule": {"epochs": "many"}}, "must be of type int, got many"),
+        (PLAIN, {"seed": object()}, "holds a value that YAML cannot"),
+    ],
+)
+def test_mistakes_from_python_are_named(document: Any, overrides: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(document, overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_home_and_environment_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIRDS", str(tmp_path / "birds"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    document = {**KD, "data": {"path": "${BIRDS}/224"}, "student": {"name": "small/4", "weights": "~/s.safetensors"}}
+    found = read(document, {"teacher.weights": "$BIRDS/t.safetensors"})
+    assert found.data.path == f"{tmp_path}/birds/224" and found.student.weights == f"{tmp_path}/s.safetensors"
+    assert found.teacher is not None and found.teacher.weights == f"{tmp_path}/birds/t.safetensors"
+    monkeypatch.delenv("BIRDS")
+    with pytest.raises(RecipeError, match=r"data.path: \$\{BIRDS\} is not set, in \$\{BIRDS\}/224"):
+        read(document)
+    odd = tmp_path / "a$b"
+    odd.mkdir()
+    assert read({**PLAIN, "data": {"path": odd}}).data.path == str(odd)
+
+
+def test_options_of_networks(tmp_path: Path) -> None:
+    file = written(tmp_path, {**PLAIN, "student": {"name": "resnet18", "options": {"img_size": 96, "a": [1, 2]}}})
+    found = read(file, ["--student.options.drop_path_rate", "0.1", "--student.options.global_pool", "avg"])
+    expected = {"img_size": 96, "a": [1, 2], "drop_path_rate": 0.1, "global_pool": "avg"}
+    assert found.student.options == expected and read(to_dict(found)) == found
+    assert read(file, ["--student.options", "null"]).student.options is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([1], "student.options: must be a mapping of names to values, got [1]"),
+        ({"a b": 1}, "names must be those of keyword arguments, got 'a b'"),
+        ({"num_classes": 3}, "student.options.num_classes: comes from the data; leave it out"),
+        ({"pretrained": True}, "student.options.pretrained: is student.pretrained; leave it out"),
+        ({"in_chans": 1}, "student.options.in_chans: is 3; leave it out"),
+        ({"img_size": "big"}, "student.options.img_size: must be an integer >= 1, or two of them, got 'big'"),
+    ],
+)
+def test_options_that_cannot_be(options: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read({**PLAIN, "student": {"name": "small/4", "options": options}})
+    assert message in str(caught.value)
