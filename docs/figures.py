@@ -46,9 +46,9 @@ def quickstart_block() -> str:
     seeds = len(document["settings"]["seeds"])
     lines += [
         "",
-        f"{report.headline(summaries)} Means ± standard deviation over {seeds} seeds, test pictures; torch "
-        f"{where['torch']}, {where['threads']} threads, {where['seconds']:.0f} seconds in all "
-        "([the file](docs/results/quickstart.json)).",
+        f"{report.headline(summaries)} Means ± standard deviation over {seeds} seeds, test split; torch "
+        f"{where['torch']}, {where['threads']} threads, {where['seconds']:.0f} seconds in total "
+        "([results.json](docs/results/quickstart.json)).",
         "",
         "![Accuracy by group, and where each method looks](docs/results/quickstart.png)",
     ]
@@ -85,7 +85,7 @@ def guidance_block() -> str:
     sizes = " and ".join(f"{r['batch']}×3×{r['size']}×{r['size']} ({r['model']})" for r in results)
     lines += [
         "",
-        f"Training steps as ratios to the unguided one: medians of {results[0]['rounds']} turns each, {sizes}, "
+        f"Training steps as ratios to the unguided one: medians of {results[0]['rounds']} rounds each, {sizes}, "
         f"{where['cpu'] if where['device'] == 'cpu' else where['device']}, {where['threads']} threads, torch "
         f"{where['torch']}, {where['date']}; `python -m bench.guidance`.",
     ]
@@ -102,7 +102,7 @@ def own_maps_block() -> str:
     where, size = document["environment"], document["size"]
     lines += [
         "",
-        "Distance of a batch's maps from each image's own, one backward pass an image, relative to these: "
+        "Relative distance of a batch's maps from each image's own maps (one backward pass per image): "
         f"{document['model']} with random weights in training mode, {size}×{size}, torch {where['torch']}, "
         f"{where['date']}; `python -m bench.own_maps`.",
     ]
@@ -122,7 +122,7 @@ def voc_block() -> str:
     for name in document["pictures"]:
         lines += [
             "",
-            f"![{Path(name).stem}: where the student looks, before and after](results/voc2012_{name})",
+            f"![{Path(name).stem}: attribution of the student before and after guidance](results/voc2012_{name})",
         ]
     lines += ["", "![F1, EPG and IoU of every guided epoch on validation](results/voc2012_pareto.png)"]
     return "\n".join(lines)
@@ -132,8 +132,8 @@ def training_block() -> str:
     document = newest("training")
     words = {
         "bare": "teacher forward; student forward, backward; optimiser",
-        "terms": "the same with matched maps, guidance at the final layer, and CID's four terms",
-        "cached": "the same, the teacher's answers read from the disk",
+        "terms": "plus feature matching, guidance at the final layer, and CID's four terms",
+        "cached": "plus these terms, teacher outputs read from the disk",
     }
     lines = ["| step | × bare | fastest and slowest |", "| --- | ---: | ---: |"]
     for name, ratio in document["ratios"].items():
@@ -141,8 +141,8 @@ def training_block() -> str:
         lines.append(f"| {words[name]} | {ratio:.2f} | {low:.2f} – {high:.2f} |")
     size = f"{document['batch']}×3×{document['size']}×{document['size']}"
     place = _place(document["environment"], None)
-    lines += ["", f"ResNet-50 to ResNet-18, {size}, medians of {document['turns']} turns. {place}"]
-    lines += ["", "| where the second one's time goes | share |", "| --- | ---: |"]
+    lines += ["", f"ResNet-50 to ResNet-18, {size}, medians of {document['turns']} rounds. {place}"]
+    lines += ["", "| time of the step with all terms | share |", "| --- | ---: |"]
     lines += [f"| `{row['operator']}` | {100 * row['share']:.1f} % |" for row in document["profile"]]
     return "\n".join(lines)
 
@@ -166,7 +166,7 @@ def op_block(op: str) -> str:
 
 
 def speed_block() -> str:
-    """One line an op for the README: its first case."""
+    """One line for each op, its first case."""
     result = whole_bench()
     where = result["environment"]
     lines = ["| forward and backward on a CPU | input | × eager | × `torch.compile` | time / one copy |"]
@@ -177,16 +177,16 @@ def speed_block() -> str:
         ratios = [bench_report.number(bench_report.ratio(case, name, ours)) for name in ("eager", "compile")]
         copy = bench_report.number(bench_report.ratio(case, ours, "clone"))
         lines.append(f"| `{op}`, {ours} | {case['case']} | {ratios[0]} | {ratios[1]} | {copy} |")
-    lines += ["", f"Medians of one run, {where['cpu']}, {where['threads']} threads. [How](docs/performance.md)"]
+    lines += ["", f"Medians of one run, {where['cpu']}, {where['threads']} threads. [How](performance.md)"]
     return "\n".join(lines)
 
 
 def growth_block() -> str:
-    """Time by boxes an image, in copies of the map of the same case, 3 boxes = 1."""
+    """Time by boxes per image, in copies of the map of the same case, 3 boxes = 1."""
     named = {case["case"]: case for case in whole_bench()["cases"] if case["op"] == "localization"}
     counts = [c for c in (0, 1, 3, 10, 30, 60) if _boxes(c) in named]
     copies = {count: bench_report.ratio(named[_boxes(count)], "cpp", "clone") for count in counts}
-    header = "| boxes an image | " + " | ".join(str(count) for count in counts) + " |"
+    header = "| boxes per image | " + " | ".join(str(count) for count in counts) + " |"
     cells = [f"{copies[count] / copies[3]:.2f}" for count in counts]  # type: ignore[operator]
     return f"{header}\n| --- |{' ---: |' * len(counts)}\n| time, 3 boxes = 1 | " + " | ".join(cells) + " |"
 
@@ -211,11 +211,11 @@ def data_block() -> str:
     memory, processes = "pinned" if result["pinned"] else "ordinary", f"{result['workers']} processes"
     rows = [
         ("`PackedDataset`, read by the training process, first epoch", packed["first_epoch"]),
-        ("the same, later epochs", packed["images_per_second"]),
+        ("`PackedDataset`, later epochs", packed["images_per_second"]),
         ("`StreamedDataset` (LitData), read by the training process", result["litdata"]["images_per_second"]),
-        (f"the same with {processes}", result["litdata"]["with_workers"]),
+        (f"`StreamedDataset` with {processes}", result["litdata"]["with_workers"]),
         (
-            "`ChunkedDataset` (the same files by number, for recipes), by the training process",
+            "`ChunkedDataset` (used by recipes), read by the training process",
             result["litdata"]["by_number"],
         ),
         (f"`Augment` on {where['device']}: random resized crop, flip, normalisation", result["augment"]["contiguous"]),
@@ -223,13 +223,13 @@ def data_block() -> str:
     first, last = result["prepare"][0], result["prepare"][-1]
     return "\n".join(
         [
-            f"| images a second: shuffled, {result['size']} px, batches of {result['batch']}, {memory} memory | × |",
+            f"| images per second: shuffled, {result['size']} px, batches of {result['batch']}, {memory} memory | × |",
             "| --- | ---: |",
             f"| JPEG files (500×375, {result['jpeg_bytes'] / 1000:.0f} kB) decoded and resized by {processes} | 1 |",
             *(f"| {name} | {rate / jpeg:.1f} |" for name, rate in rows),
             "",
-            f"Peak memory of preparing {first['images']:,} and {last['images']:,} images: {first['peak_mb']:.0f} and "
-            f"{last['peak_mb']:.0f} MB, of each worker {first['worker_peak_mb']:.0f} and "
+            f"Peak memory preparing {first['images']:,} and {last['images']:,} images: {first['peak_mb']:.0f} and "
+            f"{last['peak_mb']:.0f} MB; of each worker: {first['worker_peak_mb']:.0f} and "
             f"{last['worker_peak_mb']:.0f} MB.",
             "",
             f"{_place(where, where['share_of_others'])}; files in the page cache.",
