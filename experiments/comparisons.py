@@ -1,4 +1,4 @@
-"""Tables and verdicts of docs/results.md, from the JSON files that experiments/evidence.py wrote."""
+"""Make the tables of docs/results.md from the JSON files that experiments/evidence.py wrote."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Row = dict[str, Any]
 #: A method and its teacher.
 Who = tuple[str, str | None]
 
-#: What the papers claim, as: figure, who is to be above whom, in words. By the teacher that group DRO debiased.
+#: Claims of the papers: metric, the better method, the other method, description. Teachers are debiased by group DRO.
 DRO = "group_dro"
 CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (WORST, ("teacher", DRO), ("kd", DRO), "KD from a debiased teacher still yields a biased student"),
-    (WORST, ("dett", DRO), ("kd", DRO), "transplanting and reweighting cure that"),
+    (WORST, ("dett", DRO), ("kd", DRO), "transplanting and reweighting reduce the bias"),
     (WORST, ("dett", DRO), ("teacher", DRO), "the student is then no worse than its teacher"),
     (WORST, ("dett", DRO), ("simkd", DRO), "transplanting alone does less than with reweighting"),
-    (WORST, ("kd, λ = 5", DRO), ("kd", DRO), "reweighting helps KD, too"),
-    (WORST, ("dett, λ = 5", DRO), ("kd, λ = 5", DRO), "with transplanting it does more, λ being the same"),
+    (WORST, ("kd, λ = 5", DRO), ("kd", DRO), "reweighting also helps KD"),
+    (WORST, ("dett, λ = 5", DRO), ("kd, λ = 5", DRO), "transplanting helps more, at the same λ"),
     (WORST, ("cid", DRO), ("kd", DRO), "CID's student is less biased than KD's"),
     (
         WORST,
@@ -42,18 +42,18 @@ CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (ENERGY, ("guided", None), ("erm", None), "a tenth of the boxes moves attributions onto the object"),
     (AVERAGE, ("guided", None), ("erm", None), "without costing accuracy"),
     (WORST, ("dett+guided+cid", DRO), ("dett", DRO), "all three together do better than DeTT alone"),
-    (WORST, ("dett+guided+cid, reweighted", DRO), ("dett", DRO), "so they do where CID's terms are reweighted, too"),
+    (WORST, ("dett+guided+cid, reweighted", DRO), ("dett", DRO), "they do if CID's terms are also reweighted"),
 )
 CIFAR_CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (AVERAGE, ("kd", None), ("plain", None), "KD helps"),
     (AVERAGE, ("cid", None), ("kd", None), "CID does better than KD"),
     ("mnist_accuracy", ("cid", None), ("kd", None), "CID's features transfer better than KD's, to digits"),
-    ("voc_map", ("cid", None), ("kd", None), "and to VOC's pictures"),
+    ("voc_map", ("cid", None), ("kd", None), "and to VOC images"),
 )
-#: Tables of docs/results.md: rows of each, by method and teacher, with the words for them.
+#: Tables of docs/results.md: for each row, method and teacher, and its label.
 TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
     "teachers": tuple(
-        ((method, teacher), f"{method}, teacher {teacher}" if method != "teacher" else f"the teacher itself, {teacher}")
+        ((method, teacher), f"{method}, teacher {teacher}" if method != "teacher" else f"teacher itself, {teacher}")
         for teacher in ("erm", "dfr", DRO)
         for method in ("teacher", "kd", "dett")
     ),
@@ -68,7 +68,7 @@ TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
         (("dett+guided+cid", DRO), "dett+guided+cid, 10 % of the boxes"),
     ),
     "students": (
-        (("teacher", DRO), "the teacher itself"),
+        (("teacher", DRO), "teacher itself"),
         (("kd", DRO), "kd"),
         (("kd, smaller student", DRO), "kd, smaller student"),
         (("dett", DRO), "dett"),
@@ -148,7 +148,7 @@ def _table(document: dict[str, Any], named: Sequence[tuple[Who, str]], keys: Seq
         figures = [Figure.of(list(_of(document["rows"], who, key).values())).text(1) for key in keys]
         lines.append(f"| {words} | " + " | ".join(figures) + " |")
     where, seeds = document["environment"], len(document["seeds"])
-    lines += ["", f"Test pictures, means ± standard deviation over {seeds} seeds. CPU, torch {where['torch']}."]
+    lines += ["", f"Test split, means ± standard deviation over {seeds} seeds. CPU, torch {where['torch']}."]
     for teacher, later in document.get("renewed", {}).items():
         if any(who[1] == teacher for who, _ in named):
             lines[-1] += f" Rows of {teacher} were trained later, with torch {later['torch']}."
@@ -156,8 +156,8 @@ def _table(document: dict[str, Any], named: Sequence[tuple[Who, str]], keys: Seq
 
 
 def verdicts(rows: list[Row], claims: Sequence[tuple[str, Who, Who, str]]) -> str:
-    """One line a claim: by how many points, of each seed, and whether that bears it out."""
-    lines = ["| claim | figure | by seed, points | so |", "| --- | --- | --- | --- |"]
+    """One row for each claim: the difference by seed, and whether it confirms the claim."""
+    lines = ["| claim | difference | by seed, points | confirmed |", "| --- | --- | --- | --- |"]
     for key, better, other, words in claims:
         one, two = _of(rows, better, key), _of(rows, other, key)
         gaps = [one[seed] - two[seed] for seed in sorted(one)]
