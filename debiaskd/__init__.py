@@ -6,6 +6,7 @@ Fast losses for the loop you have (`feature_match_loss`, `localization_loss`), o
 (`backend`, `debiaskd doctor`), and what stands around them: boxes, transplanting, reweighting.
 """
 
+from debiaskd.api import Run, load, pack, train
 from debiaskd.attribution.guide import Guide, Guided
 from debiaskd.boxes import Boxes, collate
 from debiaskd.losses import (
@@ -28,6 +29,7 @@ from debiaskd.ops.class_relation import class_relation_loss
 from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
+from debiaskd.recipe import Recipe
 from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
 from debiaskd.version import __version__
 
@@ -46,6 +48,8 @@ __all__ = [
     "Guided",
     "KdLoss",
     "LocalizationLoss",
+    "Recipe",
+    "Run",
     "Transplanted",
     "__version__",
     "backdoor_logits",
@@ -59,10 +63,13 @@ __all__ = [
     "feature_match_loss",
     "group_weights",
     "kd_loss",
+    "load",
     "localization_loss",
     "match_spatial",
     "normalize_attribution",
+    "pack",
     "predict_correct",
     "register_model",
+    "train",
     "transplant",
 ]

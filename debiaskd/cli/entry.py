@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from debiaskd.cli import prepare as cli_prepare
 from debiaskd.cli import train as cli_train
 from debiaskd.cli.arguments import Parser, UsageError, parse
+from debiaskd.utils.progress import shown as _progress
 from debiaskd.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from debiaskd.reports.quickstart_table import Summary
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -232,37 +231,6 @@ def _out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal; elsewhere, in a log file say, a line for each thing that begins, and for each news."""
-    if not console.is_terminal:
-        begun: set[str] = set()
-
-        def line(task: str, done: float, news: str = "") -> None:
-            if task not in begun or news:
-                begun.add(task)
-                print(f"{100 * done:3.0f} % {task}{news and f', {news}'}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-
-    from rich import progress
-
-    columns = (progress.TextColumn("{task.description:24}"), *progress.Progress.get_default_columns()[1:])
-    columns = (*columns, progress.TextColumn("{task.fields[news]}"))
-    with progress.Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task("data", total=1.0, news="")
-
-        def show(task: str, done: float, news: str = "") -> None:
-            if news.startswith(("epoch", "input", "weights")):
-                bars.console.print(f"{task}, {news}", highlight=False, soft_wrap=True)
-            elif news:
-                bars.update(bar, news=news)
-            bars.update(bar, description=task, completed=done)
-
-        yield show
 
 
 def _print_table(summaries: Sequence[Summary]) -> None:

@@ -45,7 +45,7 @@ def decode(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of odd metadata; pixels that cannot be read raise
             with Image.open(path) as image:
                 image.load()
-                return _rgb(image)
+                return rgb(image)
     except FileNotFoundError as error:
         raise UnreadableError("missing file", error.strerror) from None
     except Exception as error:  # whatever a broken file makes a decoder stumble over
@@ -69,7 +69,7 @@ def resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits, which pillow may hold in 32; its own conversion cuts at 255

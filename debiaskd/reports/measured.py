@@ -143,7 +143,7 @@ def measure(folder: Path, name: str, split: str | None = None, data: str | None 
         steps=steps,
         epochs=epochs,
         examples=examples,
-        looks=_looks(loaded, pictures, evaluated.guide, examples),
+        looks=looks(loaded, pictures, evaluated.guide, examples),
     )
 
 
@@ -218,7 +218,8 @@ def _example(split: Split, place: int, key: int, grouped: bool) -> Example:
     return Example(number, name, target, title, data_uri(image, SIDE), boxes.coords.tolist(), (height, width))
 
 
-def _looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
+def looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
+    """What the student of a run makes of each example."""
     if not examples:
         return []
     stored = split.whole.__getitems__([example.number for example in examples])
@@ -233,13 +234,13 @@ def _looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[E
     ignore = None if batch.ignore is None else of_class(batch.ignore, target)
     energy = energy_in_box(maps, boxes, loaded.size, ignore).tolist()
     glow = glowing(stored.images, _strength(maps, stored.images.shape[2:]))
-    looks = []
+    found = []
     for i, guess in enumerate(logits.argmax(1).tolist()):
         known = _covered(boxes, i) and energy[i] == energy[i]
         right = scores[i] >= 0.5 if several else guess == examples[i].target
         predicted = None if several else loaded.classes[guess]
-        looks.append(Look(data_uri(glow[i], SIDE), energy[i] if known else None, scores[i], predicted, right))
-    return looks
+        found.append(Look(data_uri(glow[i], SIDE), energy[i] if known else None, scores[i], predicted, right))
+    return found
 
 
 def _covered(boxes: Boxes, i: int) -> bool:

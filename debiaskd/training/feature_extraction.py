@@ -18,6 +18,7 @@ from debiaskd.models.cut import share
 from debiaskd.models.depths import find
 from debiaskd.models.last_layers import last_layers
 from debiaskd.models.layouts import Layout
+from debiaskd.models.transplant import Transplanted
 from debiaskd.terms import Outputs
 
 
@@ -55,12 +56,15 @@ def places(
     Args:
         model: from images to logits [N,K].
         images: [N,3,H,W] that it runs on.
-        layer, head: names, where they are known.
+        layer, head: names, where they are known; of a transplanted student those of its own network, which has another
+            last map and head now.
         wanted: any of "feature" and "pooled": nothing else is looked for.
 
     Raises:
         ValueError: not found, or no such module.
     """
+    if isinstance(model, Transplanted):
+        layer = head = None  # names of the network inside; the map and the head of the whole are known
     feature, layout, width = "", Layout(), 0
     if "feature" in wanted:
         depth = find(model, layer or "Final", images)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from debiaskd.data.packed import manifest
+from debiaskd.data.packed.shards import PLAN
 from debiaskd.recipe import Recipe, RecipeError, to_dict
 from debiaskd.training import resume as begun
 from debiaskd.utils import files
@@ -53,8 +54,7 @@ class Run:
         self.folder, self.recipe, self.write = folder, recipe, write
         self._lock: files.Lock | None = None
         if write:
-            strangers = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
-            if strangers and not (folder / "recipe.yaml").exists():
+            if _strangers(folder) and not (folder / "recipe.yaml").exists():
                 raise RunError(f"{folder}: is neither empty nor a run's folder; choose another --out")
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _alone(folder)
@@ -123,6 +123,19 @@ class Run:
             }
             files.write_json(folder / STAGE, document)
         return Stage(folder, fingerprint, dict(inputs), facts, {})
+
+
+def _strangers(folder: Path) -> set[str]:
+    """What lies in a folder and is neither hidden nor what `debiaskd.train` puts there before a run begins: packed data
+    sets, and weights of modules that it was given."""
+    if not folder.exists():
+        return set()
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if (folder / "data" / PLAN).is_file():
+        found.discard("data")
+    if all(path.suffix == ".safetensors" for path in (folder / "given").glob("*")):
+        found.discard("given")
+    return found
 
 
 def _alone(folder: Path) -> files.Lock:

@@ -210,7 +210,7 @@ def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     src, out = trees.coco(tmp_path / "src", 1), tmp_path / "out"
     out.mkdir()
-    with output._locked(out), pytest.raises(DataError, match="another process is preparing here"):
+    with output.locked(out), pytest.raises(DataError, match="another process is preparing here"):
         prepare("coco", src, out, size=16)
 
 

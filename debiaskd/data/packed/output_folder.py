@@ -20,7 +20,7 @@ def begun(out: Path, settings: dict[str, Any], source: Source) -> Iterator[None]
     strangers = sorted(p.name for p in out.iterdir() if not p.name.startswith(".") and p.name != "lost+found")
     if strangers and not (out / shards.PLAN).exists():
         raise DataError(f"{out}: holds {strangers[0]!r} and is not a prepared data set; choose another OUT")
-    with _locked(out):
+    with locked(out):
         try:
             plan = shards.read_json(out / shards.PLAN)
             if not isinstance(plan, (dict, type(None))):
@@ -51,7 +51,7 @@ def _difference(plan: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,0 +1,388 @@
+"""What a script or a notebook calls: `train`, `load`, `pack`, and the `Run` that they give.
+
+`train` does what `debiaskd train` does and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from debiaskd.models.own import GIVEN, give, given_name
+
+if TYPE_CHECKING:
+    from debiaskd.data import Prepared
+    from debiaskd.recipe import Recipe
+
+#: In a run's folder: weights of modules and packed data sets that were given to `train`.
+GIVEN_WEIGHTS, GIVEN_DATA = "given", "data"
+_SPLITS = ("train", "val", "test")
+
+
+class Run:
+    """A finished run.
+
+    In a notebook it shows itself: its figures, and where its student looks.
+
+    Args:
+        folder: of the run.
+        student, teacher: the modules that were given to `train`, if any were and this is another process.
+
+    Attributes:
+        folder: where everything lies.
+        recipe: what was trained, with every default.
+
+    Raises:
+        RunError: no run's folder, one that is not finished, or another module than was trained.
+
+    Example:
+        >>> import debiaskd as dk
+        >>> run = dk.load("runs/waterbirds_dett")  # doctest: +SKIP
+        >>> run.metrics["worst_group_accuracy"], run.evaluate("test")["worst_group_accuracy"]  # doctest: +SKIP
+        (0.86, 0.84)
+    """
+
+    def __init__(
+        self, folder: Path | str, *, student: nn.Module | None = None, teacher: nn.Module | None = None
+    ) -> None:
+        from debiaskd.training.run import finished, open_run
+
+        self.folder = Path(folder)
+        self.recipe: Recipe = open_run(self.folder)
+        self._stage = finished(self.folder, "student")
+        self._given = {"student": student, "teacher": teacher}
+        self._check_given()
+
+    def _check_given(self) -> None:
+        from debiaskd.training.run import RunError
+
+        for key, module in self._given.items():
+            network = getattr(self.recipe, key)
+            if module is None:
+                continue
+            if network is None or not network.name.startswith(GIVEN):
+                what = "has none" if network is None else f"is {network.name}, which needs no module"
+                raise RunError(f"{self.folder}: its {key} {what}")
+            if given_name(module) != network.name:
+                raise RunError(f"{self.folder}: its {key} must be {network.name}, got {given_name(module)}")
+
+    @contextmanager
+    def _modules(self) -> Iterator[None]:
+        """Modules that were given can be built while this lasts, and afterwards."""
+        for module in self._given.values():
+            if module is not None:
+                give(module)
+        yield
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The student that was kept, on the CPU, in evaluation mode. It takes normalized images [N,3,H,W] as its input
+        contract says (`debiaskd.models.input.read_contract`), and gives logits [N,K]."""
+        from debiaskd.evaluation.evaluate import Loaded
+
+        with self._modules():
+            return Loaded(self.folder).model.cpu()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the epoch that was kept, on the validation images: "accuracy", "worst_group_accuracy", …, as fractions."""
+        return {name: value for name, value in self._stage.facts["figures"].items() if value is not None}
+
+    def evaluate(
+        self, split: str | None = None, *, data: Path | str | None = None, stage: str = "student"
+    ) -> dict[str, float]:
+        """Measure the student on a split, as `debiaskd evaluate` does.
+
+        Args:
+            split: such as "val" or "train[:10%]"; None: the recipe's test.
+            data: other prepared data of the same classes, or where the run's own is now.
+            stage: another of the run's models, such as "teacher" or "pretraining".
+
+        Returns:
+            Metrics by name, as fractions. They are also in `folder`/evaluation-*.json.
+
+        Raises:
+            RunError, RecipeError, DataError, NetworkError: as their names say.
+        """
+        from debiaskd.evaluation.evaluate import evaluate_run
+
+        with self._modules():
+            document, _ = evaluate_run(self.folder, stage, split, None if data is None else str(data))
+        return {name: value for name, value in document["figures"].items() if value is not None}
+
+    def explain(
+        self,
+        images: Sequence[Path | str] | Path | str,
+        *,
+        target: str | int | None = None,
+        before: Run | Path | str | None = None,
+        out: Path | str | None = None,
+    ) -> Explanations:
+        """Draw where the student looks, as `debiaskd explain` does.
+
+        Args:
+            images: files, or images of the run's data such as "test:12".
+            target: name or number of the class; None: the label where it is known, else the predicted one.
+            before: another run to compare with.
+            out: folder; None: `folder`/explanations.
+
+        Returns:
+            The files that were written; in a notebook they show themselves.
+
+        Raises:
+            RunError, RecipeError, DataError, NetworkError: as their names say.
+        """
+        from debiaskd.evaluation.explain import explain_run
+
+        names = [images] if isinstance(images, (str, Path)) else list(images)
+        with self._modules():
+            written = explain_run(
+                self.folder,
+                [str(name) for name in names],
+                target=None if target is None else str(target),
+                before=before.folder if isinstance(before, Run) else None if before is None else Path(before),
+                out=None if out is None else Path(out),
+            )
+        return Explanations(written)
+
+    def report(self, path: Path | str | None = None, *others: Run | Path | str, split: str | None = None) -> Path:
+        """Write a page about the run, as `debiaskd report` does.
+
+        Args:
+            path: of the page; None: `folder`/report.html.
+            *others: runs to compare with.
+            split: that the runs are measured on; None: the recipe's test.
+
+        Returns:
+            The page's path.
+
+        Raises:
+            RunError, RecipeError, DataError, NetworkError, OSError: as their names say.
+        """
+        from debiaskd.reports.comparison import write_report
+
+        page = self.folder / "report.html" if path is None else Path(path)
+        folders = [one.folder if isinstance(one, Run) else Path(one) for one in others]
+        with self._modules():
+            write_report([self.folder, *folders], page, split=split)
+        return page
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={self.metrics[name]:.4f}" for name in _LEADING if name in self.metrics)
+        return f"Run({str(self.folder)!r}, student={self.recipe.student.name!r}, {figures})"
+
+    def _repr_html_(self) -> str:
+        from debiaskd.reports.notebook import run_html
+
+        with self._modules():
+            return run_html(self.folder)
+
+
+_LEADING = ("accuracy", "worst_group_accuracy", "f1", "epg")
+
+
+class Explanations(list[Path]):
+    """PNG files of `Run.explain`; in a notebook they show themselves."""
+
+    def _repr_html_(self) -> str:
+        from debiaskd.reports.notebook import images_html
+
+        return images_html(self)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    data: Path | str | Sequence[Any] | None = None,
+    teacher: str | nn.Module | None = None,
+    student: str | nn.Module | None = None,
+    out: Path | str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Run:
+    """Train the student that a recipe describes, as `debiaskd train` does; finished stages are reused.
+
+    Args:
+        recipe: the name of one that comes with debiaskd, a YAML file, a dict of the same keys, or a `Recipe`.
+        data: a prepared folder; or data sets (train, validation[, test]), which are packed below `out` (see `pack`).
+        teacher: a name, or a module that is used as it is: images [N,3,H,W] to logits [N,K].
+        student: a name, or a module that training begins from.
+        out: folder of the run; None: runs/ and the recipe's name.
+        progress: show what is being done.
+        **overrides: keys of the recipe: `seed=1`, `schedule={"epochs": 5}`, `**{"schedule.epochs": 5}`.
+
+    Returns:
+        The run.
+
+    Raises:
+        RecipeError, RunError, DataError, NetworkError: before anything is trained.
+        DivergedError, CheckpointError, OSError: as their names say.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> import debiaskd as dk
+        >>> sets = [[(torch.rand(3, 16, 16), i % 2) for i in range(n)] for n in (8, 4)]
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = dk.train(
+        ...         {"terms": {"supervised": {}}, "schedule": {"epochs": 1, "batch": 4}},
+        ...         data=sets, student=net, out=folder, progress=False,
+        ...     )
+        ...     sorted(run.metrics)[:1], run.student(torch.zeros(1, 3, 16, 16)).shape
+        (['accuracy'], torch.Size([1, 2]))
+    """
+    from debiaskd.pipeline.stages import Chain
+    from debiaskd.recipe import RecipeError, read
+    from debiaskd.training.fabric import launch
+
+    folder = _folder(recipe) if out is None else Path(out)
+    values = dict(overrides)
+    sets = None if data is None or isinstance(data, (str, Path)) else _sets(data)
+    if sets is None and data is not None:
+        values["data.path"] = str(data)
+    if sets is not None:
+        values["data.path"] = str(folder / GIVEN_DATA)
+        values |= {"data.train": "train", "data.validation": "val", "data.test": "test"}
+    modules = {"student": student, "teacher": teacher}
+    for key, network in modules.items():
+        if isinstance(network, nn.Module):
+            values |= _given(key, network, folder)
+        elif isinstance(network, str):
+            values[f"{key}.name"] = network
+        elif network is not None:
+            raise TypeError(f"{key} must be a name or an nn.Module, got {type(network).__name__}")
+    made = read(recipe, values)
+    if made.compute.nodes * made.compute.devices > 1 and any(isinstance(one, nn.Module) for one in modules.values()):
+        raise RecipeError("compute.devices: modules that are given from Python train on one device; name a callable")
+    fabric = launch(made.compute)
+    if fabric.is_global_zero:
+        for key, network in modules.items():
+            if isinstance(network, nn.Module):
+                _keep(key, network, folder)
+        for dataset, split in zip(sets or (), _SPLITS):
+            pack(dataset, folder / GIVEN_DATA, split=split, progress=progress)
+    fabric.barrier()
+    with _shown(progress and fabric.is_global_zero) as say:
+        Chain(made, folder, fabric, say).student()
+    given = {key: network for key, network in modules.items() if isinstance(network, nn.Module)}
+    return Run(folder, **given)
+
+
+def load(folder: Path | str, *, student: nn.Module | None = None, teacher: nn.Module | None = None) -> Run:
+    """Open a finished run.
+
+    Args:
+        folder: of the run.
+        student, teacher: modules with the same tensors as those that were given to `train`, where there were such; only
+            their structure matters.
+
+    Raises:
+        RunError: no run's folder, one that is not finished, or another module than was trained.
+    """
+    return Run(folder, student=student, teacher=teacher)
+
+
+def pack(
+    dataset: Any,
+    out: Path | str,
+    *,
+    split: str,
+    classes: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Prepared:
+    """Write any map-style data set as prepared data. See `debiaskd.data.packed.pack.pack` for items and options.
+
+    Args:
+        dataset: a `torch.utils.data.Dataset`, a Hugging Face data set, a list: items are (image, target), or mappings
+            with image, target and optionally boxes, box_labels, group.
+        out: folder; further splits are packed into the same one.
+        split: its name, such as "train".
+        classes, groups: names; None: the data set's own, or numbers.
+        progress: show what is being done.
+        **options: size, fit, workers, strict, shard_size.
+
+    Returns:
+        The manifest, and what was skipped.
+
+    Raises:
+        DataError, OSError, TypeError, ValueError: see there.
+    """
+    from debiaskd.data.packed.pack import pack as write
+
+    with _shown(progress) as say:
+
+        def tell(name: str, done: float) -> None:
+            say(f"packing {name}", done, "")
+
+        return write(dataset, out, split=split, classes=classes, groups=groups, progress=tell, **options)
+
+
+def _folder(recipe: Any) -> Path:
+    name = Path(recipe).stem if isinstance(recipe, (str, Path)) else "recipe"
+    return Path("runs") / name
+
+
+def _sets(data: Any) -> list[Any]:
+    if not isinstance(data, (tuple, list)) or not 2 <= len(data) <= 3:
+        count = f" of {len(data)}" if isinstance(data, (tuple, list)) else ""
+        raise TypeError(
+            "data must be a prepared folder, or (train, validation[, test]) data sets, "
+            f"got {type(data).__name__}{count}"
+        )
+    return list(data)
+
+
+def _given(key: str, module: nn.Module, folder: Path) -> dict[str, Any]:
+    """What the recipe says of a module that was given, instead of what it said of the network before."""
+    found: dict[str, Any] = {"name": give(module), "pretrained": False, "weights": str(_weights(key, folder))}
+    found["options"] = None
+    if key == "teacher":
+        found |= {"method": "checkpoint", "schedule": None, "up": None, "identification_epochs": None}
+        found |= {"step_size": None, "validation_share": None}
+    return {f"{key}.{name}": value for name, value in found.items()}
+
+
+def _weights(key: str, folder: Path) -> Path:
+    return folder / GIVEN_WEIGHTS / f"{key}.safetensors"
+
+
+def _keep(key: str, module: nn.Module, folder: Path) -> None:
+    """Write the weights of a module that was given: they are part of what the run is made of.
+
+    Raises:
+        RunError: the run was begun with other weights.
+    """
+    from debiaskd.models.registry import save_weights
+    from debiaskd.training.run import RunError
+    from debiaskd.utils import files
+
+    path = _weights(key, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    other = path.with_suffix(".new")
+    files.write(other, lambda unfinished: save_weights(module, unfinished, {}))
+    same = path.exists() and files.sha256(path) == files.sha256(other)
+    if path.exists() and not same:
+        other.unlink()
+        raise RunError(f"{folder}: was begun with other weights of the {key}; choose another out")
+    other.replace(path)
+
+
+@contextmanager
+def _shown(progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield lambda task, done, news="": None
+        return
+    from rich.console import Console
+
+    from debiaskd.utils.progress import shown
+
+    with shown(Console(stderr=True)) as say:
+        yield say
