@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from debiaskd.bias.groups import FoundGroups
 from debiaskd.utils import checks
 
 
@@ -71,6 +72,40 @@ def infer_environments(logits: Tensor, labels: Tensor) -> Tensor:
     Source: Creager et al. 2021; solved in closed form (module docstring).
     """
     return (scale_gradients(logits, labels) > 0).long()
+
+
+def find_environments(logits: Tensor, labels: Tensor) -> FoundGroups:
+    """Groups within each class by EIIL's environments, two in a class at most.
+
+    Args:
+        logits: [N,K] of a plainly trained model that has not fitted the samples yet: after few epochs, or held out.
+        labels: int64 [N] in [0,K).
+
+    Returns:
+        `FoundGroups`, cluster 0 the larger of a class's two. The confidence is the margin |p_y − max_{k≠y} p_k|.
+
+    Example:
+        >>> import torch
+        >>> from debiaskd.bias import find_environments
+        >>> logits = torch.tensor([[4.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> find_environments(logits, torch.tensor([0, 0, 0])).clusters
+        tensor([0, 0, 1])
+
+    Source: Creager et al. 2021, section 4: environments within each class.
+    """
+    environment = infer_environments(logits, labels).cpu()
+    labels = labels.cpu()
+    clusters = torch.zeros_like(labels)
+    for label in labels.unique():
+        of_class = labels == label
+        rare = int(2 * environment[of_class].sum() <= of_class.sum())  # 1: the smaller one is the one with g > 0
+        clusters[of_class] = (environment[of_class] == rare).long()
+        if len(clusters[of_class].unique()) == 1:
+            clusters[of_class] = 0
+    probability = logits.detach().double().softmax(1).cpu()
+    own = probability.gather(1, labels[:, None])[:, 0]
+    other = probability.scatter(1, labels[:, None], -1.0).amax(1).clamp(min=0)
+    return FoundGroups(labels, clusters, (own - other).abs())
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:

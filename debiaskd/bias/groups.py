@@ -12,6 +12,31 @@ from torch import Tensor
 
 from debiaskd.utils import checks, files
 
+#: What the names of found clusters begin with, in files and in names of groups.
+FOUND = "found-"
+
+
+def found_names(classes: Sequence[str], clusters: int) -> tuple[str, ...]:
+    """Names of the groups that `FoundGroups.ids` numbers: "gull, found-0".
+
+    Example:
+        >>> from debiaskd.bias import found_names
+        >>> found_names(["gull", "tern"], 2)
+        ('gull, found-0', 'gull, found-1', 'tern, found-0', 'tern, found-1')
+    """
+    return tuple(f"{label}, {FOUND}{cluster}" for label in classes for cluster in range(clusters))
+
+
+def are_found(groups: Sequence[str]) -> bool:
+    """Whether groups of these names were found by `debiaskd discover` rather than annotated.
+
+    Example:
+        >>> from debiaskd.bias import are_found
+        >>> are_found(["gull, found-0", "gull, found-1"]), are_found(["gull, water", "gull, land"])
+        (True, False)
+    """
+    return any(name.rpartition(", ")[2].startswith(FOUND) for name in groups)
+
 
 @dataclass(frozen=True)
 class FoundGroups:
@@ -41,6 +66,12 @@ class FoundGroups:
         pairs = torch.stack([self.labels, self.clusters], 1)
         numbers: Tensor = pairs.unique(dim=0, return_inverse=True)[1]
         return numbers
+
+    def ids(self, clusters: int) -> Tensor:
+        """int64 [N], class * clusters + cluster: the same number in every split, whatever occurs there."""
+        if len(self) and int(self.clusters.max()) >= clusters:
+            raise ValueError(f"clusters must be > {int(self.clusters.max())}, the largest that occurs, got {clusters}")
+        return self.labels * clusters + self.clusters
 
     def sizes(self) -> dict[tuple[int, int], int]:
         """Samples of each (class, cluster)."""
@@ -114,6 +145,6 @@ class FoundGroups:
                 for name, label, cluster, sure in zip(
                     names, self.labels.tolist(), self.clusters.tolist(), self.confidence.tolist()
                 ):
-                    rows.writerow([name, f"found-{cluster}", classes[label] if classes else label, f"{sure:.4f}"])
+                    rows.writerow([name, f"{FOUND}{cluster}", classes[label] if classes else label, f"{sure:.4f}"])
 
         files.write(Path(path), write)

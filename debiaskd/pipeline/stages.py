@@ -13,6 +13,7 @@ from torch import nn
 from debiaskd.models.registry import load_weights, weights_hash
 from debiaskd.models.transplant import FrozenTeacher
 from debiaskd.pipeline.context import StageContext
+from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed
 from debiaskd.pipeline.teachers import check_dfr, last_layer, selecting, teacher_terms, trained_teacher
 from debiaskd.pipeline.weights import read_weights, sample_weights
@@ -49,6 +50,8 @@ class Chain(StageContext):
         finished = (folder / "student" / STAGE).exists()  # so all of it has been trained
         self._rehearse(begun=(folder / "recipe.yaml").exists(), run=not finished)
         self.base = {"data": data_fingerprint(recipe.data.path)}
+        if recipe.data.groups not in (None, "none", "found"):
+            self.base["groups"] = files.sha256(Path(recipe.data.groups))
         begun = {"student": recipe.student, "teacher": recipe.teacher}
         for name, network in begun.items():
             if network is not None and network.weights is not None:
@@ -120,6 +123,7 @@ class Chain(StageContext):
             self.run.release()
 
     def _student(self) -> Stage:
+        discovered(self)
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
         weight = sampling = None
         if recipe.weights is not None:

@@ -1,8 +1,9 @@
 """Recipes: YAML files that say what a run is, typed by dataclasses, checked before anything is loaded."""
 
+from debiaskd.recipe.bias_options import Discovery
 from debiaskd.recipe.checking import check
+from debiaskd.recipe.compute_options import Compute
 from debiaskd.recipe.options import (
-    Compute,
     Data,
     Input,
     Network,
@@ -19,6 +20,7 @@ from debiaskd.recipe.reading import RecipeError, names, read, to_dict
 __all__ = [
     "Compute",
     "Data",
+    "Discovery",
     "Input",
     "Network",
     "Recipe",

@@ -35,6 +35,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _terms(recipe)
     yield from _teacher(recipe)
     yield from _weights(recipe)
+    yield from _discovery(recipe)
     if recipe.selection.attributions is False and recipe.selection.rule == "pareto":
         yield "selection.attributions: rule pareto compares EPG and IoU, which are made of them; got False"
     yield from _network("student", recipe.student)
@@ -184,6 +185,22 @@ def _weights(recipe: Recipe) -> Iterator[str]:
         yield f"weights.up: must be a whole number of copies, got {weights.up}"
     if weights.epochs is not None and weights.epochs < 1:
         yield f"weights.epochs: must be >= 1, got {weights.epochs}"
+
+
+def _discovery(recipe: Recipe) -> Iterator[str]:
+    options = recipe.discovery
+    if options is None:
+        if recipe.data.groups == "found":
+            yield "data.groups: found needs discovery, which finds them; `discovery: {}` has the defaults"
+        return
+    if recipe.data.groups not in (None, "none", "found"):
+        yield f"data.groups: {recipe.data.groups} names groups that are known already, and discovery would find others"
+    for key in ("epochs", "most", "smallest", "early"):
+        value, least = getattr(options, key), 2 if key == "most" else 1
+        if value is not None and value < least:
+            yield f"discovery.{key}: must be >= {least}, got {value}"
+        if value is not None and key != "epochs" and options.method != "clusters":
+            yield f"discovery.{key}: only for method clusters, got {options.method}"
 
 
 def _network(name: str, network: Network) -> Iterator[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from debiaskd.recipe.bias_options import Discovery
+from debiaskd.recipe.compute_options import Compute
 from debiaskd.terms import (
     BackdoorOptions,
     GuideOptions,
@@ -33,6 +35,9 @@ class Data:
             are fetched as they are needed, and kept below `path`.
         train, validation: splits.
         test: what `debiaskd evaluate` measures on, unless it is told otherwise; nothing else looks at it.
+        groups: left out: those that the data was prepared with. A CSV file with the columns path and bias (`debiaskd
+            discover` writes one, `prepare folder` reads the same): its groups, for training and validation. "found":
+            those that `discovery` finds. "none": no group is read. The test keeps those that it was prepared with.
         annotated_fraction: share of the training pictures whose boxes are known.
         dilate: training boxes are larger by this share of their size on every side.
         seed: decides which parts of a split, and which annotated pictures, are meant.
@@ -48,6 +53,7 @@ class Data:
     train: str = "train"
     validation: str = "val"
     test: str = "test"
+    groups: str | None = None
     annotated_fraction: float = 1.0
     dilate: float = 0.0
     seed: int = 0
@@ -232,46 +238,21 @@ class Selection:
     """Which epoch is kept, by validation alone.
 
     Args:
-        rule: "worst_group"; "accuracy" (average); "f1"; "pareto": the front over F1 (accuracy where a picture shows one
-            class), EPG and IoU, all of which is kept, with the highest sum of the three in front; "last". Left out:
-            worst_group where groups are known, else pareto for guided students, else accuracy or f1.
+        rule: "worst_group"; "worst_environment": the worst of the groups that were found (`discovery`, or a file of
+            `debiaskd discover` as `data.groups`), for which no annotation is read; "accuracy" (average); "f1";
+            "pareto": the front over F1 (accuracy where a picture shows one class), EPG and IoU, all of which is kept,
+            with the highest sum of the three in front; "last". Left out: worst_group where groups are known,
+            worst_environment where they were found, else pareto for guided students, else accuracy or f1.
         every: epochs between validations. The last epoch is always validated.
         attributions: measure EPG and IoU in every validation, which costs a pass of attributions. Left out: where the
             rule compares them, and of students that are guided.
         reuse: select the student's epoch on the very validation pictures that a dfr teacher's last layer was fitted on.
     """
 
-    rule: Literal["worst_group", "accuracy", "f1", "pareto", "last"] | None = None
+    rule: Literal["worst_group", "worst_environment", "accuracy", "f1", "pareto", "last"] | None = None
     every: int = 1
     attributions: bool | None = None
     reuse: bool = False
-
-
-@dataclass
-class Compute:
-    """On what.
-
-    Args:
-        accelerator: "auto", "cpu", "cuda", "mps".
-        devices: how many on this machine.
-        nodes: machines; `torchrun` starts the processes then.
-        precision: "32", "bf16", "16"; of training, validation and evaluation.
-        compile: the student and the teacher by torch.compile.
-        sync_batchnorm: batch norm over all processes' pictures.
-        workers: processes that read. A prepared data set wants none.
-        log_every: steps between lines of the log.
-        checkpoint_every: steps between checkpoints; after every epoch if it is left out.
-    """
-
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: int = 1
-    nodes: int = 1
-    precision: Literal["32", "bf16", "16"] = "32"
-    compile: bool = False
-    sync_batchnorm: bool = False
-    workers: int = 0
-    log_every: int = 50
-    checkpoint_every: int | None = None
 
 
 @dataclass
@@ -288,6 +269,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     teacher: Teacher | None = None
     transplant: Transplant | None = None
+    discovery: Discovery | None = None
     weights: Weights | None = None
     pretraining: Schedule | None = None
     selection: Selection = field(default_factory=Selection)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from debiaskd.bias import are_found
 from debiaskd.data import Augment, Batch, ChunkedDataset, DataError, EpochSampler, PackedDataset, loader
+from debiaskd.data.group_files import read_groups
 from debiaskd.data.packed import manifest
 from debiaskd.models.input import InputContract, Preprocess, default_contract, with_inverse
 from debiaskd.recipe import Data, RecipeError
@@ -50,6 +52,8 @@ class Split:
         dataset: what is read; a `Slice` of it, or the whole.
         numbers: int64 [N], the pictures' numbers in `whole`, rising.
         target, groups, boxes: of these N pictures; `groups` None where there are none.
+        environments: int64 [N], groups that were found, by which selection may go; None: none are known yet.
+        environment_names: of them; empty where none are known or expected.
     """
 
     def __init__(self, data: Data, key: str, *, training: bool = False) -> None:
@@ -57,6 +61,8 @@ class Split:
         part = parts.parse(text, f"data.{key}")
         options = {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate} if training else {}
         whole = _opened(data, part.name, **options)
+        if data.groups is not None and key in ("train", "validation"):
+            _regroup(whole, data.groups, key)
         self.name, self.whole = text, whole
         self.numbers = parts.numbers(part, len(whole), data.seed, f"data.{key}")
         self.dataset: Any = whole if len(self.numbers) == len(whole) else Slice(whole, self.numbers)
@@ -64,9 +70,37 @@ class Split:
         self.groups = None if whole.group_ids is None else whole.group_ids[self.numbers]
         self.boxes = whole.boxes[self.numbers]
         self.num_classes = len(whole.classes)
+        self.environments: Tensor | None = None
+        self.environment_names: tuple[str, ...] = ()
+        if self.groups is not None and are_found(whole.groups):
+            self.environments, self.environment_names = self.groups, whole.groups
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def expect(self, names: Sequence[str], *, as_groups: bool) -> None:
+        """Groups of these names will be found before anything is trained that needs them: see `found`."""
+        self.environment_names = tuple(names)
+        if as_groups:
+            # Until then of each class its first, so that all that needs groups can be put together.
+            self._groups(self.target * (len(names) // self.num_classes), names)
+
+    def found(self, groups: Tensor, *, as_groups: bool) -> None:
+        """The groups that were found, int64 [N] in the order of `expect`'s names.
+
+        Args:
+            groups: one for each of these pictures.
+            as_groups: they also take the place of the groups that the data was prepared with.
+        """
+        self.environments = groups
+        if as_groups:
+            self._groups(groups, self.environment_names)
+
+    def _groups(self, groups: Tensor, names: Sequence[str]) -> None:
+        whole = torch.zeros(len(self.whole), dtype=torch.int64)
+        whole[self.numbers] = groups
+        self.whole.regroup(whole, names)
+        self.groups = groups
 
     def part(self, rows: Tensor) -> Split:
         """Some of these N pictures: int64 [M], in 0…N-1, rising."""
@@ -75,7 +109,23 @@ class Split:
         found.dataset = Slice(self.whole, found.numbers)
         found.target, found.boxes = self.target[rows], self.boxes[rows]
         found.groups = None if self.groups is None else self.groups[rows]
+        found.environments = None if self.environments is None else self.environments[rows]
         return found
+
+
+def _regroup(whole: PackedDataset, groups: str, key: str) -> None:
+    """Groups of a CSV file, or none, in place of those that the data was prepared with."""
+    if groups in ("none", "found"):
+        whole.regroup(None, ())
+        return
+    if whole.multi_label:
+        raise RecipeError("data.groups: needs one class an image, here it may be several")
+    try:
+        whole.regroup(*read_groups(whole, Path(groups)))
+    except DataError as error:
+        raise RecipeError(f"data.groups: {error}") from None
+    if whole.group_ids is None and key == "train":
+        raise RecipeError(f"data.groups: {groups} names no image of {whole.split}")
 
 
 def _opened(data: Data, name: str, **options: Any) -> PackedDataset:

@@ -6,9 +6,10 @@ computed twice, and nothing that is not asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from debiaskd.models.last_layers import last_layers
 from debiaskd.models.layouts import Layout
 from debiaskd.models.transplant import Transplanted
 from debiaskd.terms import Outputs
+from debiaskd.training.batches import Pictures
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,35 @@ class Watched(nn.Module):
         if feature is not None and self.at is not None:
             feature = self.at.layout.to_map(feature, images)
         return Outputs(feature, pooled, logits), seen
+
+
+class Reading(NamedTuple):
+    """What a model makes of the N images of a split: logits [N,K] and pooled features [N,D], float32 on the CPU."""
+
+    logits: Tensor
+    pooled: Tensor
+
+
+def read_outputs(
+    model: nn.Module,
+    at: Places,
+    pictures: Pictures,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Reading:
+    """Run a model over all images of a split, in order.
+
+    Args:
+        model: on the pictures' device; is put into evaluation mode. It keeps the hooks that look at it.
+        at: where its pooled features are, of `places`.
+        pictures: not augmented, and all of them for this process.
+        autocast: makes the context that the model runs in.
+    """
+    watched = Watched(model, at, ("pooled",)).eval()
+    logits, pooled = [], []
+    with torch.no_grad(), autocast():
+        for batch in pictures.batches:
+            made = watched(pictures.placed(batch).images)[0]
+            assert made.pooled is not None
+            logits.append(made.logits.float().cpu())
+            pooled.append(made.pooled.float().cpu())
+    return Reading(torch.cat(logits), torch.cat(pooled))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.attribution.guide import Guide
+from debiaskd.bias import found_names
 from debiaskd.models.cut import has_protocol
 from debiaskd.models.depths import check_layer, find
 from debiaskd.models.input import InputContract
@@ -27,7 +28,7 @@ from debiaskd.training.learner import Learner
 from debiaskd.training.loop import Plan, Training
 from debiaskd.training.rebuild import base_of
 from debiaskd.training.run import Say
-from debiaskd.training.selection import RULES, Keeper
+from debiaskd.training.selection import RULES, Keeper, against_worst_group
 from debiaskd.training.split_parts import check_overlap
 from debiaskd.training.teacher_outputs import Teaching
 from debiaskd.training.validation import Evaluation, boxed, looked_at, selectable
@@ -35,6 +36,8 @@ from debiaskd.utils import files
 
 SELECTION = {
     "worst_group": "worst-group accuracy on validation, whose groups are known; the later of equals",
+    "worst_environment": "worst-environment accuracy on validation, whose groups were found, not known; the later of "
+    "equals",
     "accuracy": "average accuracy on validation; the later of equals",
     "f1": "F1 on validation; the later of equals",
     "pareto": "Pareto front over {} on validation, in bins of 0.005; the highest sum in front",
@@ -60,6 +63,7 @@ class Fitting:
         self.ranks = Ranks()
         self.train = open_split(recipe.data, "train", training=True)
         self.validation = open_split(recipe.data, "validation")
+        self._expect_groups()
         check_overlap(recipe, warn=self.ranks.rank == 0)
         self._check_data()
         self._names(self._rule(guided=recipe.terms.guide is not None))
@@ -68,6 +72,17 @@ class Fitting:
         self.bases = {
             name: None if network is None else base_of(name, network, recipe) for name, network in networks.items()
         }
+
+    def _expect_groups(self) -> None:
+        """Tell the splits which groups the recipe's discovery is going to find."""
+        options = self.recipe.discovery
+        if options is None:
+            return
+        if self.train.whole.multi_label:
+            raise RecipeError("discovery: needs one class an image, here it may be several")
+        names = found_names(self.train.whole.classes, options.clusters)
+        for split in (self.train, self.validation):
+            split.expect(names, as_groups=self.recipe.data.groups == "found")
 
     def _check_data(self) -> None:
         recipe, split = self.recipe, self.train
@@ -269,6 +284,7 @@ class Fitting:
             "selection": SELECTION[rule].format(", ".join(names)),
             "rule": rule,
             "front": keeper.kept,
+            **against_worst_group(keeper, rule),
             "training_groups": self._group_counts(),
             "figures": {name: none_for_nan(value) for name, value in keeper.figures[str(keeper.chosen)].items()},
         }
@@ -355,6 +371,8 @@ class Fitting:
         if rule is None:
             if "worst_group_accuracy" in names:
                 return "worst_group"
+            if "worst_environment_accuracy" in names:
+                return "worst_environment"
             guided = guided and self.recipe.selection.attributions is not False
             return "pareto" if guided and "epg" in names else "accuracy" if "accuracy" in names else "f1"
         return rule
@@ -365,7 +383,10 @@ class Fitting:
         missing = [name for name in wanted if name not in found]
         if missing:
             there = ", ".join(found) or "none"
-            raise RecipeError(f"selection.rule: {rule} needs {missing[0]}, and the validation pictures give {there}")
+            hint = "; `discovery: {}` finds environments" if rule == "worst_environment" else ""
+            raise RecipeError(
+                f"selection.rule: {rule} needs {missing[0]}, and the validation pictures give {there}{hint}"
+            )
         return wanted
 
     def example(self, options: Network) -> Tensor:

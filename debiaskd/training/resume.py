@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from debiaskd.recipe import Compute, Data, Network, Recipe, Schedule, Selection, Teacher
+from debiaskd.recipe import Compute, Data, Discovery, Network, Recipe, Schedule, Selection, Teacher
 
 #: What a stage's inputs have of a recipe, by their keys.
 SECTIONS: dict[str, type] = {
@@ -24,6 +24,7 @@ SECTIONS: dict[str, type] = {
     "network": Network,
     "teacher": Teacher,
     "schedule": Schedule,
+    "discovery": Discovery,
 }
 
 

@@ -15,6 +15,7 @@ from debiaskd.utils import files
 #: The figures that a rule looks at, each a fraction, larger is better.
 RULES: dict[str, tuple[str, ...]] = {
     "worst_group": ("worst_group_accuracy",),
+    "worst_environment": ("worst_environment_accuracy",),
     "accuracy": ("accuracy",),
     "f1": ("f1",),
     "pareto": ("f1", "epg", "iou"),
@@ -100,3 +101,20 @@ class Keeper:
         self.chosen, self.figures = state["chosen"], state["figures"]
         if self.front is not None:
             self.front.load_state_dict(state["front"])
+
+
+def against_worst_group(keeper: Keeper, rule: str) -> dict[str, Any]:
+    """What a rule without annotation lost: {"against_worst_group": facts}, empty where groups are not known.
+
+    The facts are on validation: `epoch`, which the worst known group would have chosen, its `worst_group_accuracy`,
+    that of the epoch that was `chosen`, and their difference, `lost`.
+    """
+    if rule != "worst_environment" or keeper.chosen is None:
+        return {}
+    known = {int(epoch): found.get("worst_group_accuracy") for epoch, found in keeper.figures.items()}
+    measured = {epoch: value for epoch, value in known.items() if value is not None}
+    if len(measured) < len(known):
+        return {}
+    best = max(measured, key=lambda epoch: (measured[epoch], epoch))
+    facts = {"epoch": best, "worst_group_accuracy": measured[best], "chosen": measured[keeper.chosen]}
+    return {"against_worst_group": {**facts, "lost": measured[best] - measured[keeper.chosen]}}

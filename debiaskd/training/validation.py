@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.attribution.guide import Guide
+from debiaskd.bias import are_found
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch
 from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, MultilabelF1, MultilabelMeanAveragePrecision
@@ -33,8 +34,14 @@ def selectable(split: Split) -> tuple[str, ...]:
     if split.whole.multi_label:
         found: tuple[str, ...] = ("f1",) if bool(split.target.any()) else ()
     else:
-        found = ("accuracy",) if split.groups is None else ("accuracy", "worst_group_accuracy")
+        found = ("accuracy", "worst_group_accuracy") if annotated(split) else ("accuracy",)
+        found = (*found, "worst_environment_accuracy") if split.environment_names else found
     return (*found, "epg", "iou") if boxed(split) else found
+
+
+def annotated(split: Split) -> bool:
+    """Whether the groups of a split are annotated, and not found."""
+    return split.groups is not None and not are_found(split.whole.groups)
 
 
 def looked_at(recipe: Recipe, stage: str) -> GuideOptions:
@@ -119,9 +126,14 @@ class _Meters:
         if self.multi_label:
             self.found["f1"] = MultilabelF1(split.num_classes).to(device)
             self.found["map"] = MultilabelMeanAveragePrecision(split.num_classes).to(device)
-        if split.groups is not None and not self.multi_label:
+        if annotated(split) and not self.multi_label:
             groups = len(split.whole.groups)
             self.found["groups"] = GroupAccuracy(evaluation.training_groups, groups).to(device)
+        if split.environments is not None and not self.multi_label:
+            self.found["environments"] = GroupAccuracy(None, len(split.environment_names)).to(device)
+            by_number = torch.zeros(len(split.whole), dtype=torch.int64)
+            by_number[split.numbers] = split.environments
+            self.environments = by_number.to(device)
         if evaluation.boxed:
             self.found["epg"] = EnergyPointingGame(bins=SIZES, size=pictures.size).to(device)
             self.found["iou"] = BoxIoU(evaluation.threshold, size=pictures.size).to(device)
@@ -135,6 +147,9 @@ class _Meters:
         self.right += torch.stack([correct.double().sum(), correct.new_tensor(len(correct), dtype=torch.float64)])
         if "groups" in self.found:
             self.found["groups"].update(correct, batch.groups)
+        if "environments" in self.found:
+            assert batch.index is not None
+            self.found["environments"].update(correct, self.environments[batch.index])
 
     def maps(self, maps: Tensor, boxes: Boxes, ignore: Boxes | None) -> None:
         self.found["epg"].update(maps, boxes, ignore)
@@ -157,6 +172,11 @@ class _Meters:
             figures["adjusted_accuracy"] = float(computed["adjusted"]) / 100
             figures["smallest_group_pictures"] = int(computed["smallest"])
             figures |= {f"group_{g}_accuracy": float(v) / 100 for g, v in enumerate(computed["groups"])}
+        if "environments" in self.found:
+            computed = self.found["environments"].compute()
+            figures["worst_environment_accuracy"] = float(computed["worst_group"]) / 100
+            figures["smallest_environment_pictures"] = int(computed["smallest"])
+            figures |= {f"environment_{g}_accuracy": float(v) / 100 for g, v in enumerate(computed["groups"])}
         if "epg" in self.found:
             computed = self.found["epg"].compute()
             figures |= {name: float(computed[name]) for name in ("epg", "epg_defined", "defined")}
@@ -175,6 +195,7 @@ HEADINGS: Sequence[tuple[str, str]] = (
     ("worst_group_accuracy", "worst group"),
     ("unbiased_accuracy", "unbiased"),
     ("adjusted_accuracy", "adjusted"),
+    ("worst_environment_accuracy", "worst found environment"),
     ("epg", "EPG"),
     ("epg_defined", "EPG where defined"),
     ("epg_small", "EPG, small boxes"),
@@ -186,4 +207,5 @@ HEADINGS: Sequence[tuple[str, str]] = (
 COUNTS: Sequence[tuple[str, str]] = (
     ("map_classes", "classes in the mAP"),
     ("smallest_group_pictures", "smallest group, pictures"),
+    ("smallest_environment_pictures", "smallest found environment, pictures"),
 )

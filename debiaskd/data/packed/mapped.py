@@ -135,6 +135,19 @@ class PackedDataset(Dataset[Any]):
         self.ignore = None if self.ignore is None else _renumbered(self.ignore, places)
         self.classes = tuple(classes)
 
+    def regroup(self, group_ids: Tensor | None, groups: Sequence[str]) -> None:
+        """Put other groups in place of those that the data was prepared with.
+
+        Args:
+            group_ids: int64 [N] in [0, len(groups)), the group of each image; None: there are none.
+            groups: names.
+        """
+        if group_ids is not None:
+            checks.shape("group_ids", group_ids, "[N]", [self.count])
+            if len(group_ids) and not 0 <= int(group_ids.min()) <= int(group_ids.max()) < len(groups):
+                raise ValueError(f"group_ids must lie in [0, {len(groups)}), got {int(group_ids.max())}")
+        self.group_ids, self.groups = group_ids, tuple(groups)
+
     def paths(self) -> list[str]:
         """Where each picture came from, below the folder of its split's pictures."""
         return [str(name) for folder in self._folders for name in load(folder / "path.npy")]
