@@ -68,7 +68,7 @@ def test_another_word_is_answered_with_our_names(tmp_path: Path, monkeypatch: py
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
-ALL = "data, student, terms, schedule, teacher, transplant, weights, pretraining, selection, compute, seed"
+ALL = "data, student, terms, schedule, teacher, transplant, discovery, weights, pretraining, selection, compute, seed"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,10 @@ def test_what_a_file_may_not_say(tmp_path: Path, document: Any, message: str) ->
         (["--seed", "-1"], "seed: must be >= 0 and < 2**63, got -1"),
         (["--data.seed", "9223372036854775808"], "data.seed: must be >= 0 and < 2**63, got 9223372036854775808"),
         (["--data.flip", "1"], "--data.flip: must be of type bool, got 1"),
-        (["--selection.rule", "best"], "selection.rule: must be one of 'worst_group', 'accuracy', 'f1', 'pareto'"),
+        (
+            ["--selection.rule", "best"],
+            "selection.rule: must be one of 'worst_group', 'worst_environment', 'accuracy', 'f1', 'pareto'",
+        ),
     ],
 )
 def test_what_may_not_be_typed(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -226,7 +229,7 @@ def test_null_is_for_what_may_be_left_out(tmp_path: Path, key: Key) -> None:
         ("schedule:\n  clip:\n", "schedule.clip: has no value; must be of type float, or null to leave it out"),
         (
             "selection: {rule: }",
-            "has no value; must be one of 'worst_group', 'accuracy', 'f1', 'pareto', 'last', or null",
+            "has no value; must be one of 'worst_group', 'worst_environment', 'accuracy', 'f1', 'pareto', 'last', or null",
         ),
         ("schedule:\n  milestones:\n  -\n  - 3\n", "schedule.milestones: has no value; must be a list [int, ...]"),
         ("data: &a\nschedule: *a\n", "data: has no value"),
