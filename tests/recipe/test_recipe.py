@@ -229,7 +229,7 @@ def test_null_is_for_what_may_be_left_out(tmp_path: Path, key: Key) -> None:
         ("schedule:\n  clip:\n", "schedule.clip: has no value; must be of type float, or null to leave it out"),
         (
             "selection: {rule: }",
-            "has no value; must be one of 'worst_group', 'worst_environment', 'accuracy', 'f1', 'pareto', 'last', or null",
+            "must be one of 'worst_group', 'worst_environment', 'accuracy', 'f1', 'pareto', 'last', or null",
         ),
         ("schedule:\n  milestones:\n  -\n  - 3\n", "schedule.milestones: has no value; must be a list [int, ...]"),
         ("data: &a\nschedule: *a\n", "data: has no value"),
