@@ -131,7 +131,7 @@ def voc_block() -> str:
 def training_block() -> str:
     document = newest("training")
     words = {
-        "bare": "teacher forward; student forward, backward; optimiser",
+        "bare": "teacher forward; student forward, backward; optimizer",
         "terms": "plus feature matching, guidance at the final layer, and CID's four terms",
         "cached": "plus these terms, teacher outputs read from the disk",
     }

@@ -244,7 +244,7 @@ def table(document: dict[str, Any]) -> str:
     for source in ("timm", "torchvision", "transformers"):
         text += [
             f"\n## {source}\n",
-            "| family | network | input | map | learns | teaches | head | guided |",
+            "| family | network | input | map | student | teacher | head | guided |",
             "| --- " * 8 + "|",
         ]
         text += [_line(row) for row in tried if row["family"].startswith(f"{source} ")]
@@ -261,18 +261,18 @@ def table(document: dict[str, Any]) -> str:
 
 HEADER = """# Networks
 
-Made by `python experiments/models.py`, in several runs (timm {timm}, torchvision {torchvision},
-transformers {transformers}, torch {torch}): the smallest network of each family, with
-random weights and three classes. Of {tried} families {learns} learn,
-{teaches} ({share:.1f} %) teach and {guided} can be guided.
+The smallest network of each family, with random weights and three classes, tried by `python experiments/models.py`
+in several runs (timm {timm}, torchvision {torchvision}, transformers {transformers}, torch {torch}).
+Of {tried} families, {learns} can be students, {teaches} ({share:.1f} %) can be teachers, and {guided} can be guided.
 
-- **map**: what a student's projector reads, [C,H,W] at the input in the table; where it is not what `forward_features`
-  gives, the layer is named.
-- **teaches**: at *map* level the last map is matched, at *token* level the vector that the last layers read, of so many
-  channels ([transplant.md](transplant.md)).
-- **head**: how it is carried, and the type of its last layers.
-- **guided**: the layer that `dk.Guide` watches at Final, whose patch tokens reach the logits, and the size of its map;
-  *closed* where the closed form holds, else the gradient is taken."""
+- **map**: the input of a student's projector, [C,H,W] at the input size in the table. The layer is named if it is not
+  the output of `forward_features`.
+- **student**: a transplanted student gets a finite gradient for every parameter.
+- **teacher**: at *map* level the last map is matched, at *token* level the input vector of the last layers; the number
+  is its channels ([transplanting](transplant.md)).
+- **head**: the class that holds the teacher's head, and the type of its last layers.
+- **guided**: the layer that `dk.Guide` uses for Final, whose patch tokens reach the logits, and the size of its map;
+  *closed* if the closed form holds, otherwise the gradient is computed."""
 
 
 def _line(row: dict[str, Any]) -> str:
