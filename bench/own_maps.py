@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import debiaskd as dk
 from debiaskd.attribution import input_x_gradient
-from debiaskd.models.depths import find, output_of
+from debiaskd.models.depths import find
+from debiaskd.models.wrappers import output_of
 
 from . import environment
 

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from debiaskd import Boxes
 from debiaskd.data import Batch
-from debiaskd.models.transplant import FrozenTeacher, transplant
+from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.transplant import transplant
 from debiaskd.recipe import Schedule
 from debiaskd.terms import (
     TERMS,

@@ -19,8 +19,9 @@ from debiaskd.losses import (
     KdLoss,
     LocalizationLoss,
 )
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.own import register_model
-from debiaskd.models.transplant import FrozenTeacher, Transplanted, match_spatial, transplant
+from debiaskd.models.transplant import Transplanted, match_spatial, transplant
 from debiaskd.ops.backdoor import backdoor_logits
 from debiaskd.ops.backend import BackendError, backend
 from debiaskd.ops.channel_dot import channel_dot

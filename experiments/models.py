@@ -30,8 +30,9 @@ import debiaskd as dk
 from debiaskd.boxes import Boxes
 from debiaskd.models import SmallNet
 from debiaskd.models import registry as networks
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.last_layers import classifiers_of
-from debiaskd.models.transplant import FrozenTeacher, transplant
+from debiaskd.models.transplant import transplant
 
 DOCS = Path(__file__).parents[1] / "docs"
 #: Families whose smallest network has more parameters than this are not tried.

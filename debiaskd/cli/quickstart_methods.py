@@ -19,7 +19,8 @@ from debiaskd.boxes import Boxes
 from debiaskd.cli.quickstart_loop import Loss, Schedule, fit, in_batches, to_float
 from debiaskd.data import Batch
 from debiaskd.data.sources import digits
-from debiaskd.models.transplant import FrozenTeacher, transplant
+from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.transplant import transplant
 from debiaskd.models.zoo.small import SmallNet
 from debiaskd.reweight import error_weights, predict_correct
 from debiaskd.terms import (

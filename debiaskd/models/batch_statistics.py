@@ -19,7 +19,6 @@ The context also makes first derivatives differentiable that PyTorch leaves with
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,35 +29,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-#: The backward passes that compute an attribution, by autograd's own numbers for them: a backward pass may run in
-#: several threads, and other threads may run other passes at the same time.
-_attributions: set[int] = set()
-
-
-def _attributing() -> bool:
-    return torch._C._current_graph_task_id() in _attributions
-
-
-def attribution_gradient(score: Tensor, feature: Tensor, upstream: Tensor, *, create_graph: bool) -> Tensor | None:
-    """The gradient of `score` at `feature` with batch statistics held constant; None where there is no path.
-
-    The forward pass must have run within `constant_statistics`, or have normalized without batch statistics.
-    """
-    begun: list[int] = []
-
-    def begin(gradient: Tensor) -> None:
-        begun.append(torch._C._current_graph_task_id())
-        _attributions.add(begun[-1])
-
-    handle = score.register_hook(begin)
-    try:
-        (found,) = torch.autograd.grad(
-            score, feature, upstream, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
-    finally:
-        handle.remove()
-        _attributions.difference_update(begun)
-    return found
+from debiaskd.models.caches import without_caches
+from debiaskd.models.constant_gradient import Constant, attributing, over_channels
+from debiaskd.models.sync_batch_norm import synchronised
 
 
 class Statistics:
@@ -98,8 +71,8 @@ def constant_statistics(
         torch.Size([2, 16, 16])
     """
     with ExitStack() as stack:
-        stack.enter_context(_without_caches(model))
-        stack.enter_context(_synchronised(model))
+        stack.enter_context(without_caches(model))
+        stack.enter_context(synchronised(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_Mode(record, replay))
         yield
@@ -121,7 +94,7 @@ class _Mode(TorchFunctionMode):
         """These statistics, or those to be used instead, as constants of attributions."""
         if self.replay is not None:
             return self.replayed(computed)
-        held = tuple(_Constant.apply(each) if each.requires_grad else each for each in computed)
+        held = tuple(Constant.apply(each) if each.requires_grad else each for each in computed)
         if self.record is not None:
             self.record.values.append(held)
         return held
@@ -135,16 +108,6 @@ class _Mode(TorchFunctionMode):
                 'integrated gradients of it need statistics="own"'
             )
         return found
-
-
-class _Constant(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
-        return None if _attributing() else gradient
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -172,11 +135,11 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, for_y: Tensor | None, for_mean: Tensor | None, for_inverse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
-        if _attributing():
+        if attributing():
             if for_y is None:
                 return (None,) * 7
             scale = inverse if weight is None else inverse * weight
-            return ((for_y * _over_channels(scale, for_y)).to(for_y.dtype), *(None,) * 6)
+            return ((for_y * over_channels(scale, for_y)).to(for_y.dtype), *(None,) * 6)
         for_x = for_weight = for_bias = None
         if for_y is not None:
             wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
@@ -203,16 +166,12 @@ def _add_statistics(
     if slope is not None:
         shift = -slope * mean if shift is None else shift - slope * mean
     assert shift is not None
-    shift, slope = _over_channels(shift, x), None if slope is None else _over_channels(slope, x)
+    shift, slope = over_channels(shift, x), None if slope is None else over_channels(slope, x)
     if for_x is not None and not torch.is_grad_enabled() and for_x.dtype == x.dtype == shift.dtype:
         # What PyTorch's batch norm has just computed is nobody else's.
         return for_x.add_(shift) if slope is None else for_x.addcmul_(x, slope).add_(shift)
     added = shift if slope is None else torch.addcmul(shift, x.to(shift.dtype), slope)
     return (added.expand_as(x) if for_x is None else for_x + added).to(x.dtype)
-
-
-def _over_channels(value: Tensor, like: Tensor) -> Tensor:
-    return value.reshape(1, -1, *(1,) * (like.dim() - 2))
 
 
 def _batch_norm(
@@ -238,7 +197,7 @@ def _batch_norm(
         mean, inverse = mode.replayed((like, like))
         scale = inverse if weight is None else inverse * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        return (input * _over_channels(scale, input) + _over_channels(shift, input)).to(input.dtype)
+        return (input * over_channels(scale, input) + over_channels(shift, input)).to(input.dtype)
     y: Tensor
     y, mean, inverse = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
     if mode.record is not None:
@@ -311,84 +270,3 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 # ---- modules that need more than their functions replaced ----
-
-
-@contextmanager
-def _synchronised(model: nn.Module) -> Iterator[None]:
-    """SyncBatchNorm made of operations that can be differentiated twice; PyTorch's own cannot."""
-    changed = []
-    for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm) and module.training and _ranks(module) > 1:
-            changed.append(module)
-            module.forward = types.MethodType(_sync_batch_norm, module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _ranks(module: nn.SyncBatchNorm) -> int:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size(module.process_group)
-
-
-def _sync_batch_norm(module: Any, x: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce
-
-    group = module.process_group or torch.distributed.group.WORLD
-    dims = [d for d in range(x.dim()) if d != 1]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = wide.new_tensor(float(x.numel() // x.shape[1]))
-    total = count.clone()
-    torch.distributed.all_reduce(total, group=group)
-    own_var, own_mean = torch.ops.aten.var_mean.correction(wide, dims, correction=0)
-    mean = all_reduce(own_mean * (count / total), group=group)
-    var = all_reduce((own_var + (own_mean - mean).square()) * (count / total), group=group)
-    if module.track_running_stats and module.running_mean is not None:
-        with torch.no_grad():
-            module.num_batches_tracked.add_(1)
-            momentum = module.momentum
-            if momentum is None:
-                momentum = 1.0 / float(module.num_batches_tracked)
-            unbiased = var * (total / (total - 1))
-            module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
-            module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
-    if torch.is_grad_enabled():
-        mean, var = (_Constant.apply(each) if each.requires_grad else each for each in (mean, var))
-    scale = (var + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight
-    shift = -mean * scale if module.bias is None else module.bias - mean * scale
-    y = (wide * _over_channels(scale, x) + _over_channels(shift, x)).to(x.dtype)
-    for name in ("drop", "act"):  # timm's SyncBatchNormAct
-        if isinstance(getattr(module, name, None), nn.Module):
-            y = getattr(module, name)(y)
-    return y
-
-
-def caches(module: nn.Module) -> list[str]:
-    """Names of the dicts in which a module keeps tensors that it has computed, such as LeViT's attention biases."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, dict) and name.endswith("cache") and all(isinstance(t, Tensor) for t in value.values())
-    ]
-
-
-@contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """A cached tensor belongs to the graph, and to the weights, of the pass that computed it."""
-    clear_caches(model)
-    try:
-        yield
-    finally:
-        clear_caches(model)
-
-
-def clear_caches(model: nn.Module) -> None:
-    for module in model.modules():
-        for name in caches(module):
-            setattr(module, name, {})

@@ -11,22 +11,19 @@ tensors, with random numbers of its own. The model that came in keeps its mode, 
 
 from __future__ import annotations
 
-import copy
-import difflib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from debiaskd.models.batch_statistics import caches
 from debiaskd.models.layouts import Layout, LayoutError, layout_of, like
-from debiaskd.utils import checks
+from debiaskd.models.modules import has_protocol, named_module, share
+from debiaskd.models.trial_inputs import candidate_inputs, input_of, no_input, runnable
 
 
 class LayerError(ValueError):
@@ -96,31 +93,6 @@ class Cut:
     nonnegative: bool
 
 
-def has_protocol(model: nn.Module) -> bool:
-    return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head", "get_classifier"))
-
-
-def share(model: nn.Module) -> nn.Module:
-    """A copy of the structure on the same parameters and buffers: what is done to its modules leaves the model be."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():  # what a layer caches may hang on a graph, which cannot be copied
-        memo.update({id(vars(module)[name]): {} for name in caches(module)})
-    return copy.deepcopy(model, memo)
-
-
-def named_module(argument: str, role: str, model: nn.Module, name: object) -> nn.Module:
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    if not isinstance(name, str):
-        raise TypeError(f"{argument} must be a module name of the {role}, got {type(name).__name__}")
-    if name not in modules or name == "":
-        close = difflib.get_close_matches(name, modules, 3) or [child for child, _ in model.named_children()][:12]
-        pair = "; where the names differ, pass (teacher's, student's)" if role == "student" else ""
-        raise ValueError(
-            f"{argument} must name a module of the {role}, got {name!r}; did you mean one of {close}?{pair}"
-        )
-    return modules[name]
-
-
 def cut(role: str, model: object, layer: str | None = None, example: Tensor | None = None) -> Cut:
     """Cut `model`, called `role` in messages, at `layer` (None: by its protocol).
 
@@ -171,39 +143,6 @@ def _without_the_rest(
     return body
 
 
-def runnable(role: str, model: object) -> nn.Module:
-    """The model, if it is a module that holds values."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}")
-    if any(tensor.is_meta or is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError(f"{role} must hold values, got parameters on the meta device or of lazy layers")
-    return model
-
-
-def input_of(role: str, model: nn.Module, example: Tensor | None = None, *, large: bool = False) -> Tensor:
-    """A small input [1,...] that `model`, called `role` in messages, runs on in eval mode; `large`: of its usual size.
-
-    Raises:
-        ValueError: no usual size runs, or `example` does not.
-    """
-    copied, errors = share(model).eval(), []
-    for images in _inputs(model, example, large):
-        try:
-            with torch.no_grad():
-                copied(images)
-        except Exception as error:  # a guessed size may fail in whatever way the model likes
-            errors.append(error)
-        else:
-            return images
-    raise _no_input(role, example, errors) from errors[0]
-
-
-def _no_input(role: str, example: Tensor | None, errors: list[Exception]) -> ValueError:
-    got = "none, and no usual size runs" if example is None else f"shape {list(example.shape)}"
-    reason = f"{type(errors[0]).__name__}: {errors[0]}"
-    return ValueError(f"example must be an input that the {role} runs on, got {got} ({reason})")
-
-
 def _confirm(role: str, body: Body, images: Tensor, expected: Tensor) -> None:
     advice = f"layer of the {role}: the code behind it needs layers that are not part of the features"
     try:
@@ -218,7 +157,7 @@ def _confirm(role: str, body: Body, images: Tensor, expected: Tensor) -> None:
 def _trial(role: str, body: Body, example: Tensor | None) -> tuple[Tensor, Tensor]:
     errors: list[Exception] = []
     ran: list[tuple[Tensor, Tensor]] = []
-    for images in _inputs(body.model, example):
+    for images in candidate_inputs(body.model, example):
         try:
             raw = body.raw(images)
         except LayerError:
@@ -233,27 +172,8 @@ def _trial(role: str, body: Body, example: Tensor | None) -> tuple[Tensor, Tenso
         if raw.dim() != 4 or raw.shape[-1] * raw.shape[-2] * raw.shape[-3] > max(raw.shape[-3:]):
             break
     if not ran:
-        raise _no_input(role, example, errors) from errors[0]
+        raise no_input(role, example, errors) from errors[0]
     return ran[-1]
-
-
-def _inputs(model: nn.Module, example: Tensor | None, large: bool = False) -> Iterator[Tensor]:
-    like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
-    if example is not None:
-        yield checks.floating("example", example)[:1].detach().to(like)
-        return
-    loose: Any = model
-    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    usual = tuple((getattr(loose, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))
-    # A first convolution may stand behind a transform of the pixels; a network may have been built for other channels.
-    channels = dict.fromkeys([3 if stem is None else stem.in_channels, usual[0]])
-    fixed = getattr(getattr(loose, "patch_embed", None), "img_size", None)
-    generator = torch.Generator().manual_seed(0)
-    sizes = [tuple(usual[1:]), (224, 224), (32, 32), (28, 28)]
-    sizes.insert(len(sizes) if large else 0, (64, 64))
-    for size in [tuple(fixed)] if fixed else sizes:
-        for count in channels:
-            yield torch.randn(1, count, *size, generator=generator).to(like)
 
 
 class Uses(TorchDispatchMode):

@@ -17,19 +17,19 @@ then what the norm gives.
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from debiaskd.models.cut import last_map, named_module, share
-from debiaskd.models.layouts import Layout, LayoutError, layout_of
+from debiaskd.models.cut import last_map
+from debiaskd.models.depth_trial import ModuleRun, Trial, positions, run_trial
+from debiaskd.models.layouts import Layout, LayoutError
+from debiaskd.models.modules import named_module
+from debiaskd.models.wrappers import unwrap
 
 DEPTHS = ("Input", "Mid1", "Mid2", "Mid3", "Final")
 
@@ -40,55 +40,6 @@ class Depth:
 
     module: str | None
     layout: Layout
-
-
-@dataclass
-class _Run:
-    """A module that gave a tensor; `layout` is None where that is no map, `reaches` False where logits ignore it."""
-
-    name: str
-    output: Tensor
-    times: int = 1
-    layout: Layout | None = None
-    reaches: bool = True
-    cancels: bool = False  # input × gradient is 0 at every position
-
-    @property
-    def usable(self) -> bool:
-        return self.times == 1 and self.layout is not None and self.reaches
-
-
-@dataclass
-class _Trial:
-    """One image's run through a copy of a model: its modules in the order in which they gave a tensor."""
-
-    model: nn.Module
-    images: Tensor
-    runs: list[_Run] = field(default_factory=list)
-    final: Tensor | None = None
-
-    def named(self, name: str) -> _Run | None:
-        return next((run for run in self.runs if run.name == name), None)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, inside of DistributedDataParallel, torch.compile or Lightning Fabric's wrapper."""
-    inner: Any = model
-    while True:
-        if "_original_module" in inner._modules:  # Fabric's passes every other attribute on
-            wrapped = inner._modules["_original_module"]
-        else:
-            wrapped = inner._modules.get("_orig_mod")
-        if wrapped is None and isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            wrapped = inner.module
-        if wrapped is None:
-            return inner  # type: ignore[no-any-return]
-        inner = wrapped
-
-
-def as_read(model: nn.Module, images: Tensor) -> Tensor:
-    """In the precision of the model's parameters, as what wraps a model passes them on."""
-    return images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype))
 
 
 def check_layer(model: nn.Module, layer: object) -> None:
@@ -116,7 +67,7 @@ def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False
     """
     if layer == "Input":
         return Depth(None, Layout())
-    trial = _run(unwrap(model), images[:1].detach(), reaching)
+    trial = run_trial(unwrap(model), images[:1].detach(), reaching)
     if layer not in DEPTHS:
         run = _checked(trial, trial.named(layer), layer)
         if not run.reaches:
@@ -135,7 +86,7 @@ def find(model: nn.Module, layer: str, images: Tensor, *, reaching: bool = False
     return Depth(run.name, run.layout)
 
 
-def _behind_norm(trial: _Trial, run: _Run, layer: str) -> _Run:
+def _behind_norm(trial: Trial, run: ModuleRun, layer: str) -> ModuleRun:
     """What the norm gives that alone reads `run`, else an earlier map; refused where `run` itself was asked for."""
     place = trial.runs.index(run)
     behind = [r for r in _maps(trial, trial.runs[place + 1 :]) if _shape(trial, r) == _shape(trial, run)]
@@ -152,12 +103,12 @@ def _behind_norm(trial: _Trial, run: _Run, layer: str) -> _Run:
     )
 
 
-def _shape(trial: _Trial, run: _Run) -> torch.Size:
+def _shape(trial: Trial, run: ModuleRun) -> torch.Size:
     assert run.layout is not None
     return run.layout.to_map(run.output, trial.images).shape
 
 
-def _checked(trial: _Trial, run: _Run | None, name: str) -> _Run:
+def _checked(trial: Trial, run: ModuleRun | None, name: str) -> ModuleRun:
     if run is None or run.times > 1:
         times = 0 if run is None else run.times
         raise ValueError(f"layer {name!r} must run once in a forward pass and give one tensor, it did {times} times")
@@ -169,112 +120,11 @@ def _checked(trial: _Trial, run: _Run | None, name: str) -> _Run:
     return run
 
 
-def _run(model: nn.Module, image: Tensor, reaching: bool) -> _Trial:
-    copied: Any = share(model).eval()
-    if reaching:
-        _awake(copied)
-        _without_eps(copied)
-    runs: dict[str, _Run] = {}
-    trial = _Trial(model, image)
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                times = runs.pop(name).times + 1 if name in runs else 1
-                runs[name] = _Run(name, output, times)
-
-        return hook
-
-    for name, module in copied.named_modules():
-        if name:
-            module.register_forward_hook(note(name))
-    # In float16 a gradient that is small would be none at all.
-    precise = torch.autocast(image.device.type, enabled=False)
-    with torch.inference_mode(False), torch.set_grad_enabled(reaching), precise:
-        given = as_read(model, image.clone()).requires_grad_(reaching).clone()  # which a model may change in place
-        if callable(getattr(copied, "forward_features", None)) and callable(getattr(copied, "forward_head", None)):
-            trial.final = copied.forward_features(given)
-            logits = copied.forward_head(trial.final)
-        else:
-            logits = copied(given)
-    trial.runs = list(runs.values())
-    for run in trial.runs:
-        run.layout = _layout(model, run.output, image)
-    if reaching:
-        _note_reach(trial, logits)
-    return trial
-
-
-def _awake(copied: nn.Module) -> None:
-    """Zeros replaced by random numbers: a head or a branch that begins at zero hides what will reach the logits.
-
-    So are scales that begin at nearly zero, CaiT's 1e-5: all but the identity would look like rounding.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for module in copied.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_floating_point() and parameter.numel() and bool((parameter.abs() < 1e-3).all()):
-                value = 0.02 * torch.randn(parameter.shape, generator=generator)
-                setattr(module, name, nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad))
-
-
-def _without_eps(copied: nn.Module) -> None:
-    """Norms of activations that are small, as before training, are otherwise ruled by their eps."""
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copied.parameters()):
-        return
-    for module in copied.modules():
-        if not isinstance(module, _BatchNorm) and isinstance(getattr(module, "eps", None), float):
-            setattr(module, "eps", 1e-12)  # noqa: B010 (which is no buffer)
-
-
-def _layout(model: nn.Module, output: Tensor, images: Tensor) -> Layout | None:
-    """None if it is no map. Tokens are one of several positions; how many more there are differs between layers."""
-    if len(output) != len(images):
-        return None
-    if output.dim() == 4:
-        return layout_of("model", model, output, images)
-    if output.dim() != 3:
-        return None
-    height, width = images.shape[-2:]
-    for prefix in (int(getattr(model, "num_prefix_tokens", 0)), 0, 1, 2, 5):
-        positions = output.shape[1] - prefix
-        stride = math.isqrt(height * width // max(positions, 1))
-        if positions > 1 and stride and (height // stride) * (width // stride) == positions:
-            return Layout("NLC", prefix, stride)
-    return None
-
-
-def _note_reach(trial: _Trial, logits: object) -> None:
-    maps = [run for run in trial.runs if run.layout is not None and run.output.requires_grad]
-    if not maps or not isinstance(logits, Tensor) or not logits.requires_grad:
-        return
-    generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(logits.shape, generator=generator).to(logits)
-    try:
-        gradients = torch.autograd.grad(logits, [run.output for run in maps], upstream, allow_unused=True)
-    except RuntimeError:  # not differentiable: what asks for a gradient will say so
-        return
-    for run, gradient in zip(maps, gradients):
-        assert run.layout is not None
-        if gradient is None:
-            run.reaches = False
-            continue
-        gradient = run.layout.to_map(gradient, trial.images)
-        run.reaches = bool(gradient.any())
-        if gradient.dtype in (torch.float32, torch.float64) and _positions(run) > 1:
-            parts = gradient.double() * run.layout.to_map(run.output.detach(), trial.images).double()
-            # Rounding leaves 1e-8 to 1e-6 of it; maps that do not cancel have 1e-3 at the least.
-            run.cancels = run.reaches and bool(parts.sum(1).abs().sum() < 1e-5 * parts.abs().sum())
-    if not any(run.reaches for run in maps):  # dead at the moment, which says nothing
-        for run in maps:
-            run.reaches = True
-
-
-def _final(trial: _Trial) -> _Run:
+def _final(trial: Trial) -> ModuleRun:
     if trial.final is not None:
         named = [run for run in trial.runs if run.output is trial.final and run.times == 1]
     else:
-        named = _outermost([run for run in trial.runs if _positions(run) > 1 and run.times == 1])
+        named = _outermost([run for run in trial.runs if positions(run) > 1 and run.times == 1])
         with suppress(LayoutError):  # the last stage may lie deeper than the first layers
             last = trial.named(last_map("model", trial.model, trial.images))
             named = named if last is None else [last]
@@ -289,12 +139,12 @@ def _final(trial: _Trial) -> _Run:
     return run
 
 
-def _maps(trial: _Trial, runs: Sequence[_Run]) -> list[_Run]:
+def _maps(trial: Trial, runs: Sequence[ModuleRun]) -> list[ModuleRun]:
     """Those that nobody named and that can be maps nevertheless: of several positions, in the images' proportions."""
     height, width = trial.images.shape[-2:]
     found = []
     for run in runs:
-        if not run.usable or _positions(run) < 2:
+        if not run.usable or positions(run) < 2:
             continue
         if run.output.dim() == 4:
             first = 1 if run.layout == Layout("NHWC") else 2
@@ -305,7 +155,7 @@ def _maps(trial: _Trial, runs: Sequence[_Run]) -> list[_Run]:
     return found
 
 
-def _last_usable(trial: _Trial, before: _Run | None) -> str | None:
+def _last_usable(trial: Trial, before: ModuleRun | None) -> str | None:
     """The last layer that gives a map of several positions which the logits depend on: a stage or a block if there is
     one, else whichever it is."""
     runs = trial.runs if before is None else trial.runs[: trial.runs.index(before)]
@@ -320,7 +170,7 @@ def _last_usable(trial: _Trial, before: _Run | None) -> str | None:
     return _block_of(trial.model, usable).name if usable else None
 
 
-def _block_of(model: nn.Module, usable: list[_Run]) -> _Run:
+def _block_of(model: nn.Module, usable: list[ModuleRun]) -> ModuleRun:
     """The last of them, or the block before it in the same list of blocks: inside of a block there is no stage."""
     last = usable[-1]
     parts = last.name.split(".")
@@ -333,21 +183,12 @@ def _block_of(model: nn.Module, usable: list[_Run]) -> _Run:
     return last
 
 
-def _outermost(runs: list[_Run]) -> list[_Run]:
+def _outermost(runs: list[ModuleRun]) -> list[ModuleRun]:
     depth = min((run.name.count(".") for run in runs), default=0)
     return [run for run in runs if run.name.count(".") == depth]
 
 
-def _positions(run: _Run) -> int:
-    if run.layout is None:
-        return run.output.shape[2] * run.output.shape[3] if run.output.dim() == 4 else 0
-    if run.layout.axes == "NLC":
-        return run.output.shape[1] - run.layout.prefix
-    first = 2 if run.layout.axes == "NCHW" else 1
-    return run.output.shape[first] * run.output.shape[first + 1]
-
-
-def _stage(trial: _Trial, number: int, layer: str) -> _Run:
+def _stage(trial: Trial, number: int, layer: str) -> ModuleRun:
     stages = _stages(trial)
     if len(stages) < 4:
         raise ValueError(
@@ -375,7 +216,7 @@ def _listed(model: nn.Module) -> list[str]:
     return [] if info is None else [entry["module"] for entry in getattr(info, "info", info) if "module" in entry]
 
 
-def _stages(trial: _Trial) -> Sequence[str]:
+def _stages(trial: Trial) -> Sequence[str]:
     model, runs, images = trial.model, trial.runs, trial.images
     info: Any = getattr(model, "feature_info", None)
     if info is not None:
@@ -385,41 +226,8 @@ def _stages(trial: _Trial) -> Sequence[str]:
             return list(by_reduction.values())
         return [entries[-(-len(entries) * quarter // 4) - 1]["module"] for quarter in range(1, 5)] if entries else []
     maps = [run for run in runs if run.output.dim() == 4]
-    sizes = {_positions(run) for run in maps} - {0, 1, images.shape[2] * images.shape[3]}
+    sizes = {positions(run) for run in maps} - {0, 1, images.shape[2] * images.shape[3]}
     stages = []
     for size in sorted(sizes, reverse=True):
-        stages += [run.name for run in _outermost([r for r in maps if _positions(r) == size and r.times == 1])][-1:]
+        stages += [run.name for run in _outermost([r for r in maps if positions(r) == size and r.times == 1])][-1:]
     return stages
-
-
-@contextmanager
-def output_of(module: nn.Module, watch: bool) -> Iterator[list[Tensor]]:
-    """What the module gives within; `watch`: made part of a graph, if frozen layers have left it out of any."""
-    thread, caught = threading.get_ident(), []
-
-    def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
-        if threading.get_ident() != thread or not isinstance(output, Tensor):
-            return None
-        if watch and torch.is_grad_enabled() and not output.requires_grad:
-            output = output.detach().requires_grad_()
-        caught.append(output)
-        return output
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield caught
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norm in training normalizes as ever, and does not count what it sees: the batch has been counted."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from debiaskd.models.cut import Cut, Uses, close, prune, share
+from debiaskd.models.cut import Cut, Uses, close, prune
 from debiaskd.models.last_layers import Reading, checked_logits, classifiers_of, reading, readings, varied
 from debiaskd.models.layouts import Layout
+from debiaskd.models.modules import share
 
 Module = TypeVar("Module", bound=nn.Module)
 

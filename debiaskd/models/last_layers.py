@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiaskd.models.cut import LayerError, _frames, named_module, same_memory, share
+from debiaskd.models.cut import LayerError, _frames, same_memory
+from debiaskd.models.modules import named_module, share
 
 
 @dataclass

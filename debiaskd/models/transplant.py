@@ -7,35 +7,21 @@ SimKD, Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classif
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from debiaskd.models.cut import (
-    Body,
-    Cut,
-    cut,
-    demote_unreached,
-    has_protocol,
-    input_of,
-    last_map,
-    named_module,
-    runnable,
-    share,
-)
-from debiaskd.models.heads import Frozen, Head, freeze, map_head, token_head
-from debiaskd.models.last_layers import ReadInputs
+from debiaskd.models.cut import Body, Cut, cut, demote_unreached, last_map
+from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.heads import Head
 from debiaskd.models.layouts import LayoutError
+from debiaskd.models.modules import has_protocol, named_module
+from debiaskd.models.projector import PROJECTORS, make_projector
+from debiaskd.models.teacher_source import Source, find_source
+from debiaskd.models.trial_inputs import runnable
 from debiaskd.utils import checks
 
-PROJECTORS = ("depthwise", "dense", "linear", "identity")
-
-#: Whether a teacher's feature map is matched, or the vector that its last layers read.
-Level: TypeAlias = Literal["map", "token"]
 Names: TypeAlias = "str | tuple[str | None, str | None] | None"
 
 
@@ -166,159 +152,12 @@ def _student(student: nn.Module, layer: str | None, example: Tensor | None) -> C
     return cut("student", student, last_map("student", student, example), example)
 
 
-@dataclass
-class Source:
-    """A teacher's head, and what it reads.
-
-    Attributes:
-        head: frozen.
-        body: from images to what is matched; None where it is not needed.
-        level: "map" or "token".
-        channels: width of what is matched.
-        nonnegative: whether no value of it lies below zero.
-    """
-
-    head: Head
-    body: nn.Module | None
-    level: Level
-    channels: int
-    nonnegative: bool
-
-
-def find_source(teacher: nn.Module, layer: str | None, head: str | None, example: Tensor | None) -> Source:
-    """At map level if the logits follow from the last feature map, else at token level; see `debiaskd.models.heads`."""
-    images, named = None, layer is not None
-    runnable("teacher", teacher)
-    try:
-        if not named and not has_protocol(teacher):
-            layer = last_map("teacher", teacher, example)
-        made = cut("teacher", teacher, layer, example)
-        images = made.images
-        found = map_head(made, head)
-        if found is not None:
-            return Source(found, made.body, "map", made.channels, made.nonnegative)
-    except LayoutError:  # lists of features, say, which the head does not need
-        if named:
-            raise
-    if images is None:
-        images = input_of("teacher", teacher, example)
-    found, names = token_head("teacher", teacher, images, head)
-    body = ReadInputs(share(teacher), names).eval()
-    with torch.no_grad():
-        z = body(images)
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError("teacher must give finite features, got NaN or infinity on random input")
-    return Source(found, body, "token", found.in_features, bool((z >= 0).all()))
-
-
-def make_projector(kind: str, inputs: int, outputs: int, *, nonnegative: bool = True) -> nn.Module:
-    """The projector [N,inputs,H,W] → [N,outputs,H,W]; `nonnegative` keeps the ReLU at its end."""
-    if kind == "identity":
-        return nn.Identity()
-    if kind == "linear":
-        return nn.Conv2d(inputs, outputs, 1)
-    hidden = max(outputs // 2, 1)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=nn.Conv2d(inputs, hidden, 1, bias=False),
-        bn1=nn.BatchNorm2d(hidden),
-        relu1=nn.ReLU(),
-        conv2=nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden if kind == "depthwise" else 1, bias=False),
-        bn2=nn.BatchNorm2d(hidden),
-        relu2=nn.ReLU(),
-        conv3=nn.Conv2d(hidden, outputs, 1, bias=False),
-        bn3=nn.BatchNorm2d(outputs),
-        relu3=LastReLU(signed=not nonnegative),
-    )
-    return nn.Sequential(layers)
-
-
-class LastReLU(nn.Module):
-    """ReLU, or nothing where the maps to be reached are signed.
-
-    Which of them is part of the state: a model rebuilt around another teacher must compute what was trained.
-    """
-
-    signed: Tensor
-
-    def __init__(self, signed: bool) -> None:
-        super().__init__()
-        self.register_buffer("signed", torch.tensor(signed))
-
-    def forward(self, feature: Tensor) -> Tensor:
-        return torch.where(self.signed, feature, F.relu(feature))
-
-
 def _pair(argument: str, names: object) -> tuple[str | None, str | None]:
     if names is None or isinstance(names, str):
         return names, names
     if isinstance(names, (tuple, list)) and len(names) == 2 and all(n is None or isinstance(n, str) for n in names):
         return names[0], names[1]
     raise TypeError(f"{argument} must be a name, a (teacher, student) pair of names, or None, got {names!r}")
-
-
-class FrozenTeacher(Frozen):
-    """A teacher as a source of targets: `forward(images)` gives (its features, logits [N,K]).
-
-    The features are what a student is matched with: the last feature map [N,C_t,H,W] where the logits follow from it,
-    and at token level the vector [N,D] that the last layers read (a class token, say).
-
-    A copy of the teacher, in eval mode whatever the module around it is told, without gradients, its tensors
-    buffers: it has no parameters, so no optimiser can hold it, and its batch norm never moves. The teacher itself is
-    left as it is. It serves training and does not belong into what is saved.
-
-    Args:
-        teacher: as for `transplant`.
-        layer: the layer whose output is the last feature map; None: timm's protocol.
-        head: the last layer; None: `get_classifier()`, or the layers whose outputs are the logits.
-        example: as for `transplant`.
-
-    Attributes:
-        level: "map" or "token".
-        num_features: C_t or D.
-        num_classes: K.
-
-    Raises:
-        TypeError, ValueError: as `transplant` for its teacher.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from debiaskd.models.transplant import FrozenTeacher
-        >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
-        >>> feature, logits = FrozenTeacher(teacher, layer="0", head="3")(torch.randn(4, 3, 16, 16))
-        >>> feature.shape, logits.shape, feature.requires_grad
-        (torch.Size([4, 8, 14, 14]), torch.Size([4, 2]), False)
-    """
-
-    def __init__(
-        self, teacher: nn.Module, *, layer: str | None = None, head: str | None = None, example: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        source = find_source(teacher, layer, head, example)
-        assert source.body is not None
-        self.head = source.head
-        self.body = freeze(copy.deepcopy(source.body))
-        self.level: Level = source.level
-        self.num_features, self.nonnegative = source.channels, source.nonnegative
-        self.num_classes = self.head.num_classes
-        self.eval()
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            feature: Tensor = self.body(images)
-            return feature
-
-    def forward_head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:
-        output: Tensor = self.head(feature, pre_logits=pre_logits)
-        return output
-
-    def get_classifier(self) -> Any:
-        return self.head.get_classifier()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            feature = self.forward_features(images)
-            return feature, self.forward_head(feature)
 
 
 def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.registry import load_weights, weights_hash
-from debiaskd.models.transplant import FrozenTeacher
 from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed

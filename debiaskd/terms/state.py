@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from debiaskd.attribution.guide import Seen
+from debiaskd.attribution.attributor import Seen
 from debiaskd.boxes import Boxes
 
 

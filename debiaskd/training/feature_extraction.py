@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from debiaskd.attribution.guide import Guide, Seen
-from debiaskd.models.cut import share
+from debiaskd.attribution.attributor import Seen
+from debiaskd.attribution.guide import Guide
 from debiaskd.models.depths import find
 from debiaskd.models.last_layers import last_layers
 from debiaskd.models.layouts import Layout
+from debiaskd.models.modules import share
 from debiaskd.models.transplant import Transplanted
 from debiaskd.terms import Outputs
 from debiaskd.training.batches import Pictures

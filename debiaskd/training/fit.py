@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from debiaskd.attribution.guide import Guide
 from debiaskd.bias import found_names
-from debiaskd.models.cut import has_protocol
 from debiaskd.models.depths import check_layer, find
 from debiaskd.models.input import InputContract
+from debiaskd.models.modules import has_protocol
 from debiaskd.models.registry import build, load_weights, prepare, pretrained_classes
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debiaskd.models.cut import share
 from debiaskd.models.last_layers import Reading, last_layers, reading
+from debiaskd.models.modules import share
 from debiaskd.models.registry import NetworkError
 from debiaskd.recipe import RecipeError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from debiaskd.attribution.guide import Guide
 from debiaskd.data import Batch
-from debiaskd.models.depths import statistics_kept
+from debiaskd.models.wrappers import statistics_kept
 from debiaskd.terms import Draws, Ranks, State, StepInputs, StepTotals, Term
 from debiaskd.training.feature_extraction import Watched
 from debiaskd.training.teacher_outputs import Teaching

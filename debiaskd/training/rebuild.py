@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.input import InputContract, of_weights
 from debiaskd.models.registry import NetworkError, build, load_weights, prepare, weights_file
-from debiaskd.models.transplant import FrozenTeacher, transplant
+from debiaskd.models.transplant import transplant
 from debiaskd.models.weight_reading import read
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
 from debiaskd.terms import BackdoorOptions

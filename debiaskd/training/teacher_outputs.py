@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from debiaskd.data import Batch
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.heads import Frozen, freeze
-from debiaskd.models.transplant import FrozenTeacher
 from debiaskd.terms import Outputs
 from debiaskd.training.feature_extraction import Places, Watched
 

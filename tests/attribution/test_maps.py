@@ -7,6 +7,7 @@ from cases import GOLDEN, normal
 from torch import nn
 
 import debiaskd as dk
+from debiaskd.attribution.gradients import logit_gradients
 from debiaskd.attribution.maps import (
     draw_target,
     explanation_mode,
@@ -14,7 +15,6 @@ from debiaskd.attribution.maps import (
     grad_cam,
     input_x_gradient,
     integrated_gradients,
-    logit_gradients,
 )
 
 captum = pytest.importorskip("captum.attr")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from debiaskd.models.transplant import FrozenTeacher, match_spatial, transplant
+from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.transplant import match_spatial, transplant
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 

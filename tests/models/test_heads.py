@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from debiaskd.losses import feature_match_loss
 from debiaskd.models import SmallNet
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.heads import CarriedHead, LayersHead, LinearHead, MapHead
-from debiaskd.models.transplant import FrozenTeacher, match_spatial, transplant
+from debiaskd.models.transplant import match_spatial, transplant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))

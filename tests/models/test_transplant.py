@@ -14,14 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from debiaskd.models.transplant import (
-    PROJECTORS,
-    FrozenTeacher,
-    Transplanted,
-    make_projector,
-    match_spatial,
-    transplant,
-)
+from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.projector import PROJECTORS, make_projector
+from debiaskd.models.transplant import Transplanted, match_spatial, transplant
 
 
 @pytest.fixture(autouse=True, scope="module")

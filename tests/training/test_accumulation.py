@@ -26,7 +26,7 @@ from torch import Tensor
 import debiaskd as dk
 from debiaskd.attribution import draw_target
 from debiaskd.data import Batch
-from debiaskd.models.transplant import FrozenTeacher
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.terms import (
     TERMS,
     BackdoorOptions,

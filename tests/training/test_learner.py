@@ -17,7 +17,8 @@ import debiaskd as dk
 from debiaskd.attribution import draw_target
 from debiaskd.data import Batch
 from debiaskd.models import SmallNet
-from debiaskd.models.transplant import FrozenTeacher, transplant
+from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.transplant import transplant
 from debiaskd.recipe import Schedule
 from debiaskd.terms import (
     Backdoor,

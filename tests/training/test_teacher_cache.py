@@ -15,7 +15,7 @@ pytest.importorskip("torchdata")
 import training_runs as runs
 from safetensors.torch import load_file
 
-from debiaskd.models.transplant import FrozenTeacher
+from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.training import teacher_cache as caching
 from debiaskd.training.dry_run import Rehearsal
 from debiaskd.training.teacher_cache import Views

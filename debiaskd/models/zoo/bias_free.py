@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from debiaskd.models.cut import close, share
+from debiaskd.models.cut import close
+from debiaskd.models.modules import share
 from debiaskd.utils import checks
 
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
