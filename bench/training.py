@@ -44,28 +44,28 @@ from debiaskd.terms import (
     Setting,
     make_guide,
 )
-from debiaskd.training.feature_extraction import Watched, places
+from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.schedule import optimizer
-from debiaskd.training.teacher_cache import Cached, fill
-from debiaskd.training.teacher_outputs import Live, Teaching
+from debiaskd.training.teacher_cache import CachedTeacher, write_cache
+from debiaskd.training.teacher_outputs import LiveTeacher, TeacherOutputs
 
 CLASSES = 20
 EPOCH = 1  # the intervention has begun
 
 
 class _Stored:
-    """Pictures as `fill` wants them: already in the form that the network reads."""
+    """Pictures as `write_cache` wants them: already in the form that the network reads."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self.split, self.whole, self.batches = batch, self, self, self
+        self.batch, self.split, self.whole, self.dataloader = batch, self, self, self
         self.numbers, self.batch_size = torch.arange(len(batch)), len(batch)
         self.device = batch.images.device
 
     def __getitems__(self, numbers: Any) -> Batch:
         return self.batch
 
-    def placed(self, batch: Batch, draws: Any = None) -> Batch:
+    def transform(self, batch: Batch, draws: Any = None) -> Batch:
         return batch
 
 
@@ -77,8 +77,8 @@ def measure(device: str, batch_size: int, size: int, turns: int) -> dict[str, An
     still = FrozenTeacher(timm.create_model("resnet50", num_classes=CLASSES).eval()).to(device)
     still.to(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
-        live = Live(still)
-        for _ in fill(
+        live = LiveTeacher(still)
+        for _ in write_cache(
             Path(folder),
             live,
             _Stored(batch),  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def measure(device: str, batch_size: int, size: int, turns: int) -> dict[str, An
             parts=("feature", "pooled", "logits"),
         ):
             pass
-        cached = Cached(Path(folder), torch.arange(batch_size), 1, live.width).to(torch.device(device))
+        cached = CachedTeacher(Path(folder), torch.arange(batch_size), 1, live.width).to(torch.device(device))
         steps = {
             "bare": _bare(still, batch),
             "terms": _terms(still, live, batch),
@@ -140,9 +140,9 @@ def _bare(teacher: FrozenTeacher, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def _terms(teacher: FrozenTeacher, teaching: Teaching, batch: Batch) -> Callable[[], None]:
+def _terms(teacher: FrozenTeacher, teaching: TeacherOutputs, batch: Batch) -> Callable[[], None]:
     student = _student(teacher)
-    at = places(student, batch.images)
+    at = find_feature_layers(student, batch.images)
     setting = Setting(CLASSES, False, 0, at.pooled_width, teaching.width)
     guided = GuideOptions(weight=0.1)
     guide = make_guide(guided, student)
@@ -156,8 +156,8 @@ def _terms(teacher: FrozenTeacher, teaching: Teaching, batch: Batch) -> Callable
     made = {name: TERMS[name](options, setting) for name, options in terms.items()}
     made["guide"] = GuideTerm(guided, guide)
     weight = torch.ones(len(batch), device=batch.images.device)
-    watched = Watched(student, at, ("feature", "pooled"))
-    learner = Learner(watched, made, teacher=teaching, guide=guide, weight=weight).to(batch.images.device)
+    extractor = FeatureExtractor(student, at, ("feature", "pooled"))
+    learner = Learner(extractor, made, teacher=teaching, guide=guide, weight=weight).to(batch.images.device)
     trained = optimizer(Schedule(optimizer="sgd", learning_rate=1e-3), learner)
     ranks = Ranks()
 

@@ -83,10 +83,10 @@ class Run:
     def student(self) -> nn.Module:
         """The student that was kept, on the CPU, in evaluation mode. It takes normalized images [N,3,H,W] as its input
         contract says (`debiaskd.models.input.read_contract`), and gives logits [N,K]."""
-        from debiaskd.evaluation.evaluate import Loaded
+        from debiaskd.evaluation.evaluate import LoadedStage
 
         with self._modules():
-            return Loaded(self.folder).model.cpu()
+            return LoadedStage(self.folder).model.cpu()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -237,7 +237,7 @@ def train(
         ...     sorted(run.metrics)[:1], run.student(torch.zeros(1, 3, 16, 16)).shape
         (['accuracy'], torch.Size([1, 2]))
     """
-    from debiaskd.pipeline.stages import Chain
+    from debiaskd.pipeline.stages import Pipeline
     from debiaskd.recipe import RecipeError, read
     from debiaskd.training.fabric import launch
 
@@ -269,7 +269,7 @@ def train(
             pack(dataset, folder / GIVEN_DATA, split=split, progress=progress)
     fabric.barrier()
     with _shown(progress and fabric.is_global_zero) as say:
-        Chain(made, folder, fabric, say).student()
+        Pipeline(made, folder, fabric, say).student()
     given = {key: network for key, network in modules.items() if isinstance(network, nn.Module)}
     return Run(folder, **given)
 

@@ -36,7 +36,7 @@ from debiaskd.data import prepare  # noqa: E402
 from debiaskd.data.sources import mnist  # noqa: E402
 from debiaskd.evaluation.evaluate import evaluate_run  # noqa: E402
 from debiaskd.evaluation.probe import probe_run  # noqa: E402
-from debiaskd.pipeline.stages import Chain  # noqa: E402
+from debiaskd.pipeline.stages import Pipeline  # noqa: E402
 from debiaskd.recipe import read  # noqa: E402
 from debiaskd.reweight import ErrorSetWarning  # noqa: E402
 from debiaskd.training.fabric import launch  # noqa: E402
@@ -222,7 +222,7 @@ def train(recipe: Document, seed: int, data: Path, run: Path) -> None:
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**recipe, "seed": seed, "data": {**recipe["data"], "path": str(data)}}))
     found = read(path)
-    Chain(found, run, launch(found.compute), lambda *news: None).student()
+    Pipeline(found, run, launch(found.compute), lambda *news: None).student()
 
 
 def rows_of(experiment: Any, seed: int, teacher: str | None) -> list[Document]:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from debiaskd.cli import doctor  # noqa: E402
 from debiaskd.data import prepare  # noqa: E402
 from debiaskd.evaluation.evaluate import evaluate_run  # noqa: E402
-from debiaskd.pipeline.stages import Chain  # noqa: E402
+from debiaskd.pipeline.stages import Pipeline  # noqa: E402
 from debiaskd.recipe import read  # noqa: E402
 from debiaskd.reweight import ErrorSetWarning  # noqa: E402
 from debiaskd.training.fabric import launch  # noqa: E402
@@ -95,7 +95,7 @@ def rows_of(seed: int, data: Path, out: Path) -> list[dict[str, Any]]:
         text = yaml.safe_dump({**recipe, "seed": seed, "data": {**recipe["data"], "path": str(data)}})
         run.with_suffix(".yaml").write_text(text)
         found = read(run.with_suffix(".yaml"))
-        Chain(found, run, launch(found.compute), lambda *news: None).student()
+        Pipeline(found, run, launch(found.compute), lambda *news: None).student()
         stages = ["teacher", "student"] if method == "kd" else ["student"]
         for stage in stages:
             document, _ = evaluate_run(run, stage, None, None)

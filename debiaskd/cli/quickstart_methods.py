@@ -41,9 +41,9 @@ from debiaskd.terms import (
     TermOptions,
     make_guide,
 )
-from debiaskd.training.feature_extraction import Watched, places
+from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
 from debiaskd.training.learner import Learner, Step
-from debiaskd.training.teacher_outputs import Remembered
+from debiaskd.training.teacher_outputs import InMemoryTeacher
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Taught(Learner):
         self.labels, self.epoch = context.labels, 0
         classes, example = len(digits.LABELS), context.images[:2]
         wanted = {need.partition(".")[2] for name in terms for need in TERMS[name].needs if need.startswith("student.")}
-        at = places(student, example) if wanted else None
+        at = find_feature_layers(student, example) if wanted else None
         taught = any(need.startswith("teacher.") for name in terms for need in TERMS[name].needs)
         width = context.settings.teacher_widths[-1]
         setting = Setting(classes, False, len(digits.GROUPS), 0 if at is None else at.pooled_width, width)
@@ -174,8 +174,8 @@ class Taught(Learner):
                     made[name] = GuideTerm(options, guide)
                 else:
                     made[name] = TERMS[name](options, setting)  # type: ignore[call-arg]
-        teacher = Remembered(context.teacher_outputs) if taught else None
-        super().__init__(Watched(student, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
+        teacher = InMemoryTeacher(context.teacher_outputs) if taught else None
+        super().__init__(FeatureExtractor(student, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
         self.draws, self.ranks = Draws(context.seed, 0, Ranks(), torch.device("cpu")), Ranks()
 
     def loss(self, images: Tensor, index: Tensor) -> Tensor:

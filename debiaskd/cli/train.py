@@ -107,13 +107,13 @@ def train(options: argparse.Namespace, overrides: Sequence[str], progress: Calla
         from debiaskd.training.run import as_yaml
 
         return as_yaml(recipe).rstrip().split("\n")
-    from debiaskd.pipeline.stages import Chain
+    from debiaskd.pipeline.stages import Pipeline
     from debiaskd.training.fabric import launch
 
     folder = options.out or Path("runs") / options.recipe.stem
     fabric = launch(recipe.compute)
     with progress() if fabric.is_global_zero else _silence() as say:
-        stage = Chain(recipe, folder, fabric, say).student()
+        stage = Pipeline(recipe, folder, fabric, say).student()
     if not fabric.is_global_zero:
         return []
     facts = stage.facts
@@ -196,5 +196,5 @@ def report(options: argparse.Namespace, progress: Callable[[], Any]) -> list[str
     from debiaskd.reports.comparison import write_report
 
     with progress() as say:
-        sections = write_report(options.runs, options.out, split=options.split, data=options.data, say=say)
+        sections = write_report(options.runs, options.out, split=options.split, data=options.data, progress=say)
     return [*sections, str(options.out)]

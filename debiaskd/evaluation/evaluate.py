@@ -17,11 +17,11 @@ from debiaskd.data import DataError
 from debiaskd.models.registry import load_weights
 from debiaskd.recipe import Network, RecipeError
 from debiaskd.terms import Ranks
-from debiaskd.training.batches import Pictures, Split, open_split
+from debiaskd.training.batches import Split, SplitLoader, open_split
 from debiaskd.training.fabric import autocast
-from debiaskd.training.rebuild import of_stage
+from debiaskd.training.rebuild import design_of_stage
 from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
-from debiaskd.training.validation import Evaluation, boxed, looked_at
+from debiaskd.training.validation import Evaluator, attribution_options, has_boxes
 from debiaskd.utils import files
 from debiaskd.version import __version__
 
@@ -31,7 +31,7 @@ FIGURES = 2
 THRESHOLD = 0.5
 
 
-class Loaded:
+class LoadedStage:
     """A stage of a finished run.
 
     Attributes:
@@ -54,7 +54,7 @@ class Loaded:
         if not self.stage.model.exists():
             raise RunError(f"{self.stage.folder}: has no model; try one of student, pretraining, teacher")
         about, names = _header(self.stage)
-        self.design = of_stage(self.recipe, about, stage, names)
+        self.design = design_of_stage(self.recipe, about, stage, names)
         self.classes: list[str] = about["classes"]
         self.network: Network = self.design.network
         self.contract = self.design.contract
@@ -64,8 +64,8 @@ class Loaded:
         load_weights(model, self.stage.model)
         self.model = model.to(self.device).eval()
 
-    def pictures(self, split: Split, batch: int = 64) -> Pictures:
-        return Pictures(
+    def loader(self, split: Split, batch: int = 64) -> SplitLoader:
+        return SplitLoader(
             split,
             self.recipe.data,
             training=False,
@@ -86,7 +86,7 @@ def _header(stage: Stage) -> tuple[dict[str, Any], set[str]]:
         return json.loads(file.metadata()["debiaskd"]), set(file.keys())
 
 
-def measured_on(loaded: Loaded, split: str | None) -> Split:
+def evaluation_split(loaded: LoadedStage, split: str | None) -> Split:
     """The split that is named, or the one that the recipe calls test.
 
     Raises:
@@ -97,9 +97,9 @@ def measured_on(loaded: Loaded, split: str | None) -> Split:
     found = open_split(dataclasses.replace(data, test=split or data.test), "test")
     whole = found.whole
     if not set(whole.classes) <= set(loaded.classes):
-        theirs = _in_short(whole.classes)
+        theirs = _shorten(whole.classes)
         raise RunError(
-            f"{loaded.folder}: knows other classes than {data.path}: {_in_short(loaded.classes)}; not {theirs}"
+            f"{loaded.folder}: knows other classes than {data.path}: {_shorten(loaded.classes)}; not {theirs}"
         )
     if list(whole.classes) != loaded.classes:  # some of them, or in another order: the model's numbers are what counts
         whole.number_among(loaded.classes)
@@ -108,7 +108,7 @@ def measured_on(loaded: Loaded, split: str | None) -> Split:
     return found
 
 
-def _in_short(names: Sequence[str], most: int = 8) -> str:
+def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -118,32 +118,32 @@ def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) 
     Raises:
         RunError, RecipeError, DataError, NetworkError: as their names say.
     """
-    loaded = Loaded(folder, stage, data)
-    evaluated = Evaluated(loaded, measured_on(loaded, split))
+    loaded = LoadedStage(folder, stage, data)
+    evaluated = StageEvaluation(loaded, evaluation_split(loaded, split))
     document = evaluated.measure()
     files.write_json(evaluated.path, document)
     return document, evaluated.path
 
 
-def _trained_on(loaded: Loaded, otherwise: str) -> str:
+def _training_data(loaded: LoadedStage, otherwise: str) -> str:
     """The fingerprint of the data that the run was trained on."""
-    found = (stage.inputs.get("data") for stage in _stages(loaded))
+    found = (stage.inputs.get("data") for stage in _finished_stages(loaded))
     return next((one for one in found if isinstance(one, str)), otherwise)
 
 
-def _training_groups(loaded: Loaded, names: Sequence[str], data: str) -> Tensor | None:
+def _training_groups(loaded: LoadedStage, names: Sequence[str], data: str) -> Tensor | None:
     """int64 [M], the run's training pictures by number in the names of the data that is measured; None where nothing is
     known of them, or no group has its name there."""
-    found = [stage.facts["training_groups"] for stage in _stages(loaded) if stage.facts.get("training_groups")]
-    known: dict[str, int] = found[0] if found else _counted(loaded, data)
+    found = [stage.facts["training_groups"] for stage in _finished_stages(loaded) if stage.facts.get("training_groups")]
+    known: dict[str, int] = found[0] if found else _count_training_groups(loaded, data)
     counts = torch.tensor([known.get(name, 0) for name in names])
     return torch.arange(len(names)).repeat_interleave(counts) if bool(counts.any()) else None
 
 
-def _counted(loaded: Loaded, data: str) -> dict[str, int]:
+def _count_training_groups(loaded: LoadedStage, data: str) -> dict[str, int]:
     """Of a run that did not save its training pictures' groups: from its data, where that can still be read."""
     places = [open_run(loaded.folder).data]
-    if data == _trained_on(loaded, data):
+    if data == _training_data(loaded, data):
         places.append(loaded.recipe.data)
     for place in places:
         with suppress(RecipeError, DataError, OSError):
@@ -154,7 +154,7 @@ def _counted(loaded: Loaded, data: str) -> dict[str, int]:
     return {}
 
 
-def _stages(loaded: Loaded) -> list[Stage]:
+def _finished_stages(loaded: LoadedStage) -> list[Stage]:
     """All of a run that are finished, the loaded one first."""
     found = [loaded.stage]
     for path in sorted(loaded.folder.glob(f"*/{STAGE}")):
@@ -163,7 +163,7 @@ def _stages(loaded: Loaded) -> list[Stage]:
     return found
 
 
-class Evaluated:
+class StageEvaluation:
     """The evaluation of a loaded model on a split.
 
     Attributes:
@@ -174,9 +174,9 @@ class Evaluated:
         threshold: of the IoU; None: training did not look at attributions, validation chooses it when it is needed.
     """
 
-    def __init__(self, loaded: Loaded, split: Split) -> None:
+    def __init__(self, loaded: LoadedStage, split: Split) -> None:
         self.loaded, self.split = loaded, split
-        self.guide = looked_at(loaded.recipe, loaded.name)
+        self.guide = attribution_options(loaded.recipe, loaded.name)
         # Not the best on this split: that would be to choose by what is measured.
         figures = loaded.stage.facts.get("figures", {"iou_threshold": None})
         threshold = figures.get("iou_threshold")
@@ -185,7 +185,7 @@ class Evaluated:
         suffix = "" if loaded.name == "student" else f"-{loaded.name}"
         slug = re.sub(r"[^A-Za-z0-9_.]+", "-", split.name.replace(":]", ":100%]")).strip("-")
         path, self.data = loaded.recipe.data.path, data_fingerprint(loaded.recipe.data.path)
-        if self.data != _trained_on(loaded, self.data):  # a file of its own, beside that of the run's own data
+        if self.data != _training_data(loaded, self.data):  # a file of its own, beside that of the run's own data
             slug += f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', Path(path).resolve().name)}-{self.data[:8]}"
         self.path = loaded.folder / f"evaluation-{slug}{suffix}.json"
         self.fingerprint = digest(
@@ -210,13 +210,13 @@ class Evaluated:
         same = isinstance(document, dict) and document.get("fingerprint") == self.fingerprint
         return document if same else None
 
-    def _chosen(self) -> float:
+    def _best_threshold(self) -> float:
         """The threshold that is best on the run's validation pictures."""
         with suppress(RecipeError, DataError, OSError):  # which may not be there any more
             validation = open_split(open_run(self.loaded.folder).data, "validation")
-            if boxed(validation):
-                pictures = self.loaded.pictures(validation)
-                figures = Evaluation(pictures, None, self.guide, autocast=self.autocast)(self.loaded.model)
+            if has_boxes(validation):
+                loader = self.loaded.loader(validation)
+                figures = Evaluator(loader, None, self.guide, autocast=self.autocast)(self.loaded.model)
                 if figures["iou_threshold"] == figures["iou_threshold"]:
                     return figures["iou_threshold"]
         return THRESHOLD
@@ -224,10 +224,10 @@ class Evaluated:
     def measure(self) -> dict[str, Any]:
         """The figures, and what they are of."""
         loaded = self.loaded
-        pictures = loaded.pictures(self.split)
+        loader = loaded.loader(self.split)
         groups = None if self.split.groups is None else _training_groups(loaded, self.split.whole.groups, self.data)
-        threshold = self._chosen() if self.threshold is None and boxed(self.split) else self.threshold
-        figures = Evaluation(pictures, groups, self.guide, threshold, autocast=self.autocast)(loaded.model)
+        threshold = self._best_threshold() if self.threshold is None and has_boxes(self.split) else self.threshold
+        figures = Evaluator(loader, groups, self.guide, threshold, autocast=self.autocast)(loaded.model)
         return {
             "run": str(loaded.folder),
             "stage": loaded.name,

@@ -18,22 +18,22 @@ from debiaskd.boxes import Boxes
 from debiaskd.data import Batch, DataError
 from debiaskd.data.packed import manifest
 from debiaskd.data.pixels import UnreadableError, decode, fit
-from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.metrics import energy_in_box
 from debiaskd.ops.ignore import of_class
 from debiaskd.recipe import Recipe, RecipeError
 from debiaskd.terms import make_guide
 from debiaskd.terms.guidance import GuideOptions
-from debiaskd.training.batches import Intake, Split, open_split
+from debiaskd.training.batches import InputTransform, Split, open_split
 from debiaskd.training.run import RunError, finished
-from debiaskd.training.validation import looked_at
+from debiaskd.training.validation import attribution_options
 from debiaskd.utils import files
 
 _NUMBERED = re.compile(r"(?P<split>[^/:]+):(?P<number>\d+)")
 
 
 @dataclass
-class Shown:
+class Example:
     """One picture: its name, pixels uint8 [3,S,S], and what is known of it."""
 
     name: str
@@ -43,7 +43,7 @@ class Shown:
 
 
 @dataclass
-class Seen:
+class Explanation:
     """What one model makes of one picture for one class."""
 
     heading: str
@@ -76,38 +76,38 @@ def explain_run(
     Raises:
         RunError, RecipeError, DataError, NetworkError: as their names say; for a picture or a class that is none, too.
     """
-    after = Loaded(folder, "student", data)
+    after = LoadedStage(folder, "student", data)
     models = [("after guidance" if after.recipe.terms.guide else "student", after)]
     if before is not None:
-        models.insert(0, (f"before: {before.name}", Loaded(before, "student", data)))
+        models.insert(0, (f"before: {before.name}", LoadedStage(before, "student", data)))
     elif after.recipe.pretraining is not None:
         finished(folder, "pretraining")
-        models.insert(0, ("before guidance", Loaded(folder, "pretraining", data)))
+        models.insert(0, ("before guidance", LoadedStage(folder, "pretraining", data)))
     if len({tuple(model.classes) for _, model in models}) > 1:
         raise RunError(f"{before}: knows other classes than {folder}")
-    known, options = _Known(after.recipe), looked_at(after.recipe, "student")  # all models in the same way
+    known, options = _RunData(after.recipe), attribution_options(after.recipe, "student")  # all models in the same way
     target_number = None if target is None else _class(target, after.classes)
     written: list[Path] = []
     for text in images:
-        shown = known.picture(text, after.size[0])
-        for k in [target_number] if target_number is not None else _targets(shown, after):
-            seen = [_look(heading, model, shown, k, options) for heading, model in models]
+        example = known.picture(text, after.size[0])
+        for k in [target_number] if target_number is not None else _targets(example, after):
+            seen = [_explain(heading, model, example, k, options) for heading, model in models]
             where = out or folder / "explanations"
             where.mkdir(parents=True, exist_ok=True)
-            path = _free(where / f"{_slug(shown.name)}-{_slug(after.classes[k])}", written)
-            figure = _figure(shown, of_class(shown.boxes, torch.tensor([k])), after.classes[k], seen)
+            path = _unused_path(where / f"{_slug(example.name)}-{_slug(after.classes[k])}", written)
+            figure = _figure(example, of_class(example.boxes, torch.tensor([k])), after.classes[k], seen)
             files.write(path, lambda unfinished, figure=figure: figure.savefig(unfinished, format="png", dpi=100))  # type: ignore[misc]
             written.append(path)
     return written
 
 
-def _free(path: Path, written: Sequence[Path]) -> Path:
+def _unused_path(path: Path, written: Sequence[Path]) -> Path:
     """Pictures in different folders may have the same name."""
     names = (f"{path.name}{more}.png" for more in ("", *(f"-{n}" for n in range(2, len(written) + 2))))
     return next(path.with_name(name) for name in names if path.with_name(name) not in written)
 
 
-class _Known:
+class _RunData:
     """The run's data, as far as it is there: it knows boxes and labels."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -121,7 +121,7 @@ class _Known:
                 continue  # a picture file needs none
             self.splits[split.whole.split] = split
 
-    def picture(self, text: str, side: int) -> Shown:
+    def picture(self, text: str, side: int) -> Example:
         path = Path(text)
         numbered = _NUMBERED.fullmatch(text)
         if numbered is not None and not path.exists():
@@ -136,10 +136,10 @@ class _Known:
             if len(places) == 1:
                 (boxes,) = [split.whole.boxes[torch.tensor(places)]]
                 boxes = boxes.resize(split.whole.size, (side, side))
-                return Shown(path.stem, image, boxes, split.whole.target[places[0]])
-        return Shown(path.stem, image, Boxes.from_lists([None]), None)
+                return Example(path.stem, image, boxes, split.whole.target[places[0]])
+        return Example(path.stem, image, Boxes.from_lists([None]), None)
 
-    def _numbered(self, name: str, number: int) -> Shown:
+    def _numbered(self, name: str, number: int) -> Example:
         if name not in self.splits:
             split = Split(dataclasses.replace(self.data, test=name), "test")
         else:
@@ -147,7 +147,7 @@ class _Known:
         if number >= len(split.whole):
             raise RecipeError(f"{name}:{number}: there are {len(split.whole)} pictures")
         batch = split.whole.__getitems__([number])
-        return Shown(f"{name}-{number}", batch.images[0], batch.boxes, batch.target[0])
+        return Example(f"{name}-{number}", batch.images[0], batch.boxes, batch.target[0])
 
 
 def _class(text: str, classes: Sequence[str]) -> int:
@@ -158,24 +158,26 @@ def _class(text: str, classes: Sequence[str]) -> int:
     raise RecipeError(f"--target: must be a class's name or number, one of {', '.join(classes)}; got {text!r}")
 
 
-def _targets(shown: Shown, loaded: Loaded) -> list[int]:
-    if shown.target is not None:
-        if shown.target.dim() == 0:
-            return [int(shown.target)]
-        labels: list[int] = shown.target.nonzero()[:, 0].tolist()
+def _targets(example: Example, loaded: LoadedStage) -> list[int]:
+    if example.target is not None:
+        if example.target.dim() == 0:
+            return [int(example.target)]
+        labels: list[int] = example.target.nonzero()[:, 0].tolist()
         if labels:
             return labels
     with torch.no_grad():
-        return [int(loaded.model(_placed(loaded, shown).images).argmax(1))]
+        return [int(loaded.model(_model_input(loaded, example).images).argmax(1))]
 
 
-def _placed(loaded: Loaded, shown: Shown) -> Batch:
-    batch = Batch(shown.image[None].contiguous(memory_format=torch.channels_last), torch.zeros(1).long(), shown.boxes)
-    return Intake(loaded.contract, loaded.device)(batch)
+def _model_input(loaded: LoadedStage, example: Example) -> Batch:
+    batch = Batch(
+        example.image[None].contiguous(memory_format=torch.channels_last), torch.zeros(1).long(), example.boxes
+    )
+    return InputTransform(loaded.contract, loaded.device)(batch)
 
 
-def _look(heading: str, loaded: Loaded, shown: Shown, k: int, options: GuideOptions) -> Seen:
-    batch = _placed(loaded, shown)
+def _explain(heading: str, loaded: LoadedStage, example: Example, k: int, options: GuideOptions) -> Explanation:
+    batch = _model_input(loaded, example)
     target = torch.tensor([k], device=loaded.device)
     try:
         guide = make_guide(options, loaded.model)
@@ -184,24 +186,24 @@ def _look(heading: str, loaded: Loaded, shown: Shown, k: int, options: GuideOpti
     maps = guide.attribute(batch.images, target)
     with torch.no_grad():
         logits = loaded.model(batch.images)[0]
-    several = logits.sigmoid() if shown.target is not None and shown.target.dim() else logits.softmax(0)
+    several = logits.sigmoid() if example.target is not None and example.target.dim() else logits.softmax(0)
     boxes = of_class(batch.boxes, target)
     share = energy_in_box(maps, boxes, loaded.size)
-    height, width = shown.image.shape[1:]
+    height, width = example.image.shape[1:]
     upsampled = F.interpolate(maps[:, None].float(), (height, width), mode="bilinear")[0, 0].clamp(min=0).cpu()
     known = bool(boxes.annotated[0]) and len(boxes.coords) > 0
-    return Seen(heading, upsampled, float(several[k]), float(share[0]) if known else None)
+    return Explanation(heading, upsampled, float(several[k]), float(share[0]) if known else None)
 
 
-def _figure(shown: Shown, boxes: Boxes, name: str, seen: Sequence[Seen]) -> Any:
+def _figure(example: Example, boxes: Boxes, name: str, seen: Sequence[Explanation]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    picture = shown.image.permute(1, 2, 0).numpy()
+    picture = example.image.permute(1, 2, 0).numpy()
     figure = Figure(figsize=(3.2 * (1 + len(seen)), 3.6), layout="constrained")
     panels = figure.subplots(1, 1 + len(seen), squeeze=False)[0]
     panels[0].imshow(picture)
-    panels[0].set_title(f"{shown.name}: {name}", fontsize=9)
+    panels[0].set_title(f"{example.name}: {name}", fontsize=9)
     for axes, one in zip(panels[1:], seen):
         axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=400)
         # Most of a map of the image itself is faint: what is bright is the strongest hundredth.

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.training.batches import Split, open_split
-from debiaskd.training.feature_extraction import Watched, places
+from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
 from debiaskd.utils import files
 
 #: Inverse strengths of L2 regularisation that are tried.
@@ -38,7 +38,7 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
     Raises:
         RunError, RecipeError, DataError, NetworkError: as their names say.
     """
-    loaded = Loaded(folder, stage)
+    loaded = LoadedStage(folder, stage)
     asked = Data(data, train=splits[0], test=splits[1])
     train, test = open_split(asked, "train"), open_split(asked, "test")
     whole = train.whole
@@ -47,7 +47,7 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
     fitted, measured = _features(loaded, train), _features(loaded, test)
     mean, deviation = fitted.mean(0), fitted.std(0) + 1e-6
     fitted, measured = (fitted - mean) / deviation, (measured - mean) / deviation
-    judge = _several if whole.multi_label else _one
+    judge = _multi_label if whole.multi_label else _single_label
     figures, strength = judge(fitted, train.target.numpy(), measured, test.target.numpy())
     document = {
         "run": str(folder),
@@ -65,25 +65,25 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
     return document, path
 
 
-def _features(loaded: Loaded, split: Split) -> NDArray[np.float64]:
+def _features(loaded: LoadedStage, split: Split) -> NDArray[np.float64]:
     example = loaded.contract.example().to(loaded.device)
     options = loaded.network
-    at = places(loaded.model, example, options.layer, options.named_head, ("pooled",))
-    watched = Watched(loaded.model, at, ("pooled",)).eval()
+    at = find_feature_layers(loaded.model, example, options.layer, options.named_head, ("pooled",))
+    extractor = FeatureExtractor(loaded.model, at, ("pooled",)).eval()
     found: list[Tensor] = []
-    pictures = loaded.pictures(split)
+    loader = loaded.loader(split)
     with torch.no_grad():
-        for batch in pictures.batches:
-            outputs, _ = watched(pictures.placed(batch).images)
+        for batch in loader.dataloader:
+            outputs, _ = extractor(loader.transform(batch).images)
             assert outputs.pooled is not None
             found.append(outputs.pooled.double().cpu())
     return torch.cat(found).numpy()
 
 
-def _one(
+def _single_label(
     fitted: NDArray[Any], target: NDArray[Any], measured: NDArray[Any], expected: NDArray[Any]
 ) -> tuple[dict[str, float], float]:
-    held, rest = _held(len(fitted))
+    held, rest = _hold_out(len(fitted))
 
     def right(strength: float) -> float:
         return float((_solver(strength, fitted[rest], target[rest]).predict(fitted[held]) == target[held]).mean())
@@ -93,10 +93,10 @@ def _one(
     return {"accuracy": float((predicted == expected).mean())}, strength
 
 
-def _several(
+def _multi_label(
     fitted: NDArray[Any], target: NDArray[Any], measured: NDArray[Any], expected: NDArray[Any]
 ) -> tuple[dict[str, float], float]:
-    held, rest = _held(len(fitted))
+    held, rest = _hold_out(len(fitted))
 
     def worth(strength: float) -> float:
         found = _f1(_scores(strength, fitted[rest], target[rest], fitted[held]), target[held])
@@ -108,7 +108,7 @@ def _several(
     return {**found, "map_classes": int(expected.any(0).sum())}, strength
 
 
-def _held(count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _hold_out(count: int) -> tuple[NDArray[Any], NDArray[Any]]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
     return order[: count // 5], order[count // 5 :]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from debiaskd.recipe import Recipe
-from debiaskd.training.fit import Fitting
+from debiaskd.training.fit import Trainer
 from debiaskd.training.run import Run, decisive
 
 
@@ -25,7 +25,7 @@ class StageContext:
 
     recipe: Recipe
     fabric: Any
-    fitting: Fitting
+    trainer: Trainer
     run: Run
     base: dict[str, Any]
 
@@ -36,8 +36,8 @@ class StageContext:
         found = {"pictures": data, "seed": self.recipe.seed}
         return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
 
-    def spread(self, weights: Tensor) -> Tensor:
+    def scatter_weights(self, weights: Tensor) -> Tensor:
         """Scatter weights of the training pictures to the whole prepared split, by sample number."""
-        whole = torch.zeros(len(self.fitting.train.whole))
-        whole[self.fitting.train.numbers] = weights
+        whole = torch.zeros(len(self.trainer.train.whole))
+        whole[self.trainer.train.numbers] = weights
         return whole

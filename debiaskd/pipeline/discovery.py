@@ -24,7 +24,7 @@ from debiaskd.terms import SupervisedOptions, TermOptions
 from debiaskd.training.batches import Split
 from debiaskd.training.feature_extraction import Reading, read_outputs
 from debiaskd.training.run import Stage
-from debiaskd.training.schedule import brief
+from debiaskd.training.schedule import brief_schedule
 from debiaskd.training.validation import annotated
 from debiaskd.utils import files
 
@@ -36,15 +36,15 @@ def discovered(context: StageContext) -> Stage | None:
     options = context.recipe.discovery
     if options is None:
         return None
-    schedule = brief(context.recipe.schedule, options.epochs)
+    schedule = brief_schedule(context.recipe.schedule, options.epochs)
     plain = trained_plainly(context, "discovery", schedule)
     inputs: dict[str, Any] = {"discovery": plain.fingerprint, "method": options.method}
     early = None
     if options.method == "clusters":
-        early = trained_plainly(context, "discovery-early", brief(schedule, options.early))
+        early = trained_plainly(context, "discovery-early", brief_schedule(schedule, options.early))
         inputs |= {"early": early.fingerprint, "most": options.clusters, "smallest": options.smallest or 20}
-    fitting = context.fitting
-    splits = {"train": fitting.train, "validation": fitting.validation}
+    trainer = context.trainer
+    splits = {"train": trainer.train, "validation": trainer.validation}
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         found, facts = {}, {}
@@ -56,7 +56,7 @@ def discovered(context: StageContext) -> Stage | None:
         if context.fabric.is_global_zero:
             write(folder, found, splits)
         context.fabric.barrier()
-        return {"method": options.method, "groups": list(fitting.train.environment_names), **facts}
+        return {"method": options.method, "groups": list(trainer.train.environment_names), **facts}
 
     stage = context.run.stage(GROUPS, inputs, make)
     for key, split in splits.items():
@@ -71,29 +71,29 @@ def discovered(context: StageContext) -> Stage | None:
 def trained_plainly(context: StageContext, name: str, schedule: Schedule) -> Stage:
     """The student's network, trained on the labels alone."""
     network, document = context.recipe.student, context.run.document
-    inputs = {**context.base, **context.common(), **context.fitting.contracts.decisive(network)}
+    inputs = {**context.base, **context.common(), **context.trainer.contracts.decisive(network)}
     inputs |= {"network": document["student"], "schedule": dict(vars(schedule))}
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        model = context.fitting.network(network, name)
+        model = context.trainer.network(network, name)
         terms: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
-        return context.fitting.fit(name, folder, fingerprint, model, terms, schedule, rule="last")
+        return context.trainer.fit(name, folder, fingerprint, model, terms, schedule, rule="last")
 
     return context.run.stage(name, inputs, make)
 
 
 def outputs_of(context: StageContext, stage: Stage, network: Network, split: Split) -> Reading:
     """What the model that a stage has trained makes of a split's images, in order and without augmentation."""
-    model = context.fitting.network(network, stage.folder.name)
+    model = context.trainer.network(network, stage.folder.name)
     load_weights(model, stage.model)
     return outputs(context, model, network, split)
 
 
 def outputs(context: StageContext, model: nn.Module, network: Network, split: Split) -> Reading:
     """The same of a model."""
-    at = context.fitting.places(model, network, ("pooled",))
-    pictures = context.fitting.pictures(split, network, training=False, batch=256, alone=True)
-    return read_outputs(model.to(context.fabric.device), at, pictures, context.fabric.autocast)
+    at = context.trainer.feature_layers(model, network, ("pooled",))
+    loader = context.trainer.loader(split, network, training=False, batch=256, alone=True)
+    return read_outputs(model.to(context.fabric.device), at, loader, context.fabric.autocast)
 
 
 def groups_of(read: Reading, target: Tensor, options: Discovery, early: Reading | None, *, seed: int) -> FoundGroups:

@@ -19,7 +19,7 @@ from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.weights import read_weights, sample_weights
 from debiaskd.recipe import Teacher
 from debiaskd.reweight import group_weights
-from debiaskd.training.feature_extraction import Watched
+from debiaskd.training.feature_extraction import FeatureExtractor
 from debiaskd.training.head_weights import find_head, linear_layers, put
 from debiaskd.training.run import Stage
 from debiaskd.utils import files
@@ -31,11 +31,11 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 def probed(context: StageContext, options: Teacher) -> Stage:
     """The stage that fitted a teacher's last layer to the training pictures."""
     by = options.probe or "plain"
-    inputs = {**context.base, **context.common(), **context.fitting.contracts.decisive(options)}
+    inputs = {**context.base, **context.common(), **context.trainer.contracts.decisive(options)}
     inputs |= {"teacher": [options.name, options.pretrained], "head": "probe", "by": by}
     weight = None
     if by == "groups":
-        groups = context.fitting.train.groups
+        groups = context.trainer.train.groups
         assert groups is not None
         weight = group_weights(groups)
     elif by == "weights":
@@ -44,10 +44,10 @@ def probed(context: StageContext, options: Teacher) -> Stage:
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         each = read_weights(stage) if by == "weights" else weight
-        model = context.fitting.network(options, "teacher").to(context.fabric.device).eval()
+        model = context.trainer.network(options, "teacher").to(context.fabric.device).eval()
         facts = _fit_into(context, options, model, each)
         if context.fabric.is_global_zero:
-            about = context.fitting.about("teacher", options)
+            about = context.trainer.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
         context.fabric.barrier()
         return facts
@@ -56,17 +56,17 @@ def probed(context: StageContext, options: Teacher) -> Stage:
 
 
 def _fit_into(context: StageContext, options: Teacher, model: nn.Module, weight: Tensor | None) -> dict[str, Any]:
-    fitting = context.fitting
-    example = fitting.example(options).to(context.fabric.device)
-    watched = Watched(model, fitting.places(model, options, ("pooled",)), ("pooled",)).eval()
-    pictures = fitting.pictures(fitting.train, options, training=False, batch=256, alone=True)
+    trainer = context.trainer
+    example = trainer.example(options).to(context.fabric.device)
+    extractor = FeatureExtractor(model, trainer.feature_layers(model, options, ("pooled",)), ("pooled",)).eval()
+    loader = trainer.loader(trainer.train, options, training=False, batch=256, alone=True)
     found = []
     with torch.no_grad():
-        for batch in pictures.batches:
-            pooled = watched(pictures.placed(batch).images)[0].pooled
+        for batch in loader.dataloader:
+            pooled = extractor(loader.transform(batch).images)[0].pooled
             assert pooled is not None
             found.append(pooled.float().cpu())
-    feature, target = torch.cat(found), fitting.train.target
+    feature, target = torch.cat(found), trainer.train.target
     r, _ = find_head(model, example)
     bias = all(getattr(layer, "bias", None) is not None for layer in linear_layers(model, r))
     made, offset, strength, right = fit(feature, target, weight, bias=bias, seed=context.recipe.seed)

@@ -16,7 +16,7 @@ from debiaskd.recipe import Network, Schedule, Teacher
 from debiaskd.terms import SupervisedOptions
 
 
-def identified(
+def train_identification(
     context: StageContext, name: str, network: Network, schedule: Schedule
 ) -> tuple[Callable[[], Tensor], str]:
     """Train the identification model, unless the stage is finished.
@@ -31,28 +31,28 @@ def identified(
         (a function that gives bool [N], whether the model predicts each training picture correctly; the fingerprint
         of the stage).
     """
-    fitting, run = context.fitting, context.run
+    trainer, run = context.trainer, context.run
     teacher = isinstance(network, Teacher)
     section = run.document["teacher" if teacher else "student"]
     words = (section if teacher else run.document)["schedule"]
     plain = {field.name: section[field.name] for field in dataclasses.fields(Network) if field.name in section}
-    inputs = {**context.base, **context.common(), **fitting.contracts.decisive(network)}
+    inputs = {**context.base, **context.common(), **trainer.contracts.decisive(network)}
     inputs |= {"network": plain, "schedule": {key: value for key, value in vars(schedule).items() if key in words}}
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        model = fitting.network(network, name)
-        return fitting.fit(name, folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule, rule="last")
+        model = trainer.network(network, name)
+        return trainer.fit(name, folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule, rule="last")
 
     stage = run.stage(name, inputs, make)
 
     def correct() -> Tensor:
-        model = fitting.network(network, name).to(context.fabric.device).eval()
+        model = trainer.network(network, name).to(context.fabric.device).eval()
         load_weights(model, stage.model)
-        pictures = fitting.pictures(fitting.train, network, training=False, batch=256, alone=True)
+        loader = trainer.loader(trainer.train, network, training=False, batch=256, alone=True)
         found = []
         with torch.no_grad(), context.fabric.autocast():
-            for batch in pictures.batches:
-                placed = pictures.placed(batch)
+            for batch in loader.dataloader:
+                placed = loader.transform(batch)
                 found.append((model(placed.images).argmax(1) == placed.target).cpu())
         return torch.cat(found)
 

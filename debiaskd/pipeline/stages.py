@@ -15,21 +15,21 @@ from debiaskd.models.registry import load_weights, weights_hash
 from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed
-from debiaskd.pipeline.teachers import check_dfr, last_layer, selecting, teacher_terms, trained_teacher
+from debiaskd.pipeline.teachers import check_dfr, last_layer, student_selection, teacher_terms, trained_teacher
 from debiaskd.pipeline.weights import read_weights, sample_weights
 from debiaskd.recipe import Recipe, Teacher
 from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
-from debiaskd.training.fit import Fitting
+from debiaskd.training.fit import Trainer
 from debiaskd.training.head_weights import check as check_probe
 from debiaskd.training.rebuild import frozen, observed, transplanted
-from debiaskd.training.run import STAGE, Run, Say, Stage, data_fingerprint, decisive
-from debiaskd.training.schedule import brief
-from debiaskd.training.teacher_cache import PARTS, Cached, fill
-from debiaskd.training.teacher_outputs import Live, Observed, Teaching
+from debiaskd.training.run import STAGE, ProgressCallback, Run, Stage, data_fingerprint, decisive
+from debiaskd.training.schedule import brief_schedule
+from debiaskd.training.teacher_cache import PARTS, CachedTeacher, write_cache
+from debiaskd.training.teacher_outputs import FrozenExtractor, LiveTeacher, TeacherOutputs
 from debiaskd.utils import files
 
 
-class Chain(StageContext):
+class Pipeline(StageContext):
     """The stages of one recipe, on a Fabric that has been launched.
 
     Args:
@@ -42,13 +42,13 @@ class Chain(StageContext):
         RecipeError, RunError, DataError, NetworkError: before anything is trained.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, fabric: Any, say: Say) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, fabric: Any, progress: ProgressCallback) -> None:
         self.recipe, self.fabric = recipe, fabric
         news: list[tuple[str, float, str]] = []
-        self.fitting = Fitting(recipe, fabric, lambda *one: news.append(one))
-        self.student_network = self.fitting.network(recipe.student, "student")
+        self.trainer = Trainer(recipe, fabric, lambda *one: news.append(one))
+        self.student_network = self.trainer.network(recipe.student, "student")
         finished = (folder / "student" / STAGE).exists()  # so all of it has been trained
-        self._rehearse(begun=(folder / "recipe.yaml").exists(), run=not finished)
+        self._dry_run(begun=(folder / "recipe.yaml").exists(), run=not finished)
         self.base = {"data": data_fingerprint(recipe.data.path)}
         if recipe.data.groups not in (None, "none", "found"):
             self.base["groups"] = files.sha256(Path(recipe.data.groups))
@@ -59,20 +59,20 @@ class Chain(StageContext):
             if network is not None and network.made_head not in (None, "probe"):
                 self.base[f"{name}.head"] = files.sha256(Path(str(network.head)))
         self.run = Run(folder, recipe, write=fabric.is_global_zero)
-        self.fitting.say = _later(news, say)
+        self.trainer.progress = _later(news, progress)
 
-    def _rehearse(self, *, begun: bool, run: bool) -> None:
+    def _dry_run(self, *, begun: bool, run: bool) -> None:
         """Networks and terms are put together once, and with `run` each network runs a training step, so that what does
         not fit is said before hours of training."""
         recipe, model, teacher = self.recipe, copy.deepcopy(self.student_network), None
         labels: dict[str, TermOptions] = {"supervised": SupervisedOptions()}
         if recipe.teacher is not None:
-            source = self.fitting.network(recipe.teacher, "teacher")
+            source = self.trainer.network(recipe.teacher, "teacher")
             if recipe.teacher.method == "dfr":
-                check_dfr(self.fitting, recipe.teacher, begun=begun)
-                last_layer(self.fitting, recipe.teacher, source)
+                check_dfr(self.trainer, recipe.teacher, begun=begun)
+                last_layer(self.trainer, recipe.teacher, source)
             if recipe.teacher.schedule is not None:
-                self.fitting.rehearse(
+                self.trainer.dry_run(
                     copy.deepcopy(source),
                     teacher_terms(recipe.teacher),
                     recipe.teacher.schedule,
@@ -81,33 +81,33 @@ class Chain(StageContext):
                     run=run,
                 )
             if recipe.teacher.head == "probe":
-                check_probe(source, self.fitting.example(recipe.teacher))
-            teacher = self._still(source, recipe.teacher)
+                check_probe(source, self.trainer.example(recipe.teacher))
+            teacher = self._freeze_teacher(source, recipe.teacher)
             if isinstance(teacher, FrozenTeacher):
                 model = self._transplanted(teacher, model)
         if recipe.pretraining is not None:
             plain = copy.deepcopy(self.student_network)
-            self.fitting.rehearse(plain, labels, recipe.pretraining, schedule_key="pretraining", run=run)
+            self.trainer.dry_run(plain, labels, recipe.pretraining, schedule_key="pretraining", run=run)
         if recipe.weights is not None and recipe.weights.method == "errors" and recipe.transplant is not None:
             plain = copy.deepcopy(self.student_network)
-            self.fitting.rehearse(plain, labels, brief(recipe.schedule, recipe.weights.epochs), run=run)
-        taught = None if teacher is None else Live(teacher)
-        self.fitting.rehearse(model, self._terms(), recipe.schedule, teacher=taught, run=run)
+            self.trainer.dry_run(plain, labels, brief_schedule(recipe.schedule, recipe.weights.epochs), run=run)
+        taught = None if teacher is None else LiveTeacher(teacher)
+        self.trainer.dry_run(model, self._terms(), recipe.schedule, teacher=taught, run=run)
 
     def _terms(self) -> dict[str, TermOptions]:
         return {name: options for name, options in vars(self.recipe.terms).items() if options is not None}
 
-    def _asked(self) -> set[str]:
+    def _required_outputs(self) -> set[str]:
         """What the terms need of the teacher."""
         needs = {need for name in self._terms() for need in TERMS[name].needs}
         return {need.partition(".")[2] for need in needs if need.startswith("teacher.")}
 
-    def _still(self, source: nn.Module, options: Teacher) -> FrozenTeacher | Observed:
+    def _freeze_teacher(self, source: nn.Module, options: Teacher) -> FrozenTeacher | FrozenExtractor:
         """The teacher, frozen; cut in two only where its head is transplanted."""
-        example = self.fitting.example(options)
+        example = self.trainer.example(options)
         if self.recipe.transplant is not None:
             return frozen(source, options, example)
-        return observed(source, options, example, sorted(self._asked() - {"logits"}))
+        return observed(source, options, example, sorted(self._required_outputs() - {"logits"}))
 
     # -- the chain ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Chain(StageContext):
         """The last stage, after all those that it needs. The folder is free for others afterwards.
 
         Raises:
-            DivergedError, CheckpointError, OSError: see `Training.run`.
+            DivergedError, CheckpointError, OSError: see `TrainingLoop.run`.
         """
         try:
             return self._student()
@@ -133,30 +133,30 @@ class Chain(StageContext):
             if recipe.weights.draw:
                 sampling = found
             else:
-                weight = self.spread(found)
+                weight = self.scatter_weights(found)
         if recipe.pretraining is not None:
             stage = self._pretraining()
             before["pretraining"] = stage.fingerprint
             load_weights(model, stage.model)
-        teacher: Teaching | None = None
+        teacher: TeacherOutputs | None = None
         terms = self._terms()
         if recipe.teacher is not None:
             source, fingerprint = self.teacher(recipe.teacher)
             before["teacher"] = fingerprint
-            still = self._still(source, recipe.teacher)
-            if isinstance(still, FrozenTeacher):
-                model = self._transplanted(still, model)
-            needs = self._asked()
+            frozen_teacher = self._freeze_teacher(source, recipe.teacher)
+            if isinstance(frozen_teacher, FrozenTeacher):
+                model = self._transplanted(frozen_teacher, model)
+            needs = self._required_outputs()
             if needs:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
-                teacher = self._teaching(still, recipe.teacher, fingerprint, parts)
+                teacher = self._teacher_outputs(frozen_teacher, recipe.teacher, fingerprint, parts)
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
-        inputs = {**before, **self.fitting.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
+        inputs = {**before, **self.trainer.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
 
-        chosen = selecting(self.fitting)
+        chosen = student_selection(self.trainer)
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            facts = self.fitting.fit(
+            facts = self.trainer.fit(
                 "student",
                 folder,
                 fingerprint,
@@ -174,49 +174,49 @@ class Chain(StageContext):
 
         return self.run.stage("student", inputs, make)
 
-    def _teaching(
-        self, teacher: FrozenTeacher | Observed, options: Teacher, fingerprint: str, parts: tuple[str, ...]
-    ) -> Teaching:
+    def _teacher_outputs(
+        self, teacher: FrozenTeacher | FrozenExtractor, options: Teacher, fingerprint: str, parts: tuple[str, ...]
+    ) -> TeacherOutputs:
         if self.recipe.compute.compile:
             teacher.body.compile()
-        live = Live(teacher).to(self.fabric.device)
+        live = LiveTeacher(teacher).to(self.fabric.device)
         if options.cache is None:
             return live
-        fitting, views = self.fitting, options.views or 1
+        trainer, views = self.trainer, options.views or 1
         seed = zlib.crc32(f"{self.recipe.seed}/student/steps".encode())
         inputs = {**self.base, "pictures": self.common()["pictures"], "teacher": fingerprint, "seed": seed}
         inputs |= {"parts": parts, "dtype": options.cache, "views": views}
         # Of both networks: the student's size, too, decides how large the crop is that the teacher's input is made of.
-        inputs |= fitting.contracts.decisive(self.recipe.student, options)
+        inputs |= trainer.contracts.decisive(self.recipe.student, options)
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            pictures = fitting.pictures(
-                fitting.train, self.recipe.student, training=True, batch=64, teaching=live, alone=True
+            loader = trainer.loader(
+                trainer.train, self.recipe.student, training=True, batch=64, teacher_outputs=live, alone=True
             )
-            share = (fitting.ranks.rank, fitting.ranks.world_size)
+            share = (trainer.ranks.rank, trainer.ranks.world_size)
             with self.fabric.autocast():
-                for done in fill(
-                    folder, live, pictures, seed=seed, views=views, dtype=str(options.cache), parts=parts, share=share
+                for done in write_cache(
+                    folder, live, loader, seed=seed, views=views, dtype=str(options.cache), parts=parts, share=share
                 ):
-                    fitting.say("teacher-cache", done, "")
+                    trainer.progress("teacher-cache", done, "")
             self.fabric.barrier()
-            return {"pictures": len(fitting.train), "views": views, "parts": parts, "dtype": options.cache}
+            return {"pictures": len(trainer.train), "views": views, "parts": parts, "dtype": options.cache}
 
         stage = self.run.stage("teacher-cache", inputs, make)
-        place = torch.full((len(fitting.train.whole),), -1)
-        place[fitting.train.numbers] = torch.arange(len(fitting.train))
-        return Cached(stage.folder, place, views, live.width)
+        place = torch.full((len(trainer.train.whole),), -1)
+        place[trainer.train.numbers] = torch.arange(len(trainer.train))
+        return CachedTeacher(stage.folder, place, views, live.width)
 
     def _pretraining(self) -> Stage:
         recipe = self.recipe
         assert recipe.pretraining is not None
         schedule = recipe.pretraining
-        inputs = {**self.base, **self.common(), **self.fitting.contracts.decisive(recipe.student)}
+        inputs = {**self.base, **self.common(), **self.trainer.contracts.decisive(recipe.student)}
         inputs |= {"student": self.run.document["student"], "schedule": self.run.document["pretraining"]}
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            model = self.fitting.network(recipe.student, "student")
-            return self.fitting.fit(
+            model = self.trainer.network(recipe.student, "student")
+            return self.trainer.fit(
                 "pretraining", folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule
             )
 
@@ -224,7 +224,7 @@ class Chain(StageContext):
 
     def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
         """The teacher, trained here if need be, and a fingerprint of its weights."""
-        model = self.fitting.network(options, "teacher")
+        model = self.trainer.network(options, "teacher")
         if options.method == "checkpoint" and options.head != "probe":
             what = "pretrained" if options.weights is None else weights_hash(options.weights)
             head = f" {files.sha256(Path(options.made_head))}" if options.made_head else ""
@@ -236,17 +236,17 @@ class Chain(StageContext):
     def _transplanted(self, teacher: FrozenTeacher, student: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/projector".encode()))
-            model = transplanted(self.recipe, teacher, student, self.fitting.example(self.recipe.student))
-        self.fitting.begin_projector(model)
+            model = transplanted(self.recipe, teacher, student, self.trainer.example(self.recipe.student))
+        self.trainer.load_projector(model)
         return model
 
 
-def _later(news: list[tuple[str, float, str]], say: Say) -> Say:
+def _later(news: list[tuple[str, float, str]], progress: ProgressCallback) -> ProgressCallback:
     """What was to be said while networks were put together, once something is trained: a refusal is one line alone."""
 
     def said(task: str, done: float, text: str) -> None:
         while news:
-            say(*news.pop(0))
-        say(task, done, text)
+            progress(*news.pop(0))
+        progress(task, done, text)
 
     return said

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from debiaskd.models.registry import load_weights, save_weights
 from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.dfr import DRAWS, Scale, parts, refit, too_small
-from debiaskd.pipeline.identification import identified
+from debiaskd.pipeline.identification import train_identification
 from debiaskd.recipe import RecipeError, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
 from debiaskd.training.batches import Split
-from debiaskd.training.fit import Fitting
+from debiaskd.training.fit import Trainer
 from debiaskd.training.run import Stage
-from debiaskd.training.schedule import brief
+from debiaskd.training.schedule import brief_schedule
 from debiaskd.utils import files
 
 
@@ -38,35 +38,35 @@ def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
 def trained_teacher(context: StageContext, options: Teacher) -> Stage:
     """The stage that trained it."""
     assert options.schedule is not None
-    groups, schedule = context.fitting.train.groups, options.schedule
+    groups, schedule = context.trainer.train.groups, options.schedule
     terms = teacher_terms(options)
     weight: Callable[[], Tensor] | None = None  # not before the stage that needs it is made
     sampling = None
-    inputs = {**context.base, **context.common(), **context.fitting.contracts.decisive(options)}
+    inputs = {**context.base, **context.common(), **context.trainer.contracts.decisive(options)}
     inputs["teacher"] = dict(context.run.document["teacher"])
     if options.method in ("balanced", "group_dro"):
         assert groups is not None
         sampling = group_weights(groups)  # group DRO draws its groups alike, too (Sagawa et al. 2020, algorithm 1)
     if options.method == "jtt":
         assert options.up is not None
-        identification = brief(schedule, options.identification_epochs)
-        correct, fingerprint = identified(context, "teacher-identification", options, identification)
+        identification = brief_schedule(schedule, options.identification_epochs)
+        correct, fingerprint = train_identification(context, "teacher-identification", options, identification)
         inputs["identification"] = fingerprint
         up = options.up
 
         def weight() -> Tensor:
-            return context.spread(error_weights(correct(), up))
+            return context.scatter_weights(error_weights(correct(), up))
 
     name = "teacher-erm" if options.method == "dfr" else "teacher"
     if options.method == "dfr":
         inputs["teacher"]["method"] = "erm"  # which it is so far
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        return context.fitting.fit(
+        return context.trainer.fit(
             name,
             folder,
             fingerprint,
-            context.fitting.network(options, "teacher"),
+            context.trainer.network(options, "teacher"),
             terms,
             schedule,
             weight=None if weight is None else weight(),
@@ -80,11 +80,11 @@ def trained_teacher(context: StageContext, options: Teacher) -> Stage:
 
 def _refitted(context: StageContext, options: Teacher, erm: Stage) -> Stage:
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-        model = context.fitting.network(options, "teacher").to(context.fabric.device).eval()
+        model = context.trainer.network(options, "teacher").to(context.fabric.device).eval()
         load_weights(model, erm.model)
-        facts = _refit(context, options, model, last_layer(context.fitting, options, model))
+        facts = _refit(context, options, model, last_layer(context.trainer, options, model))
         if context.fabric.is_global_zero:
-            about = context.fitting.about("teacher", options)
+            about = context.trainer.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
         context.fabric.barrier()
         return facts
@@ -95,18 +95,18 @@ def _refitted(context: StageContext, options: Teacher, erm: Stage) -> Stage:
     return context.run.stage("teacher", inputs, make, older=older)
 
 
-def last_layer(fitting: Fitting, options: Teacher, model: nn.Module) -> nn.Linear | nn.Conv2d:
+def last_layer(trainer: Trainer, options: Teacher, model: nn.Module) -> nn.Linear | nn.Conv2d:
     """The layer that dfr fits.
 
     Raises:
         RecipeError: the network ends in something else than one linear layer of pooled features.
     """
-    at = fitting.places(model, options, ("pooled",))
+    at = trainer.feature_layers(model, options, ("pooled",))
     found = [model.get_submodule(name) for name in at.readers]
     layer = found[0] if len(found) == 1 else None
     linear = type(layer) is nn.Linear and layer.in_features == at.pooled_width
     linear |= type(layer) is nn.Conv2d and layer.groups == 1 and layer.weight[0].numel() == at.pooled_width
-    if isinstance(layer, (nn.Linear, nn.Conv2d)) and linear and _gives_logits(model, layer, fitting.example(options)):
+    if isinstance(layer, (nn.Linear, nn.Conv2d)) and linear and _gives_logits(model, layer, trainer.example(options)):
         return layer
     kinds = ", ".join(f"{name} ({type(module).__name__})" for name, module in zip(at.readers, found))
     raise RecipeError(
@@ -132,15 +132,15 @@ def _gives_logits(model: nn.Module, layer: nn.Module, example: Tensor) -> bool:
 def _refit(
     context: StageContext, options: Teacher, model: nn.Module, classifier: nn.Linear | nn.Conv2d
 ) -> dict[str, Any]:
-    intercept, split = classifier.bias is not None, context.fitting.validation
+    intercept, split = classifier.bias is not None, context.trainer.validation
     assert split.groups is not None
     feature = torch.cat(list(_read(context, options, model, classifier, split)))
     # By the training pictures, as the authors' code does it: of the few that are fitted to, moments are uncertain.
     sums = [feature.new_zeros(()), feature.new_zeros(feature.shape[1]), feature.new_zeros(feature.shape[1])]
-    for part in _read(context, options, model, classifier, context.fitting.train):
+    for part in _read(context, options, model, classifier, context.trainer.train):
         for total, more in zip(sums, (part.new_tensor(float(len(part))), part.sum(0), part.square().sum(0))):
             total += more
-    rows, _ = shares(context.fitting, options)
+    rows, _ = shares(context.trainer, options)
     made = refit(
         feature[rows],
         split.target[rows],
@@ -170,11 +170,11 @@ def _read(
     handle = classifier.register_forward_pre_hook(
         lambda module, arguments: caught.append(arguments[0].flatten(1).double().cpu())
     )
-    pictures = context.fitting.pictures(split, options, training=False, batch=256, alone=True)
+    loader = context.trainer.loader(split, options, training=False, batch=256, alone=True)
     try:
-        for batch in pictures.batches:
+        for batch in loader.dataloader:
             with torch.no_grad():
-                model(pictures.placed(batch).images)
+                model(loader.transform(batch).images)
             yield caught.pop()
     finally:
         handle.remove()
@@ -183,16 +183,16 @@ def _read(
 # -- validation that fitted a last layer ------------------------------------------------------------------------------
 
 
-def shares(fitting: Fitting, options: Teacher) -> tuple[Tensor, Tensor]:
+def shares(trainer: Trainer, options: Teacher) -> tuple[Tensor, Tensor]:
     """Numbers of the validation pictures that dfr fits the last layer to, and of the rest: of each group as large a
     part, drawn by `data.seed`."""
-    groups = fitting.validation.groups
+    groups = trainer.validation.groups
     assert groups is not None
-    generator = torch.Generator().manual_seed(fitting.recipe.data.seed)
+    generator = torch.Generator().manual_seed(trainer.recipe.data.seed)
     return parts(groups, options.validation_share or 1.0, generator)
 
 
-def check_dfr(fitting: Fitting, options: Teacher, *, begun: bool = False) -> None:
+def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> None:
     """Refuse what dfr cannot do with the validation pictures, before hours of training.
 
     Args:
@@ -202,10 +202,10 @@ def check_dfr(fitting: Fitting, options: Teacher, *, begun: bool = False) -> Non
     Raises:
         RecipeError: too few pictures of a class or a group; a rule that would select on what fitted the layer.
     """
-    split, selection = fitting.validation, fitting.recipe.selection
+    split, selection = trainer.validation, trainer.recipe.selection
     if split.groups is None:
         raise RecipeError("teacher.method: dfr needs groups of the validation pictures, and they have none")
-    fitted, rest = shares(fitting, options)
+    fitted, rest = shares(trainer, options)
     names = (split.whole.classes, split.whole.groups)
     problem = too_small(split.target[fitted], split.groups[fitted], split.num_classes, names=names)
     where = "validation pictures"
@@ -225,14 +225,14 @@ def check_dfr(fitting: Fitting, options: Teacher, *, begun: bool = False) -> Non
         )
 
 
-def selecting(fitting: Fitting) -> dict[str, Any]:
-    """By which rule, and on which pictures, the student's epoch is selected: what `Fitting.fit` is told of it.
+def student_selection(trainer: Trainer) -> dict[str, Any]:
+    """By which rule, and on which pictures, the student's epoch is selected: what `Trainer.fit` is told of it.
 
     Empty where validation fitted nothing.
     """
-    recipe = fitting.recipe
+    recipe = trainer.recipe
     if recipe.teacher is None or recipe.teacher.method != "dfr" or recipe.selection.reuse:
         return {}
     if recipe.teacher.validation_share is not None:
-        return {"validation": fitting.validation.part(shares(fitting, recipe.teacher)[1])}
+        return {"validation": trainer.validation.part(shares(trainer, recipe.teacher)[1])}
     return {"rule": "last"} if recipe.selection.rule is None else {}

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from debiaskd.pipeline.context import StageContext
-from debiaskd.pipeline.identification import identified
+from debiaskd.pipeline.identification import train_identification
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.training.run import Stage
-from debiaskd.training.schedule import brief
+from debiaskd.training.schedule import brief_schedule
 from debiaskd.utils import files
 
 
@@ -21,11 +21,11 @@ def sample_weights(context: StageContext) -> Stage:
     options = context.recipe.weights
     assert options is not None
     if options.method == "groups":
-        groups = context.fitting.train.groups
+        groups = context.trainer.train.groups
         assert groups is not None
         return _stage(context, {**context.base, "method": "groups"}, lambda: group_weights(groups))
-    schedule = brief(context.recipe.schedule, options.epochs)
-    correct, fingerprint = identified(context, "identification", context.recipe.student, schedule)
+    schedule = brief_schedule(context.recipe.schedule, options.epochs)
+    correct, fingerprint = train_identification(context, "identification", context.recipe.student, schedule)
     up, convention = 50.0 if options.up is None else options.up, options.convention or "weight"
     inputs = {"identification": fingerprint, "up": up, "convention": convention}
     return _stage(context, inputs, lambda: error_weights(correct(), up, convention=convention))
@@ -43,7 +43,7 @@ def _stage(context: StageContext, inputs: dict[str, Any], weights: Callable[[], 
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         found = weights()
-        if context.fitting.ranks.rank == 0:
+        if context.trainer.ranks.rank == 0:
             files.write(folder / "weights.safetensors", lambda path: save_file({"weights": found}, path))
         context.fabric.barrier()
         heaviest = float(found.max())

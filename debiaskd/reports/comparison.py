@@ -19,11 +19,16 @@ from debiaskd.utils import files
 from debiaskd.version import __version__
 
 #: (what is being done, share of it that is over, "").
-Say = Callable[[str, float, str], None]
+ProgressCallback = Callable[[str, float, str], None]
 
 
 def write_report(
-    runs: Sequence[Path], out: Path, *, split: str | None = None, data: str | None = None, say: Say | None = None
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    split: str | None = None,
+    data: str | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
     """Measures the runs where that was not done yet, and writes the page.
 
@@ -46,8 +51,8 @@ def write_report(
     files.probe(out)
     measured = []
     for i, (folder, name) in enumerate(zip(folders, names(folders))):
-        if say is not None:
-            say(f"measuring {name}", i / len(folders), "")
+        if progress is not None:
+            progress(f"measuring {name}", i / len(folders), "")
         measured.append(measure(folder, name, split, data))
     _check_twins(measured)
     sections = sectioned(measured)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from debiaskd.boxes import Boxes
-from debiaskd.evaluation.evaluate import Evaluated, Loaded, measured_on
+from debiaskd.evaluation.evaluate import LoadedStage, StageEvaluation, evaluation_split
 from debiaskd.metrics import energy_in_box
 from debiaskd.models.heads import count_parameters
 from debiaskd.ops.ignore import of_class
 from debiaskd.recipe import to_dict
 from debiaskd.reports.gallery import data_uri, glowing
 from debiaskd.terms import GuideOptions, make_guide
-from debiaskd.training.batches import Intake, Split
+from debiaskd.training.batches import InputTransform, Split
 from debiaskd.training.logs import read_table
 from debiaskd.training.run import RunError, data_fingerprint, decisive, digest, open_run
 from debiaskd.utils import files
@@ -110,9 +110,9 @@ def measure(folder: Path, name: str, split: str | None = None, data: str | None 
     Raises:
         RunError, RecipeError, DataError, NetworkError: as their names say.
     """
-    loaded = Loaded(folder, "student", data)
-    pictures = measured_on(loaded, split)
-    evaluated = Evaluated(loaded, pictures)
+    loaded = LoadedStage(folder, "student", data)
+    pictures = evaluation_split(loaded, split)
+    evaluated = StageEvaluation(loaded, pictures)
     document = evaluated.found()
     if document is None:
         document = evaluated.measure()
@@ -218,12 +218,12 @@ def _example(split: Split, place: int, key: int, grouped: bool) -> Example:
     return Example(number, name, target, title, data_uri(image, SIDE), boxes.coords.tolist(), (height, width))
 
 
-def looks(loaded: Loaded, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
+def looks(loaded: LoadedStage, split: Split, options: GuideOptions, examples: list[Example]) -> list[Look]:
     """What the student of a run makes of each example."""
     if not examples:
         return []
     stored = split.whole.__getitems__([example.number for example in examples])
-    batch = Intake(loaded.contract, loaded.device)(stored)
+    batch = InputTransform(loaded.contract, loaded.device)(stored)
     target = torch.tensor([example.target for example in examples], device=loaded.device)
     maps = make_guide(options, loaded.model).attribute(batch.images, target)
     with torch.no_grad():

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from debiaskd.data import DataError
-from debiaskd.evaluation.evaluate import Loaded, measured_on
+from debiaskd.evaluation.evaluate import LoadedStage, evaluation_split
 from debiaskd.recipe import RecipeError
 from debiaskd.reports.measured import Example, Look, choose, looks
 from debiaskd.reports.page import render
 from debiaskd.training.run import finished, open_run
-from debiaskd.training.validation import HEADINGS, looked_at
+from debiaskd.training.validation import HEADINGS, attribution_options
 
 #: Images that are shown.
 SHOWN = 4
@@ -53,10 +53,10 @@ def run_html(folder: Path) -> str:
 
 def _seen(folder: Path) -> list[tuple[Example, Look]]:
     with suppress(DataError, RecipeError):
-        loaded = Loaded(folder)
-        split = measured_on(loaded, loaded.recipe.data.validation)
+        loaded = LoadedStage(folder)
+        split = evaluation_split(loaded, loaded.recipe.data.validation)
         examples = choose(split, SHOWN)
-        return list(zip(examples, looks(loaded, split, looked_at(loaded.recipe, "student"), examples)))
+        return list(zip(examples, looks(loaded, split, attribution_options(loaded.recipe, "student"), examples)))
     return []
 
 

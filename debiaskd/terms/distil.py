@@ -56,7 +56,7 @@ class SampleOptions(TermOptions):
 
 class Sample(Term):
     needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher.pooled"})
-    undecayed: ClassVar[bool] = True
+    no_weight_decay: ClassVar[bool] = True
 
     def __init__(self, options: SampleOptions, setting: Setting) -> None:
         super().__init__(options)

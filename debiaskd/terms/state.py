@@ -228,7 +228,7 @@ class Term(nn.Module):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    undecayed: ClassVar[bool] = False
+    no_weight_decay: ClassVar[bool] = False
     own: ClassVar[frozenset[str]] = frozenset()
     tallied: ClassVar[Literal["inputs", "logits"] | None] = None
 

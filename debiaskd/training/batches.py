@@ -28,7 +28,7 @@ class Random(Protocol):
     def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor: ...
 
 
-class Slice(Dataset[Any]):
+class SplitSubset(Dataset[Any]):
     """Some of a data set's pictures, each with its number in the whole of it."""
 
     def __init__(self, whole: PackedDataset, numbers: Tensor) -> None:
@@ -49,7 +49,7 @@ class Split:
 
     Attributes:
         whole: the prepared split.
-        dataset: what is read; a `Slice` of it, or the whole.
+        dataset: what is read; a `SplitSubset` of it, or the whole.
         numbers: int64 [N], the pictures' numbers in `whole`, rising.
         target, groups, boxes: of these N pictures; `groups` None where there are none.
         environments: int64 [N], groups that were found, by which selection may go; None: none are known yet.
@@ -65,7 +65,7 @@ class Split:
             _regroup(whole, data.groups, key)
         self.name, self.whole = text, whole
         self.numbers = parts.numbers(part, len(whole), data.seed, f"data.{key}")
-        self.dataset: Any = whole if len(self.numbers) == len(whole) else Slice(whole, self.numbers)
+        self.dataset: Any = whole if len(self.numbers) == len(whole) else SplitSubset(whole, self.numbers)
         self.target = whole.target[self.numbers]
         self.groups = None if whole.group_ids is None else whole.group_ids[self.numbers]
         self.boxes = whole.boxes[self.numbers]
@@ -106,7 +106,7 @@ class Split:
         """Some of these N pictures: int64 [M], in 0…N-1, rising."""
         found = copy.copy(self)
         found.numbers = self.numbers[rows]
-        found.dataset = Slice(self.whole, found.numbers)
+        found.dataset = SplitSubset(self.whole, found.numbers)
         found.target, found.boxes = self.target[rows], self.boxes[rows]
         found.groups = None if self.groups is None else self.groups[rows]
         found.environments = None if self.environments is None else self.environments[rows]
@@ -138,7 +138,7 @@ def _opened(data: Data, name: str, **options: Any) -> PackedDataset:
     return PackedDataset(data.path, name, seed=data.seed, **options)
 
 
-class Intake:
+class InputTransform:
     """The way of stored pixels into a network.
 
     Args:
@@ -146,7 +146,7 @@ class Intake:
         device: where it is.
         flip, crop_scale: see `Augment`.
         teacher: contract of the network that teaches it; None: there is none.
-        taught: whether the teacher's input is made as well, as `Batch.teacher_images`.
+        with_teacher_input: whether the teacher's input is made as well, as `Batch.teacher_images`.
         stored: (height, width) of the stored pictures; None: of several sizes.
 
     Both networks read the same augmented picture: a random crop is made at the larger of the two sizes, and each
@@ -162,14 +162,14 @@ class Intake:
         flip: bool = False,
         crop_scale: tuple[float, float] | None = None,
         teacher: InputContract | None = None,
-        taught: bool = False,
+        with_teacher_input: bool = False,
         stored: tuple[int, int] | None = None,
     ) -> None:
         self.contract, self.device = contract, device
         self.own = self.teacher = None
         same_crop = crop_scale is None or teacher is None or teacher.size == contract.size
         resized = crop_scale is None and contract.size != stored
-        two = taught and teacher is not None and not teacher.same_as(contract, resized=resized)
+        two = with_teacher_input and teacher is not None and not teacher.same_as(contract, resized=resized)
         if same_crop and not two:
             normal: dict[str, Any] = {"mean": contract.mean, "std": contract.std}
             self.augment = Augment(
@@ -180,7 +180,7 @@ class Intake:
         size = None if crop_scale is None else max(contract.size, teacher.size, key=lambda s: s[0] * s[1])
         self.augment = Augment(size, flip=flip, crop_scale=crop_scale, mean=None, std=None, box_size=contract.size)
         self.own = Preprocess(contract).to(device)
-        self.teacher = Preprocess(teacher).to(device) if taught else None
+        self.teacher = Preprocess(teacher).to(device) if with_teacher_input else None
 
     def __call__(self, batch: Batch, draws: Random | None = None) -> Batch:
         """On the device, as the network reads it."""
@@ -190,15 +190,15 @@ class Intake:
                 return replace(batch, images=_channels_last(with_inverse(batch.images)))
             return batch
         pixels = batch.images
-        taught = None if self.teacher is None else _channels_last(self.teacher(pixels))
-        return replace(batch, images=_channels_last(self.own(pixels)), teacher_images=taught)
+        with_teacher_input = None if self.teacher is None else _channels_last(self.teacher(pixels))
+        return replace(batch, images=_channels_last(self.own(pixels)), teacher_images=with_teacher_input)
 
 
 def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-class Pictures:
+class SplitLoader:
     """Batches of a split, augmented on the device.
 
     Args:
@@ -206,7 +206,7 @@ class Pictures:
         training: shuffled and augmented, or in order and only normalised.
         batch: pictures of this process a step.
         contract: what the network reads; None: the default of three channels, at the data's size.
-        teacher, taught: see `Intake`.
+        teacher, with_teacher_input: see `InputTransform`.
         sampling: float [N], probabilities up to a factor that an epoch's N pictures are drawn with; None: each once.
     """
 
@@ -223,7 +223,7 @@ class Pictures:
         workers: int = 0,
         contract: InputContract | None = None,
         teacher: InputContract | None = None,
-        taught: bool = False,
+        with_teacher_input: bool = False,
         sampling: Tensor | None = None,
     ) -> None:
         self.split, self.device = split, device
@@ -232,10 +232,16 @@ class Pictures:
         self.size = contract.size
         crop = data.crop_scale if training else None
         flip = training and data.flip
-        self.placed = Intake(
-            contract, device, flip=flip, crop_scale=crop, teacher=teacher, taught=taught, stored=split.whole.size
+        self.transform = InputTransform(
+            contract,
+            device,
+            flip=flip,
+            crop_scale=crop,
+            teacher=teacher,
+            with_teacher_input=with_teacher_input,
+            stored=split.whole.size,
         )
-        self.batches = loader(
+        self.dataloader = loader(
             split.dataset,
             batch,
             shuffle=training,
@@ -247,10 +253,10 @@ class Pictures:
             pin_memory=device.type == "cuda",
             weights=sampling,
         )
-        self.sampler: EpochSampler = self.batches.sampler
+        self.sampler: EpochSampler = self.dataloader.sampler
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.dataloader)
 
 
 def open_split(data: Data, key: str, *, training: bool = False) -> Split:

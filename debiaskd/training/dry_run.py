@@ -15,11 +15,11 @@ import torch
 
 from debiaskd.recipe import RecipeError, Schedule
 from debiaskd.terms import Draws, Ranks
-from debiaskd.training.batches import Pictures
+from debiaskd.training.batches import SplitLoader
 from debiaskd.training.learner import Learner, Step
 
 
-class Rehearsal:
+class DryRun:
     """Runs single steps, forward and backward, without moving any weights.
 
     Args:
@@ -35,7 +35,7 @@ class Rehearsal:
     def __init__(
         self,
         fabric: Any,
-        pictures: Pictures,
+        loader: SplitLoader,
         name: str,
         key: str,
         schedule_key: str,
@@ -43,9 +43,9 @@ class Rehearsal:
         *,
         several: bool = False,
     ) -> None:
-        self.fabric, self.pictures, self.schedule, self.several = fabric, pictures, schedule, several
+        self.fabric, self.loader, self.schedule, self.several = fabric, loader, schedule, several
         self.name, self.key, self.schedule_key = name, key, schedule_key
-        self.count: int = pictures.batches.batch_size
+        self.count: int = loader.dataloader.batch_size
 
     def run(self, learner: Learner) -> None:
         """One step of as many pictures as a pass has. `learner` is of no use afterwards.
@@ -56,9 +56,9 @@ class Rehearsal:
         error = self._error(learner, max(self.count, 2) if self.several else self.count)
         if error is None:
             return
-        raise RecipeError(self._account(learner, error)) from error
+        raise RecipeError(self._failure_message(learner, error)) from error
 
-    def _account(self, learner: Learner, error: Exception) -> str:
+    def _failure_message(self, learner: Learner, error: Exception) -> str:
         shown = f"({' '.join(str(error).split())[:300] or type(error).__name__})"
         passes = f"{self.count} picture{'s' if self.count > 1 else ''} a pass"
         if isinstance(error, torch.OutOfMemoryError):
@@ -74,20 +74,20 @@ class Rehearsal:
         return f"{self.key}.name: {self.name} cannot be trained, in training mode it fails on {passes} {shown}"
 
     def _error(self, learner: Learner, count: int, *, plain: bool = False) -> Exception | None:
-        split = self.pictures.split
+        split = self.loader.split
         batch = split.whole.__getitems__(split.numbers[torch.arange(count) % len(split)])
         alone = Ranks()
         alone.rank, alone.world_size = 0, 1  # ranks do not wait for each other: one may fail where another does not
-        draws, device = Draws(0, 0, alone, self.pictures.device), self.pictures.device
+        draws, device = Draws(0, 0, alone, self.loader.device), self.loader.device
         try:
             with _seeded(device), self.fabric.autocast():
                 learner.place(device)
                 learner.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
                 learner.train()
-                placed = self.pictures.placed(batch, draws)
+                placed = self.loader.transform(batch, draws)
                 last = self.schedule.epochs - 1  # when all terms count
                 if plain:  # the model alone
-                    total = learner.watched(placed.images)[0].logits.float().sum()
+                    total = learner.extractor(placed.images)[0].logits.float().sum()
                 else:
                     total, _ = learner(Step(placed, last, draws, alone, batch.index))
                 total.backward()

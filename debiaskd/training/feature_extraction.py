@@ -22,11 +22,11 @@ from debiaskd.models.layouts import Layout
 from debiaskd.models.modules import share
 from debiaskd.models.transplant import Transplanted
 from debiaskd.terms import Outputs
-from debiaskd.training.batches import Pictures
+from debiaskd.training.batches import SplitLoader
 
 
 @dataclass(frozen=True)
-class Places:
+class FeatureLayers:
     """Where a model's last feature map comes from, and the layers that it ends in: names of modules.
 
     feature: "" where it was not asked for; `width` of its channels.
@@ -47,13 +47,13 @@ class Places:
         return self.readers[0]
 
 
-def places(
+def find_feature_layers(
     model: nn.Module,
     images: Tensor,
     layer: str | None = None,
     head: str | None = None,
     wanted: Iterable[str] = ("feature", "pooled"),
-) -> Places:
+) -> FeatureLayers:
     """Finds them.
 
     Args:
@@ -75,9 +75,11 @@ def places(
         feature, layout = depth.module, depth.layout
         width = layout.to_map(_output(model, feature, images[:1].detach()), images[:1]).shape[1]
     if "pooled" not in wanted:
-        return Places(feature, layout, (), width, 0)
+        return FeatureLayers(feature, layout, (), width, 0)
     found = last_layers("model", share(model).eval(), images[:1].detach(), head)
-    return Places(feature, layout, tuple(found.distinct), width, sum(shape.numel() for shape in found.distinct_shapes))
+    return FeatureLayers(
+        feature, layout, tuple(found.distinct), width, sum(shape.numel() for shape in found.distinct_shapes)
+    )
 
 
 def _output(model: nn.Module, name: str, images: Tensor) -> Tensor:
@@ -89,16 +91,16 @@ def _output(model: nn.Module, name: str, images: Tensor) -> Tensor:
     return found
 
 
-class Watched(nn.Module):
+class FeatureExtractor(nn.Module):
     """`model`, looked at while it runs. Under torch.compile the looking is compiled with it.
 
     Args:
-        model: see `places`.
-        at: what `places` found; None where nothing is wanted.
+        model: see `find_feature_layers`.
+        at: what `find_feature_layers` found; None where nothing is wanted.
         wanted: any of "feature" and "pooled": what is kept beside the logits.
     """
 
-    def __init__(self, model: nn.Module, at: Places | None, wanted: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, at: FeatureLayers | None, wanted: Iterable[str]) -> None:
         super().__init__()
         self.model, self.at = model, at
         self.caught: dict[str, Tensor] = {}
@@ -147,23 +149,23 @@ class Reading(NamedTuple):
 
 def read_outputs(
     model: nn.Module,
-    at: Places,
-    pictures: Pictures,
+    at: FeatureLayers,
+    loader: SplitLoader,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Reading:
     """Run a model over all images of a split, in order.
 
     Args:
         model: on the pictures' device; is put into evaluation mode. It keeps the hooks that look at it.
-        at: where its pooled features are, of `places`.
+        at: where its pooled features are, of `find_feature_layers`.
         pictures: not augmented, and all of them for this process.
         autocast: makes the context that the model runs in.
     """
-    watched = Watched(model, at, ("pooled",)).eval()
+    extractor = FeatureExtractor(model, at, ("pooled",)).eval()
     logits, pooled = [], []
     with torch.no_grad(), autocast():
-        for batch in pictures.batches:
-            made = watched(pictures.placed(batch).images)[0]
+        for batch in loader.dataloader:
+            made = extractor(loader.transform(batch).images)[0]
             assert made.pooled is not None
             logits.append(made.logits.float().cpu())
             pooled.append(made.pooled.float().cpu())

@@ -18,20 +18,19 @@ from debiaskd.models.modules import has_protocol
 from debiaskd.models.registry import build, load_weights, prepare, pretrained_classes
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
-from debiaskd.training.batches import Pictures, Split, open_split
-from debiaskd.training.dry_run import Rehearsal
-from debiaskd.training.feature_extraction import Places, Watched
-from debiaskd.training.feature_extraction import places as find_places
+from debiaskd.training.batches import Split, SplitLoader, open_split
+from debiaskd.training.dry_run import DryRun
+from debiaskd.training.feature_extraction import FeatureExtractor, FeatureLayers, find_feature_layers
 from debiaskd.training.head_weights import from_file
-from debiaskd.training.input_contracts import Contracts
+from debiaskd.training.input_contracts import InputContracts
 from debiaskd.training.learner import Learner
-from debiaskd.training.loop import Plan, Training
-from debiaskd.training.rebuild import base_of
-from debiaskd.training.run import Say
-from debiaskd.training.selection import RULES, Keeper, against_worst_group
+from debiaskd.training.loop import Plan, TrainingLoop
+from debiaskd.training.rebuild import starting_network
+from debiaskd.training.run import ProgressCallback
+from debiaskd.training.selection import RULES, CheckpointSelector, against_worst_group
 from debiaskd.training.split_parts import check_overlap
-from debiaskd.training.teacher_outputs import Teaching
-from debiaskd.training.validation import Evaluation, boxed, looked_at, selectable
+from debiaskd.training.teacher_outputs import TeacherOutputs
+from debiaskd.training.validation import Evaluator, attribution_options, available_metrics, has_boxes
 from debiaskd.utils import files
 
 SELECTION = {
@@ -45,7 +44,7 @@ SELECTION = {
 }
 
 
-class Fitting:
+class Trainer:
     """What the trainings of one recipe share: pictures, devices, seeds.
 
     Args:
@@ -57,9 +56,9 @@ class Fitting:
         RecipeError: the data does not have what the recipe asks for.
     """
 
-    def __init__(self, recipe: Recipe, fabric: Any, say: Say) -> None:
-        self.recipe, self.fabric, self.say = recipe, fabric, say
-        self.told: set[tuple[str, str]] = set()
+    def __init__(self, recipe: Recipe, fabric: Any, progress: ProgressCallback) -> None:
+        self.recipe, self.fabric, self.progress = recipe, fabric, progress
+        self.reported: set[tuple[str, str]] = set()
         self.ranks = Ranks()
         self.train = open_split(recipe.data, "train", training=True)
         self.validation = open_split(recipe.data, "validation")
@@ -67,10 +66,11 @@ class Fitting:
         check_overlap(recipe, warn=self.ranks.rank == 0)
         self._check_data()
         self._names(self._rule(guided=recipe.terms.guide is not None))
-        self.contracts = Contracts(recipe, self.train.whole.size)
+        self.contracts = InputContracts(recipe, self.train.whole.size)
         networks = {"student": recipe.student, "teacher": recipe.teacher}
-        self.bases = {
-            name: None if network is None else base_of(name, network, recipe) for name, network in networks.items()
+        self.starting_networks = {
+            name: None if network is None else starting_network(name, network, recipe)
+            for name, network in networks.items()
         }
 
     def _expect_groups(self) -> None:
@@ -105,7 +105,7 @@ class Fitting:
             raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
         if recipe.terms.guide is not None and not len(split.boxes.coords):
             raise RecipeError("terms.guide: the training pictures have no boxes")
-        if recipe.selection.attributions and not boxed(self.validation):
+        if recipe.selection.attributions and not has_boxes(self.validation):
             raise RecipeError("selection.attributions: the validation pictures have no boxes to compare them with")
         for name, schedule in recipe.schedules().items():
             if schedule.batch > len(split):
@@ -118,12 +118,12 @@ class Fitting:
 
     def network(self, options: Network, purpose: str) -> nn.Module:
         """With initial weights of the recipe's seed and this purpose alone, or with those it begins from."""
-        base = self.bases.get(role(options))
+        base = self.starting_networks.get(role(options))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/{purpose}".encode()))
             if base is not None and options.weights is not None:
                 model, taken = base.begin(options.weights, self.contract(options), self.train.num_classes)
-                self._tell(purpose, options.weights, taken)
+                self._report(purpose, options.weights, taken)
                 return model
             model = build(
                 options.name,
@@ -144,7 +144,7 @@ class Fitting:
         model = prepare(model, self.contract(options), x_dnn=options.bias_free, classes=self.train.num_classes)
         if options.weights is not None:
             to_train = not as_it_is or options.made_head is not None
-            self._tell(purpose, options.weights, load_weights(model, options.weights, to_train=to_train))
+            self._report(purpose, options.weights, load_weights(model, options.weights, to_train=to_train))
         if options.made_head not in (None, "probe"):
             from_file(model, self.example(options), str(options.head))
         return model
@@ -158,33 +158,33 @@ class Fitting:
                 "(teacher.head: probe), name a file of one, or train the teacher (teacher.method)"
             )
 
-    def _tell(self, purpose: str, path: str, taken: str) -> None:
+    def _report(self, purpose: str, path: str, taken: str) -> None:
         """What was taken from a file of weights, once, although a network may be made several times."""
-        if taken and (purpose, path) not in self.told:
-            self.told.add((purpose, path))
-            self.say(purpose, 0.0, f"weights {path}: {taken}")
+        if taken and (purpose, path) not in self.reported:
+            self.reported.add((purpose, path))
+            self.progress(purpose, 0.0, f"weights {path}: {taken}")
 
     def about(self, stage: str, network: Network) -> dict[str, Any]:
         """What a file of weights says of itself."""
         found = {"stage": stage, "classes": list(self.train.whole.classes), **self.contracts.about(stage, network)}
-        bases = {name: base.kept() for name, base in self.bases.items() if base is not None}
-        if any(bases.values()):
-            found["bases"] = {name: base for name, base in bases.items() if base is not None}
+        starting_networks = {name: base.kept() for name, base in self.starting_networks.items() if base is not None}
+        if any(starting_networks.values()):
+            found["bases"] = {name: base for name, base in starting_networks.items() if base is not None}
         return found
 
-    def begin_projector(self, model: nn.Module) -> None:
+    def load_projector(self, model: nn.Module) -> None:
         """Weights of the run that the student began from, for a projector that fits them."""
-        base, path = self.bases.get("student"), self.recipe.student.weights
+        base, path = self.starting_networks.get("student"), self.recipe.student.weights
         if base is not None and path is not None and base.new_head:
             base.load_projector(model, path)
 
-    def rehearse(
+    def dry_run(
         self,
         model: nn.Module,
         terms: dict[str, TermOptions],
         schedule: Schedule,
         *,
-        teacher: Teaching | None = None,
+        teacher: TeacherOutputs | None = None,
         network: Network | None = None,
         schedule_key: str = "schedule",
         run: bool = True,
@@ -200,10 +200,10 @@ class Fitting:
         learner, share = self._learner(model, terms, teacher, None, network), self._share(schedule, schedule_key)
         if not run:
             return
-        pictures = self.pictures(self.train, network, training=True, batch=share, teaching=teacher, alone=True)
+        loader = self.loader(self.train, network, training=True, batch=share, teacher_outputs=teacher, alone=True)
         key = "teacher" if isinstance(network, Teacher) else "student"
         several = self.recipe.compute.sync_batchnorm and self.ranks.world_size > 1
-        Rehearsal(self.fabric, pictures, network.name, key, schedule_key, schedule, several=several).run(learner)
+        DryRun(self.fabric, loader, network.name, key, schedule_key, schedule, several=several).run(learner)
 
     def _share(self, schedule: Schedule, key: str = "schedule") -> int:
         """Pictures of each process in a pass."""
@@ -223,7 +223,7 @@ class Fitting:
         terms: dict[str, TermOptions],
         schedule: Schedule,
         *,
-        teacher: Teaching | None = None,
+        teacher: TeacherOutputs | None = None,
         weight: Tensor | None = None,
         rule: str | None = None,
         sampling: Tensor | None = None,
@@ -235,58 +235,60 @@ class Fitting:
         if recipe.compute.compile:
             model.compile()
         share = self._share(schedule)
-        pictures = self.pictures(self.train, network, training=True, batch=share, sampling=sampling, teaching=teacher)
-        validated = self.pictures(validation or self.validation, network, training=False, batch=share)
+        loader = self.loader(
+            self.train, network, training=True, batch=share, sampling=sampling, teacher_outputs=teacher
+        )
+        validated = self.loader(validation or self.validation, network, training=False, batch=share)
         rule = rule or self._rule(guided="guide" in terms)
         names = self._names(rule)
         maps = recipe.selection.attributions
         if maps is None:
             maps = "guide" in terms or bool({"epg", "iou"} & set(names))
-        looked = looked_at(recipe, name)
-        evaluation = Evaluation(validated, self.train.groups, looked, maps=maps, autocast=self.fabric.autocast)
-        keeper = Keeper(folder, rule, names, self.about(name, network))
+        looked = attribution_options(recipe, name)
+        evaluation = Evaluator(validated, self.train.groups, looked, maps=maps, autocast=self.fabric.autocast)
+        selector = CheckpointSelector(folder, rule, names, self.about(name, network))
         plan = Plan(
             folder=folder,
             identity=fingerprint,
             learner=learner,
-            pictures=pictures,
+            loader=loader,
             schedule=schedule,
             compute=recipe.compute,
             seed=zlib.crc32(f"{recipe.seed}/{name}/steps".encode()),
             validate=evaluation,
-            keeper=keeper,
+            selector=selector,
             every=recipe.selection.every,
             views=None if teacher is None else teacher.views,
         )
-        training = Training(plan, self.fabric, lambda done, news: self._progress(name, done, news))
+        training = TrainingLoop(plan, self.fabric, lambda done, news: self._progress(name, done, news))
         training.run()
-        return self._finish(folder, keeper, training, rule, names)
+        return self._finish(folder, selector, training, rule, names)
 
     def _progress(self, stage: str, done: float, news: str) -> None:
-        self.say(stage, done, news)
-        for line in self.contracts.untold():
-            self.say(stage, done, line)
+        self.progress(stage, done, news)
+        for line in self.contracts.new_messages():
+            self.progress(stage, done, line)
 
     def _finish(
-        self, folder: Path, keeper: Keeper, training: Training, rule: str, names: tuple[str, ...]
+        self, folder: Path, selector: CheckpointSelector, training: TrainingLoop, rule: str, names: tuple[str, ...]
     ) -> dict[str, Any]:
-        assert keeper.chosen is not None
+        assert selector.best is not None
         if self.fabric.is_global_zero:
-            content = keeper.path(keeper.chosen).read_bytes()
+            content = selector.path(selector.best).read_bytes()
             files.write(folder / "model.safetensors", lambda path: void(path.write_bytes(content)))
-            if keeper.front is not None:
-                keeper.front.plot(folder / "pareto.png")
+            if selector.front is not None:
+                selector.front.plot(folder / "pareto.png")
             training.checkpoints.clear()
         self.fabric.barrier()
         return {
-            "epoch": keeper.chosen,
+            "epoch": selector.best,
             "epochs": training.plan.schedule.epochs,
             "selection": SELECTION[rule].format(", ".join(names)),
             "rule": rule,
-            "front": keeper.kept,
-            **against_worst_group(keeper, rule),
+            "front": selector.selected,
+            **against_worst_group(selector, rule),
             "training_groups": self._group_counts(),
-            "figures": {name: none_for_nan(value) for name, value in keeper.figures[str(keeper.chosen)].items()},
+            "figures": {name: none_for_nan(value) for name, value in selector.figures[str(selector.best)].items()},
         }
 
     def _group_counts(self) -> dict[str, int] | None:
@@ -298,7 +300,7 @@ class Fitting:
         self,
         model: nn.Module,
         terms: dict[str, TermOptions],
-        teacher: Teaching | None,
+        teacher: TeacherOutputs | None,
         weight: Tensor | None,
         network: Network,
     ) -> Learner:
@@ -306,7 +308,7 @@ class Fitting:
         wanted = {
             need.partition(".")[2] for kind in kinds.values() for need in kind.needs if need.startswith("student.")
         }
-        at = self.places(model, network, wanted) if wanted else None
+        at = self.feature_layers(model, network, wanted) if wanted else None
         split = self.train
         setting = Setting(
             num_classes=split.num_classes,
@@ -327,7 +329,7 @@ class Fitting:
                     made[name] = GuideTerm(options, guide)
                 else:
                     made[name] = kinds[name](options, setting)  # type: ignore[call-arg]
-        return Learner(Watched(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
+        return Learner(FeatureExtractor(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
 
     def _guide(self, options: GuideOptions, model: nn.Module, network: Network) -> Guide:
         try:
@@ -336,7 +338,7 @@ class Fitting:
         except (ValueError, TypeError) as error:
             raise RecipeError(f"terms.guide: {error}") from None
 
-    def pictures(
+    def loader(
         self,
         split: Split,
         network: Network,
@@ -344,14 +346,14 @@ class Fitting:
         training: bool,
         batch: int,
         sampling: Tensor | None = None,
-        teaching: Teaching | None = None,
+        teacher_outputs: TeacherOutputs | None = None,
         alone: bool = False,
-    ) -> Pictures:
+    ) -> SplitLoader:
         """Of a split, as a network reads them, with a teacher's input where it looks at them beside it."""
         ranks = Ranks()
         if alone:  # every process reads all of it
             ranks.rank, ranks.world_size = 0, 1
-        return Pictures(
+        return SplitLoader(
             split,
             self.recipe.data,
             training=training,
@@ -361,13 +363,13 @@ class Fitting:
             seed=self.recipe.seed,
             workers=self.recipe.compute.workers,
             contract=self.contract(network),
-            teacher=None if teaching is None else self.contracts.teacher,
-            taught=teaching is not None and teaching.views is None,
+            teacher=None if teacher_outputs is None else self.contracts.teacher,
+            with_teacher_input=teacher_outputs is not None and teacher_outputs.views is None,
             sampling=sampling,
         )
 
     def _rule(self, *, guided: bool) -> str:
-        rule, names = self.recipe.selection.rule, selectable(self.validation)
+        rule, names = self.recipe.selection.rule, available_metrics(self.validation)
         if rule is None:
             if "worst_group_accuracy" in names:
                 return "worst_group"
@@ -378,7 +380,7 @@ class Fitting:
         return rule
 
     def _names(self, rule: str) -> tuple[str, ...]:
-        found = selectable(self.validation)
+        found = available_metrics(self.validation)
         wanted = tuple("accuracy" if n == "f1" and rule == "pareto" and n not in found else n for n in RULES[rule])
         missing = [name for name in wanted if name not in found]
         if missing:
@@ -392,9 +394,9 @@ class Fitting:
     def example(self, options: Network) -> Tensor:
         return self.contract(options).example()
 
-    def places(self, model: nn.Module, options: Network, wanted: Iterable[str]) -> Places:
+    def feature_layers(self, model: nn.Module, options: Network, wanted: Iterable[str]) -> FeatureLayers:
         try:
-            return find_places(model, self.example(options), options.layer, options.named_head, wanted)
+            return find_feature_layers(model, self.example(options), options.layer, options.named_head, wanted)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{options.name}: {error}") from None
 

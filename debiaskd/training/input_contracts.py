@@ -10,7 +10,7 @@ from debiaskd.models.weight_files import weights_file
 from debiaskd.recipe import Network, Recipe, Teacher
 
 
-class Contracts:
+class InputContracts:
     """What student and teacher read.
 
     Args:
@@ -40,7 +40,7 @@ class Contracts:
     def teacher(self) -> InputContract | None:
         return self.found.get("teacher")
 
-    def untold(self) -> list[str]:
+    def new_messages(self) -> list[str]:
         """A line for each network the first time that this is asked for, none afterwards."""
         lines, self.lines = self.lines, []
         return lines

@@ -12,8 +12,8 @@ from debiaskd.attribution.guide import Guide
 from debiaskd.data import Batch
 from debiaskd.models.wrappers import statistics_kept
 from debiaskd.terms import Draws, Ranks, State, StepInputs, StepTotals, Term
-from debiaskd.training.feature_extraction import Watched
-from debiaskd.training.teacher_outputs import Teaching
+from debiaskd.training.feature_extraction import FeatureExtractor
+from debiaskd.training.teacher_outputs import TeacherOutputs
 
 
 class Step:
@@ -56,17 +56,18 @@ class Learner(nn.Module):
 
     def __init__(
         self,
-        watched: Watched,
+        extractor: FeatureExtractor,
         terms: Mapping[str, Term],
         *,
-        teacher: Teaching | None = None,
+        teacher: TeacherOutputs | None = None,
         guide: Guide | None = None,
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.watched = watched
+        self.extractor = extractor
         self.terms = nn.ModuleDict(terms)
-        self._outside = (teacher, guide, weight)
+        self._unregistered = (teacher, guide, weight)
+        self.register_load_state_dict_pre_hook(_rename_old_keys)  # type: ignore[no-untyped-call]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,8 +80,8 @@ class Learner(nn.Module):
 
     def place(self, device: torch.device) -> None:
         """Brings to the device what is not part of the module."""
-        teacher, guide, weight = self._outside
-        self._outside = (
+        teacher, guide, weight = self._unregistered
+        self._unregistered = (
             None if teacher is None else teacher.to(device),
             guide,
             None if weight is None else weight.to(device),
@@ -88,10 +89,10 @@ class Learner(nn.Module):
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """(what is to be minimised, each term's own loss without its factor)."""
-        teacher, guide, _ = self._outside
+        teacher, guide, _ = self._unregistered
         batch, epoch, active = step.batch, step.epoch, self._active(step.epoch)
         taught = any(need.startswith("teacher.") for term in active.values() for need in term.needs)
-        student, seen = self.watched(batch.images, guide if "guide" in active else None)
+        student, seen = self.extractor(batch.images, guide if "guide" in active else None)
         state = State(
             **self._inputs(step),
             student=student,
@@ -141,8 +142,8 @@ class Learner(nn.Module):
         terms = [term for term in self._active(step.epoch).values() if term.tallied]
         logits = None
         if any(term.tallied == "logits" for term in terms):
-            with statistics_kept(self.watched.model):
-                logits = self.watched(inputs.images)[0].logits
+            with statistics_kept(self.extractor.model):
+                logits = self.extractor(inputs.images)[0].logits
         for term in terms:
             found |= term.tally(inputs, logits)
         return found
@@ -151,7 +152,7 @@ class Learner(nn.Module):
         return {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
 
     def _inputs(self, step: Step) -> dict[str, Any]:
-        batch, weight = step.batch, self._outside[2]
+        batch, weight = step.batch, self._unregistered[2]
         return {
             "images": batch.images,
             "target": batch.target.float() if batch.target.dim() == 2 else batch.target,
@@ -185,7 +186,16 @@ class Learner(nn.Module):
 
     def deployed(self) -> nn.Module:
         """What is evaluated and saved."""
-        model = self.watched.model
+        model = self.extractor.model
         for name in self.names:
             model = self.term(name).deployed(model)
         return model
+
+
+#: What `Learner.extractor` was called in checkpoints of earlier versions.
+_OLD_PREFIX = "watched."
+
+
+def _rename_old_keys(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix + _OLD_PREFIX)]:
+        state[prefix + "extractor." + name.removeprefix(prefix + _OLD_PREFIX)] = state.pop(name)

@@ -27,7 +27,7 @@ class Table:
         self.path = path
         self.columns: list[str] | None = None
 
-    def go_on(self, last: int) -> None:
+    def resume(self, last: int) -> None:
         """Keeps the lines up to the one of `last`; -1: none."""
         if not self.path.exists():
             return
@@ -89,13 +89,13 @@ class Logs:
         self.speed = Table(folder / "speed.csv")
         self.board: Any = None
 
-    def go_on(self, step: int, epoch: int) -> None:
+    def resume(self, step: int, epoch: int) -> None:
         """Behind the last step and the last epoch that count; 0 and -1: from the beginning."""
         if not self.on:
             return
-        self.steps.go_on(step)
-        self.epochs.go_on(epoch)
-        self.speed.go_on(step)
+        self.steps.resume(step)
+        self.epochs.resume(epoch)
+        self.speed.resume(step)
         if find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 

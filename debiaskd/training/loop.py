@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from debiaskd.data import Batch
 from debiaskd.recipe import Compute, Schedule
 from debiaskd.terms import Draws, Ranks, StepTotals
-from debiaskd.training.batches import Pictures
+from debiaskd.training.batches import SplitLoader
 from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.logs import Logs
 from debiaskd.training.schedule import Ema, optimizer, rate
-from debiaskd.training.selection import Keeper
-from debiaskd.training.teacher_cache import Views
+from debiaskd.training.selection import CheckpointSelector
+from debiaskd.training.teacher_cache import ViewDraws
 
 #: Called after every step with the share of the epochs that is over, and with a line of news or "".
 Progress = Callable[[float, str], None]
@@ -55,18 +55,18 @@ class Plan:
     folder: Path
     identity: str
     learner: Learner
-    pictures: Pictures
+    loader: SplitLoader
     schedule: Schedule
     compute: Compute
     seed: int
     validate: Callable[[nn.Module], dict[str, float]] | None
-    keeper: Keeper
+    selector: CheckpointSelector
     every: int = 1
     views: int | None = None
 
 
 @dataclass
-class Moment:
+class PendingLosses:
     """A step whose losses have not been looked at yet: `losses` [T] lie on the device."""
 
     step: int
@@ -75,7 +75,7 @@ class Moment:
     losses: Tensor
 
 
-class Training:
+class TrainingLoop:
     """One training, of a `Plan`, on a Fabric that has been launched."""
 
     def __init__(self, plan: Plan, fabric: Any, progress: Progress | None = None) -> None:
@@ -92,9 +92,9 @@ class Training:
         self.ema = None if decay is None else Ema(self.learner, decay, warmup=warmup)
         self.checkpoints = Checkpoints(plan.folder / "checkpoints", plan.identity)
         self.logs = Logs(plan.folder, fabric.is_global_zero)
-        self.steps = len(plan.pictures) // plan.schedule.accumulate
+        self.steps = len(plan.loader) // plan.schedule.accumulate
         self.step = 0
-        self.moments: list[Moment] = []
+        self.pending: list[PendingLosses] = []
         self.window: dict[str, list[float]] = {}
         self.clock, self.seen = time.perf_counter(), 0
 
@@ -105,14 +105,14 @@ class Training:
             DivergedError: a loss or the weights became NaN or infinite; the checkpoints are as they were before.
             CheckpointError: there are checkpoints, and none that can be used.
         """
-        self._go_on()
+        self._resume()
         schedule = self.plan.schedule
         while self.step < schedule.epochs * self.steps:
             epoch, done = divmod(self.step, self.steps)
-            per_pass = self.plan.pictures.batches.batch_size
-            self.plan.pictures.sampler.start_at(epoch, done * schedule.accumulate * per_pass)
+            per_pass = self.plan.loader.dataloader.batch_size
+            self.plan.loader.sampler.start_at(epoch, done * schedule.accumulate * per_pass)
             self.module.train()
-            for passes in _grouped(iter(self.plan.pictures.batches), schedule.accumulate):
+            for passes in _grouped(iter(self.plan.loader.dataloader), schedule.accumulate):
                 self._step(passes, epoch)
                 if self.step % self.steps == 0:
                     break  # what is left over is no whole step
@@ -136,7 +136,7 @@ class Training:
             self.seen += len(part.batch) * self.ranks.world_size
         indices = [batch.index for batch in passes if batch.index is not None]
         numbers = torch.cat(indices) if indices else None
-        self.moments.append(Moment(self.step, numbers, ("loss", *losses), torch.stack(found).mean(0)))
+        self.pending.append(PendingLosses(self.step, numbers, ("loss", *losses), torch.stack(found).mean(0)))
         if schedule.clip is not None:
             # Gradients that float16 does not hold make a loss scaler leave the step out; others show in the next loss.
             self.fabric.clip_gradients(self.module, self.optimizer, max_norm=schedule.clip, error_if_nonfinite=False)
@@ -146,14 +146,14 @@ class Training:
         if self.ema is not None:
             self.ema.update(self.learner, self.step)
         if self.step % compute.log_every == 0 or self.step == schedule.epochs * self.steps:
-            self._look()
+            self._read_losses()
             self._log(epoch)
         if compute.checkpoint_every is not None and self.step % compute.checkpoint_every == 0:
-            self._look()
+            self._read_losses()
             if self.step % self.steps:  # an epoch's end has its own
                 self._check_weights()
                 self._save()
-        self._tell()
+        self._report()
 
     def _parts(self, passes: list[Batch], epoch: int, *, placed: bool = True) -> Iterator[Step]:
         """The passes of a step, one at a time; `placed` on the device, as the network reads them."""
@@ -161,7 +161,7 @@ class Training:
             draws = Draws(self.plan.seed, self.step, self.ranks, self.fabric.device, passes=len(passes), number=number)
             place = self.ranks.rank + self.ranks.world_size * number
             torch.manual_seed(draws.generator.initial_seed() + place)  # for dropout
-            shown = self.plan.pictures.placed(batch, self._augmentation(batch, epoch, draws)) if placed else batch
+            shown = self.plan.loader.transform(batch, self._augmentation(batch, epoch, draws)) if placed else batch
             yield Step(shown, epoch, draws, self.ranks, batch.index, number=number)
 
     def _totals(self, passes: list[Batch], epoch: int) -> StepTotals:
@@ -172,27 +172,27 @@ class Training:
         with self.fabric.autocast():
             return self.learner.totals(self._parts(passes, epoch, placed=self.learner.tallied(epoch)))
 
-    def _augmentation(self, batch: Batch, epoch: int, draws: Draws) -> Draws | Views:
+    def _augmentation(self, batch: Batch, epoch: int, draws: Draws) -> Draws | ViewDraws:
         views = self.plan.views
         if views is None or batch.index is None:
             return draws
-        return Views(self.plan.seed, batch.index, epoch % views, self.fabric.device)
+        return ViewDraws(self.plan.seed, batch.index, epoch % views, self.fabric.device)
 
-    def _tell(self, news: str = "") -> None:
+    def _report(self, news: str = "") -> None:
         if self.progress is not None:
             self.progress(self.step / (self.plan.schedule.epochs * self.steps), news)
 
-    def _look(self) -> None:
+    def _read_losses(self) -> None:
         """Reads the losses that have piled up, all at once."""
-        moments, self.moments = self.moments, []
-        if not moments:
+        pending, self.pending = self.pending, []
+        if not pending:
             return
-        joined = self.ranks.mean(torch.cat([moment.losses for moment in moments])).cpu()
-        values = joined.split([len(moment.losses) for moment in moments])
-        for moment, losses in zip(moments, values):
-            for name, value in zip(moment.names, losses.tolist()):
+        joined = self.ranks.mean(torch.cat([entry.losses for entry in pending])).cpu()
+        values = joined.split([len(entry.losses) for entry in pending])
+        for entry, losses in zip(pending, values):
+            for name, value in zip(entry.names, losses.tolist()):
                 if value - value != 0:
-                    raise DivergedError(self._account(moment, moment.names, losses.tolist()))
+                    raise DivergedError(self._failure_message(entry, entry.names, losses.tolist()))
                 self.window.setdefault(name, []).append(value)
 
     def _check_weights(self) -> None:
@@ -208,14 +208,14 @@ class Training:
                 "A smaller learning rate, or clip, may help"
             )
 
-    def _account(self, moment: Moment, names: tuple[str, ...], values: list[float]) -> str:
+    def _failure_message(self, entry: PendingLosses, names: tuple[str, ...], values: list[float]) -> str:
         bad = [f"terms.{name} {value}" for name, value in zip(names, values) if value - value != 0 and name != "loss"]
-        numbers = [] if moment.numbers is None else moment.numbers.tolist()
+        numbers = [] if entry.numbers is None else entry.numbers.tolist()
         shown = ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
         return (
-            f"training diverged in step {moment.step}, epoch {moment.step // self.steps}: "
+            f"training diverged in step {entry.step}, epoch {entry.step // self.steps}: "
             f"{', '.join(bad) or 'the loss'}; "
-            f"pictures {shown} of {self.plan.pictures.split.name}; the last checkpoint is from before. "
+            f"pictures {shown} of {self.plan.loader.split.name}; the last checkpoint is from before. "
             "A smaller learning rate, or clip, may help"
         )
 
@@ -227,37 +227,37 @@ class Training:
         learning_rate = rate(self.plan.schedule, self.step - 1, self.steps)
         self.logs.step(self.step, {"epoch": epoch, "learning_rate": learning_rate, **row}, speed)
         losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-        self._tell(f"step {self.step}: {losses}; {speed:.0f} images/s")
+        self._report(f"step {self.step}: {losses}; {speed:.0f} images/s")
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
     def _end_epoch(self, epoch: int) -> None:
-        self._look()
+        self._read_losses()
         self._check_weights()
         self.learner.end_epoch(epoch, self.ranks)
         plan, last = self.plan, epoch + 1 == self.plan.schedule.epochs
         if (epoch + 1) % plan.every == 0 or last:
             if self.ema is not None:
                 self.ema.swap(self.learner)
-            self._share_statistics()
+            self._broadcast_buffers()
             model = self.learner.deployed()
             model.eval()
             figures = {} if plan.validate is None else plan.validate(model)
-            plan.keeper.consider(epoch, figures, model, last, write=self.fabric.is_global_zero)
+            plan.selector.update(epoch, figures, model, last, write=self.fabric.is_global_zero)
             if self.ema is not None:
                 self.ema.swap(self.learner)
             if figures:
                 self.logs.epoch(epoch, self.step, figures)
                 shown = ", ".join(f"{name} {figures[name]:.4f}" for name in _HEADLINE if name in figures)
-                self._tell(f"epoch {epoch + 1} of {plan.schedule.epochs}: {shown}")
+                self._report(f"epoch {epoch + 1} of {plan.schedule.epochs}: {shown}")
         self._save()
-        plan.keeper.tidy(write=self.fabric.is_global_zero)
+        plan.selector.prune(write=self.fabric.is_global_zero)
         self.clock, self.seen = time.perf_counter(), 0
 
-    def _share_statistics(self) -> None:
+    def _broadcast_buffers(self) -> None:
         """Batch norm's, of which every rank has its own unless they are synchronised: the first rank's."""
         if self.ranks.world_size > 1:
-            for buffer in self.learner.watched.buffers():
+            for buffer in self.learner.extractor.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -273,13 +273,13 @@ class Training:
                 "precision": precision.state_dict(),
                 "ema": None if self.ema is None else self.ema.tensors,
                 "window": self.window,
-                "keeper": self.plan.keeper.state_dict(),
+                "selector": self.plan.selector.state_dict(),
                 "world_size": self.ranks.world_size,
             }
             self.checkpoints.save(self.step, state)
         self.fabric.barrier()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         found = self.checkpoints.load()
         if found is not None:
             self.step, state = found
@@ -291,10 +291,10 @@ class Training:
             if self.ema is not None:
                 self.ema.tensors = {name: t.to(self.fabric.device) for name, t in state["ema"].items()}
             self.window = state["window"]
-            self.plan.keeper.load_state_dict(state["keeper"])
+            self.plan.selector.load_state_dict(state["selector"] if "selector" in state else state["keeper"])
         self.fabric.barrier()
-        self.plan.keeper.tidy(write=self.fabric.is_global_zero)
-        self.logs.go_on(self.step, self.step // self.steps - 1)
+        self.plan.selector.prune(write=self.fabric.is_global_zero)
+        self.logs.resume(self.step, self.step // self.steps - 1)
 
 
 def _grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:

@@ -23,9 +23,9 @@ from debiaskd.models.weight_reading import read
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
 from debiaskd.terms import BackdoorOptions
 from debiaskd.terms.backdoor import Intervened, Intervention
-from debiaskd.training.feature_extraction import places
+from debiaskd.training.feature_extraction import find_feature_layers
 from debiaskd.training.run import STAGE, RunError, open_run
-from debiaskd.training.teacher_outputs import Observed
+from debiaskd.training.teacher_outputs import FrozenExtractor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Design:
         if self.intervened:
             options = recipe.terms.backdoor
             assert options is not None
-            width = places(model, example, recipe.student.layer, recipe.student.named_head, ("pooled",)).pooled_width
+            width = find_feature_layers(
+                model, example, recipe.student.layer, recipe.student.named_head, ("pooled",)
+            ).pooled_width
             model = Intervened(model, Intervention(width, self.classes, options.mode, options.temperature))
         return model
 
@@ -147,7 +149,7 @@ def _made(cls: type, said: Mapping[str, Any] | None) -> Any:
     return cls(**{name: value for name, value in said.items() if name in names})
 
 
-def of_file(path: Path | str) -> Design | None:
+def design_of_file(path: Path | str) -> Design | None:
     """The design of the network whose weights these are; None where no run's folder holds them.
 
     Raises:
@@ -166,10 +168,10 @@ def of_file(path: Path | str) -> Design | None:
             about, names = json.loads(opened.metadata()["debiaskd"]), set(opened.keys())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-    return of_stage(open_run(stage.parent), about, stage.name, names)
+    return design_of_stage(open_run(stage.parent), about, stage.name, names)
 
 
-def of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names: set[str]) -> Design:
+def design_of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names: set[str]) -> Design:
     """The design of a stage's network.
 
     Args:
@@ -185,7 +187,7 @@ def of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names: set[st
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class StartingNetwork:
     """The network of a run that a recipe's network begins from.
 
     Attributes:
@@ -237,7 +239,7 @@ class Base:
         return model, f"took the body of a run's student, {name}; its head is the teacher's"
 
 
-def base_of(key: str, network: Network, recipe: Recipe) -> Base | None:
+def starting_network(key: str, network: Network, recipe: Recipe) -> StartingNetwork | None:
     """The run's network that a recipe's network begins from, where that is more than its name says.
 
     Args:
@@ -251,7 +253,7 @@ def base_of(key: str, network: Network, recipe: Recipe) -> Base | None:
     if network.weights is None:
         return None
     try:
-        design = of_file(network.weights)
+        design = design_of_file(network.weights)
     except RunError as error:
         raise NetworkError(f"{key}.weights: {error}") from None
     if design is None or design.plain:
@@ -261,7 +263,7 @@ def base_of(key: str, network: Network, recipe: Recipe) -> Base | None:
         if getattr(network, name) != getattr(there, name):
             asked, found = getattr(network, name), getattr(there, name)
             raise NetworkError(f"{key}.{name}: must be {found}, as {network.weights} has it, got {asked}")
-    return Base(design, new_head=key == "student" and recipe.transplant is not None and design.transplanted)
+    return StartingNetwork(design, new_head=key == "student" and recipe.transplant is not None and design.transplanted)
 
 
 def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher:
@@ -272,13 +274,13 @@ def frozen(model: nn.Module, network: Network, example: Tensor) -> FrozenTeacher
         raise RecipeError(f"teacher: {error}") from None
 
 
-def observed(model: nn.Module, network: Network, example: Tensor, wanted: Iterable[str]) -> Observed:
+def observed(model: nn.Module, network: Network, example: Tensor, wanted: Iterable[str]) -> FrozenExtractor:
     """A teacher without a cut, from which nothing is read but what is wanted, any of "feature" and "pooled"."""
     try:
-        at = places(model, example, network.layer, network.named_head, wanted) if wanted else None
+        at = find_feature_layers(model, example, network.layer, network.named_head, wanted) if wanted else None
     except (ValueError, TypeError) as error:
         raise RecipeError(f"teacher: {error}") from None
-    return Observed(model, at, wanted)
+    return FrozenExtractor(model, at, wanted)
 
 
 def transplanted(recipe: Recipe, teacher: FrozenTeacher, student: nn.Module, example: Tensor) -> nn.Module:

@@ -45,10 +45,10 @@ def read(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def align_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe `now` in the words of the recipe `before`: without newer keys at their defaults, and with the paths
     that weights were begun from."""
-    found = without_newer(Recipe, before, now)
+    found = without_new_defaults(Recipe, before, now)
     for name in ("student", "teacher"):
         here, there = found.get(name), before.get(name)
         if isinstance(here, dict) and isinstance(there, Mapping) and here.get("weights") and there.get("weights"):
@@ -56,7 +56,7 @@ def settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def without_newer(cls: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def without_new_defaults(cls: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """`now` without the keys that `before` lacks and that have their defaults.
 
     Args:
@@ -71,7 +71,7 @@ def without_newer(cls: type, before: Mapping[str, Any], now: Mapping[str, Any]) 
         kinds = (hints.get(name), *get_args(hints.get(name)))
         inner = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
         both = isinstance(value, Mapping) and isinstance(before.get(name), Mapping)
-        found[name] = without_newer(inner, before[name], value) if inner is not None and both else value
+        found[name] = without_new_defaults(inner, before[name], value) if inner is not None and both else value
     return found
 
 
@@ -82,12 +82,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether stages' inputs differ in nothing but keys that one of them lacks and the other has at its default."""
-    return _settled(before, now) == _settled(now, before)
+    return _align_inputs(before, now) == _align_inputs(now, before)
 
 
-def _settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def _align_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: without_newer(SECTIONS[name], before[name], value)
+        name: without_new_defaults(SECTIONS[name], before[name], value)
         if name in SECTIONS and isinstance(value, Mapping) and isinstance(before.get(name), Mapping)
         else value
         for name, value in now.items()

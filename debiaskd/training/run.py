@@ -23,7 +23,7 @@ from typing import Any
 from debiaskd.data.packed import manifest
 from debiaskd.data.packed.shards import PLAN
 from debiaskd.recipe import Recipe, RecipeError, to_dict
-from debiaskd.training import resume as begun
+from debiaskd.training import resume
 from debiaskd.utils import files
 from debiaskd.version import __version__
 
@@ -31,7 +31,7 @@ STAGE, LOCK = "stage.json", ".lock"
 FORMAT = 1
 
 #: (what is being done, share of it that is over, a line of news or "").
-Say = Callable[[str, float, str], None]
+ProgressCallback = Callable[[str, float, str], None]
 
 
 class RunError(ValueError):
@@ -58,9 +58,9 @@ class Run:
                 raise RunError(f"{folder}: is neither empty nor a run's folder; choose another --out")
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _alone(folder)
-        before, now = begun.read(folder), to_dict(recipe)
+        before, now = resume.read(folder), to_dict(recipe)
         #: What the run was begun with, of which fingerprints are made.
-        self.document = now if before is None else begun.settled(before, now)
+        self.document = now if before is None else resume.align_recipe(before, now)
         if not write:
             return
         if before is not None:
@@ -100,7 +100,7 @@ class Run:
         folder, fingerprint = self.folder / name, digest({"format": FORMAT, **inputs})
         found = Stage.read(folder)
         known = {fingerprint, *([] if older is None else [digest({"format": FORMAT, **older})])}
-        same = found is not None and begun.same_inputs(found.inputs, json.loads(json.dumps(inputs)))
+        same = found is not None and resume.same_inputs(found.inputs, json.loads(json.dumps(inputs)))
         if found is not None and (same or found.fingerprint in known):
             found.verify()
             return found

@@ -27,7 +27,7 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.learning_rate
 
 
-def brief(schedule: Schedule, epochs: int | None) -> Schedule:
+def brief_schedule(schedule: Schedule, epochs: int | None) -> Schedule:
     """Of an identification model: too short for an average over many steps, or for a rate that first has to rise."""
     shape = "constant" if schedule.shape == "steps" else schedule.shape
     return dataclasses.replace(
@@ -37,7 +37,9 @@ def brief(schedule: Schedule, epochs: int | None) -> Schedule:
 
 def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
     """Weight decay for matrices and kernels; not for biases, norms, and terms that want none."""
-    spared = {id(p) for name in learner.names if learner.term(name).undecayed for p in learner.term(name).parameters()}
+    spared = {
+        id(p) for name in learner.names if learner.term(name).no_weight_decay for p in learner.term(name).parameters()
+    }
     trained = [p for p in learner.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1 and id(p) not in spared]
     groups: list[dict[str, Any]] = [

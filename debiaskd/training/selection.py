@@ -23,7 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Keeper:
+class CheckpointSelector:
     """Keeps weights as `kept/epoch-0007.safetensors`.
 
     Of equals, a rule of one figure keeps the later, as does `last`; a Pareto front of several keeps all that no other
@@ -40,19 +40,19 @@ class Keeper:
         self.folder, self.rule, self.about = folder / "kept", rule, about
         self.names = RULES[rule] if names is None else names
         self.front = ParetoFront(self.names) if len(self.names) > 1 else None
-        self.chosen: int | None = None
+        self.best: int | None = None
         self.figures: dict[str, dict[str, float]] = {}
 
     def path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}.safetensors"
 
     @property
-    def kept(self) -> list[int]:
+    def selected(self) -> list[int]:
         if self.front is not None:
             return [candidate.epoch for candidate in self.front]
-        return [] if self.chosen is None else [self.chosen]
+        return [] if self.best is None else [self.best]
 
-    def consider(
+    def update(
         self, epoch: int, figures: Mapping[str, float], model: nn.Module, last: bool, *, write: bool = True
     ) -> None:
         """One more epoch; `last` says that there is no other.
@@ -66,12 +66,12 @@ class Keeper:
             # A figure without a single picture to be measured on is no better than any.
             change = self.front.add({name: value if value == value else 0.0 for name, value in values.items()}, epoch)
             entered = change.entered
-            self.chosen = max(self.front, key=lambda candidate: (sum(candidate.values), candidate.epoch)).epoch
+            self.best = max(self.front, key=lambda candidate: (sum(candidate.values), candidate.epoch)).epoch
         else:
-            old = None if self.chosen is None else self.figures[str(self.chosen)]
+            old = None if self.best is None else self.figures[str(self.best)]
             entered = (not self.names and last) or (bool(self.names) and (old is None or self._beats(values, old)))
             if entered:
-                self.chosen = epoch
+                self.best = epoch
         if entered and write:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {**self.about, "epoch": epoch}
@@ -81,10 +81,10 @@ class Keeper:
         (name,) = self.names
         return not values[name] < old[name]
 
-    def tidy(self, *, write: bool = True) -> None:
+    def prune(self, *, write: bool = True) -> None:
         """Removes what is kept no more: once a checkpoint knows that, and not before."""
         if write and self.folder.is_dir():
-            wanted = {self.path(epoch) for epoch in self.kept}
+            wanted = {self.path(epoch) for epoch in self.selected}
             for path in self.folder.iterdir():
                 if path not in wanted:
                     path.unlink()
@@ -92,29 +92,29 @@ class Keeper:
     def state_dict(self) -> dict[str, Any]:
         return {
             "rule": self.rule,
-            "chosen": self.chosen,
+            "chosen": self.best,
             "figures": self.figures,
             "front": None if self.front is None else self.front.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.chosen, self.figures = state["chosen"], state["figures"]
+        self.best, self.figures = state["chosen"], state["figures"]
         if self.front is not None:
             self.front.load_state_dict(state["front"])
 
 
-def against_worst_group(keeper: Keeper, rule: str) -> dict[str, Any]:
+def against_worst_group(selector: CheckpointSelector, rule: str) -> dict[str, Any]:
     """What a rule without annotation lost: {"against_worst_group": facts}, empty where groups are not known.
 
     The facts are on validation: `epoch`, which the worst known group would have chosen, its `worst_group_accuracy`,
     that of the epoch that was `chosen`, and their difference, `lost`.
     """
-    if rule != "worst_environment" or keeper.chosen is None:
+    if rule != "worst_environment" or selector.best is None:
         return {}
-    known = {int(epoch): found.get("worst_group_accuracy") for epoch, found in keeper.figures.items()}
+    known = {int(epoch): found.get("worst_group_accuracy") for epoch, found in selector.figures.items()}
     measured = {epoch: value for epoch, value in known.items() if value is not None}
     if len(measured) < len(known):
         return {}
     best = max(measured, key=lambda epoch: (measured[epoch], epoch))
-    facts = {"epoch": best, "worst_group_accuracy": measured[best], "chosen": measured[keeper.chosen]}
-    return {"against_worst_group": {**facts, "lost": measured[best] - measured[keeper.chosen]}}
+    facts = {"epoch": best, "worst_group_accuracy": measured[best], "chosen": measured[selector.best]}
+    return {"against_worst_group": {**facts, "lost": measured[best] - measured[selector.best]}}

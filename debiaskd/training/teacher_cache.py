@@ -23,8 +23,8 @@ from torch import Tensor
 
 from debiaskd.data import Batch
 from debiaskd.terms import Outputs
-from debiaskd.training.batches import Pictures
-from debiaskd.training.teacher_outputs import Teaching
+from debiaskd.training.batches import SplitLoader
+from debiaskd.training.teacher_outputs import TeacherOutputs
 from debiaskd.utils import files
 
 #: Pictures a shard.
@@ -33,7 +33,7 @@ PARTS = ("feature", "pooled", "logits")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Views:
+class ViewDraws:
     """Random numbers of a picture's number and its view alone; what `Draws` is to steps."""
 
     def __init__(self, seed: int, numbers: Tensor, view: int, device: torch.device) -> None:
@@ -47,8 +47,8 @@ class Views:
         return joined.to(device or self.device, non_blocking=True)
 
 
-class Cached:
-    """Reads what `fill` wrote; stands for the teacher.
+class CachedTeacher:
+    """Reads what `write_cache` wrote; stands for the teacher.
 
     Args:
         folder: of the cache.
@@ -73,7 +73,7 @@ class Cached:
         assert logits is not None
         return Outputs(found["feature"], found["pooled"], logits)
 
-    def to(self, device: torch.device) -> Cached:
+    def to(self, device: torch.device) -> CachedTeacher:
         self.device = device
         return self
 
@@ -100,10 +100,10 @@ class Cached:
         return self.mapped[key]
 
 
-def fill(
+def write_cache(
     folder: Path,
-    teacher: Teaching,
-    pictures: Pictures,
+    teacher: TeacherOutputs,
+    loader: SplitLoader,
     *,
     seed: int,
     views: int,
@@ -117,12 +117,12 @@ def fill(
         folder: of the cache.
         teacher: on the pictures' device.
         pictures: augmented as in training; which of them come when is of no matter here.
-        seed, views: see `Views`.
+        seed, views: see `ViewDraws`.
         dtype: "fp32" or "bf16".
         parts: those of PARTS that are wanted.
         share: (rank, world_size): this process makes every world_size-th shard.
     """
-    numbers = pictures.split.numbers
+    numbers = loader.split.numbers
     shards = -(-len(numbers) // SHARD)
     jobs = [(view, number) for view in range(views) for number in range(shards)]
     for done, (view, number) in enumerate(jobs):
@@ -133,7 +133,7 @@ def fill(
                 shutil.rmtree(unfinished)
             unfinished = Path(tempfile.mkdtemp(prefix=f"{files.TEMPORARY}{number:05d}-", dir=final.parent))
             rows = numbers[number * SHARD : (number + 1) * SHARD]
-            _write(unfinished, teacher, pictures, rows, seed, view, dtype, parts)
+            _write(unfinished, teacher, loader, rows, seed, view, dtype, parts)
             unfinished.chmod(0o755)
             unfinished.rename(final)
             files.sync(final.parent)
@@ -142,8 +142,8 @@ def fill(
 
 def _write(
     folder: Path,
-    teacher: Teaching,
-    pictures: Pictures,
+    teacher: TeacherOutputs,
+    loader: SplitLoader,
     rows: Tensor,
     seed: int,
     view: int,
@@ -151,9 +151,9 @@ def _write(
     parts: tuple[str, ...],
 ) -> None:
     found: dict[str, list[Tensor]] = {part: [] for part in parts}
-    for numbers in rows.split(pictures.batches.batch_size):
-        batch = pictures.split.whole.__getitems__(numbers)
-        placed = pictures.placed(batch, Views(seed, numbers, view, pictures.device))
+    for numbers in rows.split(loader.dataloader.batch_size):
+        batch = loader.split.whole.__getitems__(numbers)
+        placed = loader.transform(batch, ViewDraws(seed, numbers, view, loader.device))
         outputs = teacher(placed, view)
         for part in parts:
             value: Tensor = getattr(outputs, part)

@@ -13,10 +13,10 @@ from debiaskd.data import Batch
 from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.heads import Frozen, freeze
 from debiaskd.terms import Outputs
-from debiaskd.training.feature_extraction import Places, Watched
+from debiaskd.training.feature_extraction import FeatureExtractor, FeatureLayers
 
 
-class Teaching(Protocol):
+class TeacherOutputs(Protocol):
     """Gives the teacher's outputs for a batch of an epoch; `numbers` are its pictures', on the host.
 
     width: of its pooled features. views: how many fixed augmentations of a picture it knows; None: it knows any.
@@ -27,21 +27,21 @@ class Teaching(Protocol):
 
     def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs: ...
 
-    def to(self, device: torch.device) -> Teaching: ...
+    def to(self, device: torch.device) -> TeacherOutputs: ...
 
 
-class Observed(Frozen):
+class FrozenExtractor(Frozen):
     """A teacher that is only looked at: frozen and whole, without any cut of it.
 
     Args:
         teacher: any module from images to logits; it is copied.
-        at: see `Watched`.
+        at: see `FeatureExtractor`.
         wanted: any of "feature" and "pooled": what is given beside the logits.
     """
 
-    def __init__(self, teacher: nn.Module, at: Places | None, wanted: Iterable[str]) -> None:
+    def __init__(self, teacher: nn.Module, at: FeatureLayers | None, wanted: Iterable[str]) -> None:
         super().__init__()
-        self.body = freeze(Watched(copy.deepcopy(teacher), at, wanted))
+        self.body = freeze(FeatureExtractor(copy.deepcopy(teacher), at, wanted))
         self.num_features = 0 if at is None else at.pooled_width
         self.eval()
 
@@ -50,29 +50,29 @@ class Observed(Frozen):
         return outputs
 
 
-class Live:
+class LiveTeacher:
     """The teacher looks at every batch."""
 
-    def __init__(self, teacher: FrozenTeacher | Observed) -> None:
+    def __init__(self, teacher: FrozenTeacher | FrozenExtractor) -> None:
         self.teacher = teacher
-        self.width = teacher.num_features if isinstance(teacher, Observed) else teacher.head.in_features
+        self.width = teacher.num_features if isinstance(teacher, FrozenExtractor) else teacher.head.in_features
         self.views: int | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         images = batch.images if batch.teacher_images is None else batch.teacher_images
-        if isinstance(self.teacher, Observed):
+        if isinstance(self.teacher, FrozenExtractor):
             return self.teacher.outputs(images)
         feature = self.teacher.forward_features(images)
         pooled = self.teacher.forward_head(feature, pre_logits=True)
         return Outputs(feature, pooled, self.teacher.forward_head(feature))
 
-    def to(self, device: torch.device) -> Live:
+    def to(self, device: torch.device) -> LiveTeacher:
         self.teacher.to(device)
         return self
 
 
-class Remembered:
+class InMemoryTeacher:
     """What it said of each of N pictures that are the same every time, in memory.
 
     Args:
@@ -89,7 +89,7 @@ class Remembered:
         feature, pooled, logits = self.outputs
         return Outputs(_rows(feature, batch.index), _rows(pooled, batch.index), logits[batch.index])
 
-    def to(self, device: torch.device) -> Remembered:
+    def to(self, device: torch.device) -> InMemoryTeacher:
         feature, pooled, logits = self.outputs
         self.outputs = Outputs(
             None if feature is None else feature.to(device),

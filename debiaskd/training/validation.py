@@ -17,26 +17,26 @@ from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, Multilab
 from debiaskd.ops.ignore import judged
 from debiaskd.recipe import Network, Recipe
 from debiaskd.terms import GuideOptions, make_guide
-from debiaskd.training.batches import Pictures, Split
+from debiaskd.training.batches import Split, SplitLoader
 
 #: Where boxes count as small, middling or large: shares of the picture that they cover.
 SIZES = (0.1, 0.3)
 
 
-def boxed(split: Split) -> bool:
+def has_boxes(split: Split) -> bool:
     """Whether attributions can be compared with boxes: those of the labels of pictures that are annotated."""
     labelled = split.target.any(1) if split.whole.multi_label else torch.ones(len(split), dtype=torch.bool)
     return bool((split.boxes.annotated & labelled).any()) and bool(len(split.boxes.coords))
 
 
-def selectable(split: Split) -> tuple[str, ...]:
+def available_metrics(split: Split) -> tuple[str, ...]:
     """Names of the figures on a split that selection may look at: those that are defined, whatever the model says."""
     if split.whole.multi_label:
         found: tuple[str, ...] = ("f1",) if bool(split.target.any()) else ()
     else:
         found = ("accuracy", "worst_group_accuracy") if annotated(split) else ("accuracy",)
         found = (*found, "worst_environment_accuracy") if split.environment_names else found
-    return (*found, "epg", "iou") if boxed(split) else found
+    return (*found, "epg", "iou") if has_boxes(split) else found
 
 
 def annotated(split: Split) -> bool:
@@ -44,7 +44,7 @@ def annotated(split: Split) -> bool:
     return split.groups is not None and not are_found(split.whole.groups)
 
 
-def looked_at(recipe: Recipe, stage: str) -> GuideOptions:
+def attribution_options(recipe: Recipe, stage: str) -> GuideOptions:
     """Where and how the attributions of a stage's model are looked at: as the student is guided, and of others at
     their last feature map."""
     if stage in ("student", "pretraining") and recipe.terms.guide is not None:
@@ -54,7 +54,7 @@ def looked_at(recipe: Recipe, stage: str) -> GuideOptions:
     return GuideOptions(layer=named or "Final")
 
 
-class Evaluation:
+class Evaluator:
     """Of models on the pictures of a split.
 
     Args:
@@ -68,7 +68,7 @@ class Evaluation:
 
     def __init__(
         self,
-        pictures: Pictures,
+        loader: SplitLoader,
         training_groups: Tensor | None,
         guide: GuideOptions,
         threshold: float | None = None,
@@ -77,20 +77,20 @@ class Evaluation:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.autocast = autocast
-        self.pictures, self.training_groups = pictures, training_groups
+        self.loader, self.training_groups = loader, training_groups
         self.guide, self.threshold = guide, threshold
-        split = pictures.split
-        self.boxed = maps and boxed(split)
+        split = loader.split
+        self.has_boxes = maps and has_boxes(split)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The model's figures, NaN where one is undefined; it is in evaluation mode, and on the pictures' device."""
-        meters = _Meters(self)
-        guide = make_guide(self.guide, model) if self.boxed else None
-        self.pictures.sampler.start_at(0, 0)
-        for batch in self.pictures.batches:
-            placed = self.pictures.placed(batch)
+        metrics = _Metrics(self)
+        guide = make_guide(self.guide, model) if self.has_boxes else None
+        self.loader.sampler.start_at(0, 0)
+        for batch in self.loader.dataloader:
+            placed = self.loader.transform(batch)
             with torch.no_grad(), self.autocast():
-                meters.classes(model(placed.images), placed)
+                metrics.classes(model(placed.images), placed)
             if guide is not None:
                 with (
                     self.autocast(),
@@ -98,8 +98,8 @@ class Evaluation:
                 ):  # compiled, inner layers' outputs are not to be had
                     found = attributions(guide, placed)
                 for one in found:
-                    meters.maps(*one)
-        return meters.compute()
+                    metrics.maps(*one)
+        return metrics.compute()
 
 
 def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes | None]]:
@@ -116,10 +116,10 @@ def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes 
     return [(maps[:, t], *judged(batch.boxes, target[:, t], batch.ignore)) for t in range(most)]
 
 
-class _Meters:
-    def __init__(self, evaluation: Evaluation) -> None:
-        pictures = evaluation.pictures
-        split, device = pictures.split, pictures.device
+class _Metrics:
+    def __init__(self, evaluation: Evaluator) -> None:
+        loader = evaluation.loader
+        split, device = loader.split, loader.device
         self.found: dict[str, Any] = {}
         self.multi_label = split.whole.multi_label
         self.right = torch.zeros(2, dtype=torch.float64, device=device)
@@ -134,9 +134,9 @@ class _Meters:
             by_number = torch.zeros(len(split.whole), dtype=torch.int64)
             by_number[split.numbers] = split.environments
             self.environments = by_number.to(device)
-        if evaluation.boxed:
-            self.found["epg"] = EnergyPointingGame(bins=SIZES, size=pictures.size).to(device)
-            self.found["iou"] = BoxIoU(evaluation.threshold, size=pictures.size).to(device)
+        if evaluation.has_boxes:
+            self.found["epg"] = EnergyPointingGame(bins=SIZES, size=loader.size).to(device)
+            self.found["iou"] = BoxIoU(evaluation.threshold, size=loader.size).to(device)
 
     def classes(self, logits: Tensor, batch: Batch) -> None:
         if self.multi_label:

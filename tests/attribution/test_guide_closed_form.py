@@ -13,7 +13,7 @@ from debiaskd.attribution import final_layer_map, input_x_gradient
 from debiaskd.models import SmallNet
 from debiaskd.terms import GuideOptions
 from debiaskd.terms.guidance import GuideTerm, make_guide
-from debiaskd.training.feature_extraction import Watched
+from debiaskd.training.feature_extraction import FeatureExtractor
 from debiaskd.training.learner import Learner
 from debiaskd.training.schedule import Ema
 
@@ -186,7 +186,7 @@ def test_the_decision_is_part_of_a_terms_state(tmp_path):
 def test_averaged_weights_leave_the_decision_alone():
     model = net().float()
     guide = make_guide(GuideOptions(), model)
-    learner = Learner(Watched(model, None, ()), {"guide": GuideTerm(GuideOptions(), guide)}, guide=guide)
+    learner = Learner(FeatureExtractor(model, None, ()), {"guide": GuideTerm(GuideOptions(), guide)}, guide=guide)
     guide(images().float(), TARGET, BOXES)
     ema = Ema(learner, 0.5)
     ema.update(learner, 1)

@@ -20,7 +20,7 @@ from cli_runs import GUIDED, command, failed
 
 from debiaskd.cli import entry as cli
 from debiaskd.models import registry as networks
-from debiaskd.training.loop import Training
+from debiaskd.training.loop import TrainingLoop
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli_train")]
 
@@ -157,10 +157,10 @@ def test_divergence_is_a_failure_and_not_a_mistake(
 def test_ctrl_c(
     capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Training) -> None:
+    def interrupted(self: TrainingLoop) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Training, "run", interrupted)
+    monkeypatch.setattr(TrainingLoop, "run", interrupted)
     assert failed(*command(capsys, "train", recipe, "--out", tmp_path / "run"), expected=130) == "debiaskd: stopped\n"
 
 

@@ -198,13 +198,13 @@ def test_contexts_are_part_of_what_is_deployed(context):
     """One epoch without the intervention, which builds the contexts; then logits that are adjusted by them."""
     (method,) = [m for m in METHODS if m.name == "cid"]
     model, loss = method.build(context)
-    assert model.deployed() is model.watched.model
+    assert model.deployed() is model.extractor.model
     options = {"generator": torch.Generator().manual_seed(0), "epoch_ended": model.epoch_ended}
     fit(model, context.images, loss, Schedule(epochs=1, batch=20), **options)
     deployed = model.deployed().eval()
     assert deployed.intervention.context.any() and not deployed.intervention.context.requires_grad
-    assert not torch.allclose(deployed(context.images[:8]), model.watched.model(context.images[:8]))
-    learned = count_parameters(model.watched.model) + sum(t.numel() for t in deployed.intervention.parameters())
+    assert not torch.allclose(deployed(context.images[:8]), model.extractor.model(context.images[:8]))
+    learned = count_parameters(model.extractor.model) + sum(t.numel() for t in deployed.intervention.parameters())
     assert count_parameters(deployed) == learned + deployed.intervention.context.numel()
 
 

@@ -24,8 +24,8 @@ from debiaskd.metrics import box_size_bins, energy_pointing_game, group_accuracy
 from debiaskd.models import SmallNet
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
 from debiaskd.terms import GuideOptions, Ranks
-from debiaskd.training.batches import Pictures, Split, open_split
-from debiaskd.training.validation import SIZES, Evaluation, attributions, looked_at, selectable
+from debiaskd.training.batches import Split, SplitLoader, open_split
+from debiaskd.training.validation import SIZES, Evaluator, attribution_options, attributions, available_metrics
 
 
 def several(ignore: Boxes | None) -> Batch:
@@ -75,15 +75,15 @@ def test_one_label_a_picture() -> None:
 def test_figures_are_those_of_all_pictures_together(tmp_path: Path) -> None:
     data = Data(str(runs.birds(tmp_path)), size=12)
     split, groups = open_split(data, "train"), torch.tensor([0] * 3 + [1] * 5 + [2] * 2 + [3] * 9)
-    pictures = Pictures(split, data, training=False, batch=7, ranks=Ranks(), device=torch.device("cpu"))
+    pictures = SplitLoader(split, data, training=False, batch=7, ranks=Ranks(), device=torch.device("cpu"))
     torch.manual_seed(0)
     model = SmallNet((4, 6), (2, 2), num_classes=2).eval()
-    batch = pictures.placed(split.dataset.__getitems__(range(48)))
+    batch = pictures.transform(split.dataset.__getitems__(range(48)))
     with torch.no_grad():
         model.fc.bias -= model(batch.images).mean(0)  # or it would say the same of all
         correct = model(batch.images).argmax(1) == batch.target
     assert batch.groups is not None
-    found = Evaluation(pictures, groups, GuideOptions(), threshold=0.3)(model)
+    found = Evaluator(pictures, groups, GuideOptions(), threshold=0.3)(model)
     expected = group_accuracy(correct, batch.groups, groups)
     assert len({expected.average, expected.worst_group, expected.unbiased, expected.adjusted}) == 4
     for key in ("worst_group", "unbiased", "adjusted"):
@@ -108,14 +108,17 @@ def test_where_the_model_of_each_stage_is_looked_at() -> None:
     stages = ("student", "pretraining", "identification", "teacher", "teacher-erm", "teacher-identification")
 
     def layers(recipe: Recipe) -> list[str]:
-        return [looked_at(recipe, stage).layer for stage in stages]
+        return [attribution_options(recipe, stage).layer for stage in stages]
 
     assert layers(named) == ["body"] * 3 + ["stage"] * 3
     named.transplant = Transplant()  # whose student has its projector behind that layer
     assert layers(named) == ["Final", "body", "body"] + ["stage"] * 3
     named.terms.guide = GuideOptions(layer="Input", attribution="grad_cam")
     assert layers(named) == ["Input", "Input", "body"] + ["stage"] * 3
-    assert looked_at(named, "student").attribution == "grad_cam" and looked_at(named, "teacher").attribution is None
+    assert (
+        attribution_options(named, "student").attribution == "grad_cam"
+        and attribution_options(named, "teacher").attribution is None
+    )
     assert layers(Recipe(Data("x"), Network("a"), Terms())) == ["Final"] * 6
 
 
@@ -141,21 +144,21 @@ def test_classes_that_a_split_lacks_are_left_out_of_the_mean(tmp_path: Path) -> 
 
     def measured(key: str) -> tuple[Split, dict[str, float]]:
         split = open_split(data, key)
-        pictures = Pictures(split, data, training=False, batch=2, ranks=Ranks(), device=torch.device("cpu"))
-        return split, Evaluation(pictures, None, GuideOptions())(model)
+        pictures = SplitLoader(split, data, training=False, batch=2, ranks=Ranks(), device=torch.device("cpu"))
+        return split, Evaluator(pictures, None, GuideOptions())(model)
 
     validation, found = measured("validation")
     batch = validation.dataset.__getitems__(range(5))
-    pictures = Pictures(validation, data, training=False, batch=5, ranks=Ranks(), device=torch.device("cpu"))
+    pictures = SplitLoader(validation, data, training=False, batch=5, ranks=Ranks(), device=torch.device("cpu"))
     with torch.no_grad():
-        logits = model(pictures.placed(batch).images)
+        logits = model(pictures.transform(batch).images)
     each = [average_precision_score(batch.target[:, k], logits[:, k]) for k in (0, 2)]
     assert found["map"] == pytest.approx(sum(each) / 2) and found["map_classes"] == 2
-    assert selectable(validation) == ("f1", "epg", "iou")
+    assert available_metrics(validation) == ("f1", "epg", "iou")
     test, found = measured("test")
     assert found["map"] != found["map"] and found["map_classes"] == 0
     assert not {"epg", "iou", "accuracy"} & found.keys()
-    assert selectable(test) == ()
+    assert available_metrics(test) == ()
 
 
 def test_selection_by_what_validation_cannot_tell_is_refused_by_name(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import training_runs as runs
 from debiaskd.cli import entry as cli
 from debiaskd.data import PackedDataset, prepare
 from debiaskd.evaluation import probe as probing
-from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.evaluation.probe import probe_run
 from debiaskd.recipe import RecipeError
 
@@ -46,13 +46,13 @@ def test_a_probe_reads_the_frozen_features(run: Path, monkeypatch: pytest.Monkey
     from sklearn.linear_model import LogisticRegression
 
     given: list[np.ndarray] = []
-    inner = probing._one
+    inner = probing._single_label
 
     def noted(fitted: np.ndarray, target: np.ndarray, measured: np.ndarray, expected: np.ndarray) -> Any:
         given.extend([fitted, measured])
         return inner(fitted, target, measured, expected)
 
-    monkeypatch.setattr(probing, "_one", noted)
+    monkeypatch.setattr(probing, "_single_label", noted)
 
     data = run.parent / "birds16"
     before = (run / "student" / "model.safetensors").read_bytes()
@@ -60,7 +60,7 @@ def test_a_probe_reads_the_frozen_features(run: Path, monkeypatch: pytest.Monkey
     assert json.loads(path.read_text()) == document
     assert document["pictures"] == [48, 16] and document["features"] == 8
     assert (run / "student" / "model.safetensors").read_bytes() == before
-    loaded = Loaded(run)
+    loaded = LoadedStage(run)
     features, targets = [], []
     for split in ("train", "test"):
         batch = PackedDataset(data, split).__getitems__(range(48 if split == "train" else 16))
@@ -106,7 +106,7 @@ def test_the_strength_is_chosen_on_pictures_held_back(monkeypatch: pytest.Monkey
         return inner(strength, feature, target)
 
     monkeypatch.setattr(probing, "_solver", noted)
-    judge, share = (probing._several, "f1") if several else (probing._one, "accuracy")
+    judge, share = (probing._multi_label, "f1") if several else (probing._single_label, "accuracy")
     figures, chosen = judge(feature, target, feature, target)
     tried, last = [one for one in seen if len(one[1]) < 60], [one for one in seen if len(one[1]) == 60]
     assert [strength for strength, _ in tried[:: 2 if several else 1]] == list(probing.STRENGTHS)

@@ -18,10 +18,10 @@ from torch import nn
 
 from debiaskd.data import prepare
 from debiaskd.models import registry as networks
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.recipe import read
 from debiaskd.training.fabric import launch
-from debiaskd.training.loop import Training
+from debiaskd.training.loop import TrainingLoop
 from debiaskd.utils import files
 
 
@@ -108,19 +108,19 @@ def write(path: Path, data: Path, document: dict[str, Any]) -> Path:
 
 def train(recipe: Path, out: Path, *overrides: str) -> Any:
     read_recipe = read(recipe, overrides)
-    return Chain(read_recipe, out, launch(read_recipe.compute), lambda *news: None).student()
+    return Pipeline(read_recipe, out, launch(read_recipe.compute), lambda *news: None).student()
 
 
 def kill_at(step: int) -> None:
     """The student's training dies before its step `step`."""
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def dying(self: Training, *arguments: Any) -> None:
+    def dying(self: TrainingLoop, *arguments: Any) -> None:
         if self.plan.folder.name == "student" and self.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         inner(self, *arguments)
 
-    Training._step = dying  # type: ignore[method-assign]
+    TrainingLoop._step = dying  # type: ignore[method-assign]
 
 
 def kill_writing(number: int) -> None:

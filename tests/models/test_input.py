@@ -188,9 +188,9 @@ class Drawn:
 def intake(*arguments: Any, **options: Any) -> Any:
     pytest.importorskip("torchdata")
     pytest.importorskip("jsonargparse")
-    from debiaskd.training.batches import Intake
+    from debiaskd.training.batches import InputTransform
 
-    return Intake(*arguments, **options)
+    return InputTransform(*arguments, **options)
 
 
 STUDENT = InputContract((32, 32))
@@ -232,7 +232,7 @@ def test_resizing_is_pils(mode: str, side: int) -> None:
 @pytest.mark.parametrize("augmented", ({}, {"flip": True}, AUGMENTED))
 def test_teacher_and_student_read_the_same_crop_each_at_its_own_size(augmented: Any) -> None:
     batch = photographs()
-    made = intake(STUDENT, CPU, teacher=TEACHER, taught=True, stored=(40, 40), **augmented)(batch, Drawn())
+    made = intake(STUDENT, CPU, teacher=TEACHER, with_teacher_input=True, stored=(40, 40), **augmented)(batch, Drawn())
     assert made.images.shape == (6, 3, 32, 32) and made.teacher_images.shape == (6, 3, 64, 64)
     # The crop in pixels of 0..1, at the larger size; where nothing is cropped, the stored picture.
     base = 64 if "crop_scale" in augmented else 40
@@ -247,7 +247,9 @@ def test_teacher_and_student_read_the_same_crop_each_at_its_own_size(augmented: 
 @pytest.mark.parametrize("augmented", ({}, {"flip": True}, AUGMENTED))
 def test_boxes_are_those_of_the_students_own_input(augmented: Any) -> None:
     batch = photographs()
-    together = intake(STUDENT, CPU, teacher=TEACHER, taught=True, stored=(40, 40), **augmented)(batch, Drawn())
+    together = intake(STUDENT, CPU, teacher=TEACHER, with_teacher_input=True, stored=(40, 40), **augmented)(
+        batch, Drawn()
+    )
     alone = intake(STUDENT, CPU, **augmented)(batch, Drawn())
     assert torch.equal(together.boxes.coords, alone.boxes.coords)
     assert torch.equal(together.boxes.offsets, alone.boxes.offsets) and len(alone.boxes.coords) > 2
@@ -258,8 +260,8 @@ def test_what_the_student_reads_beside_a_cached_teacher_is_what_it_reads_beside_
     batch = photographs()
     for teacher in (TEACHER, InputContract((32, 32), HALF, HALF)):
         options = {"teacher": teacher, "stored": (40, 40), **AUGMENTED}
-        live = intake(STUDENT, CPU, taught=True, **options)(batch, Drawn())
-        cached = intake(STUDENT, CPU, taught=False, **options)(batch, Drawn())
+        live = intake(STUDENT, CPU, with_teacher_input=True, **options)(batch, Drawn())
+        cached = intake(STUDENT, CPU, with_teacher_input=False, **options)(batch, Drawn())
         torch.testing.assert_close(cached.images, live.images, rtol=0, atol=1e-5)
         assert cached.teacher_images is None and live.teacher_images is not None
 
@@ -271,16 +273,22 @@ def test_a_contract_that_both_share_is_normalised_once() -> None:
         (STUDENT, {"flip": True}),
         (InputContract((32, 32), interpolation="bicubic"), AUGMENTED),  # which only matters where pictures are resized
     ):
-        made = intake(STUDENT, CPU, teacher=teacher, taught=True, stored=(40, 40), **augmented)(batch, Drawn())
+        made = intake(STUDENT, CPU, teacher=teacher, with_teacher_input=True, stored=(40, 40), **augmented)(
+            batch, Drawn()
+        )
         assert made.teacher_images is None
         assert torch.equal(made.images, intake(STUDENT, CPU, **augmented)(batch, Drawn()).images)
-    apart = intake(STUDENT, CPU, teacher=InputContract((32, 32), interpolation="bicubic"), taught=True, stored=(40, 40))
+    apart = intake(
+        STUDENT, CPU, teacher=InputContract((32, 32), interpolation="bicubic"), with_teacher_input=True, stored=(40, 40)
+    )
     assert apart(batch, Drawn()).teacher_images is not None
 
 
 def test_a_b_cos_student_of_an_ordinary_teacher() -> None:
     student = found("bcos/resnet18", 32)
-    made = intake(student, CPU, teacher=TEACHER, taught=True, stored=(40, 40), **AUGMENTED)(photographs(), Drawn())
+    made = intake(student, CPU, teacher=TEACHER, with_teacher_input=True, stored=(40, 40), **AUGMENTED)(
+        photographs(), Drawn()
+    )
     assert made.images.shape == (6, 6, 32, 32) and made.teacher_images.shape == (6, 3, 64, 64)
     torch.testing.assert_close(made.images[:, :3] + made.images[:, 3:], torch.ones(6, 3, 32, 32))
     alone = intake(student, CPU, **AUGMENTED)(photographs(), Drawn())

@@ -21,7 +21,7 @@ from debiaskd import bias
 from debiaskd.data import PackedDataset
 from debiaskd.data.group_files import image_names, read_groups
 from debiaskd.data.sources.problems import DataError
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.training.batches import open_split
 from debiaskd.training.run import finished
@@ -141,4 +141,4 @@ def test_bad_files_of_groups(data: Path, tmp_path: Path, rows: str | None, messa
 def test_recipes_that_do_not_fit(data: Path, tmp_path: Path, document: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         read = runs.read(runs.write(tmp_path / "r.yaml", data, {**KD, **document}))
-        Chain(read, tmp_path / "run", runs.launch(read.compute), lambda *news: None)
+        Pipeline(read, tmp_path / "run", runs.launch(read.compute), lambda *news: None)

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch
-from debiaskd.evaluation.evaluate import Loaded, evaluate_run
+from debiaskd.evaluation.evaluate import LoadedStage, evaluate_run
 from debiaskd.models.registry import NetworkError
 from debiaskd.models.transplant import Transplanted
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.terms.backdoor import Intervened
-from debiaskd.training.rebuild import of_file
-from debiaskd.training.teacher_outputs import Live
+from debiaskd.training.rebuild import design_of_file
+from debiaskd.training.teacher_outputs import LiveTeacher
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
@@ -67,9 +67,9 @@ def simple(data: Path) -> Path:
     return data / "simple"
 
 
-def chain(data: Path, folder: Path, document: dict[str, Any]) -> Chain:
+def chain(data: Path, folder: Path, document: dict[str, Any]) -> Pipeline:
     recipe = runs.read(runs.write(folder / "r.yaml", data, document))
-    return Chain(recipe, folder / "run", runs.launch(recipe.compute), lambda *news: None)
+    return Pipeline(recipe, folder / "run", runs.launch(recipe.compute), lambda *news: None)
 
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_a_transplanted_student_teaches_whole(
     data: Path, request: pytest.FixtureRequest, tmp_path: Path, which: str
 ) -> None:
     run: Path = request.getfixturevalue(which)
-    expected = logits(Loaded(run).model)
+    expected = logits(LoadedStage(run).model)
     document = {**DETT, "teacher": {"name": "small/4,6", "weights": str(run)}, "student": {"name": "small/4"}}
     made = chain(data, tmp_path, document)
     assert made.recipe.teacher is not None
@@ -94,7 +94,7 @@ def test_a_transplanted_student_teaches_whole(
     torch.testing.assert_close(logits(source), expected)
     # Its own last layers are what the next student's feature map is read by.
     stage = made.student()
-    student: Any = Loaded(tmp_path / "run").model
+    student: Any = LoadedStage(tmp_path / "run").model
     assert isinstance(student, Transplanted)
     with torch.no_grad():
         feature = source.forward_features(IMAGES)  # type: ignore[operator]
@@ -111,7 +111,7 @@ def test_a_run_is_measured_without_the_run_that_taught_it(data: Path, first: Pat
     document = {**DETT, "teacher": {"name": "small/4,6", "weights": str(tmp_path / "first")}}
     (tmp_path / "second").mkdir()
     chain(data, tmp_path / "second", {**document, "student": {"name": "small/4"}}).student()
-    expected = logits(Loaded(tmp_path / "second" / "run").model)
+    expected = logits(LoadedStage(tmp_path / "second" / "run").model)
     # And a student of that student.
     third = {**document, "teacher": {"name": "small/4", "weights": str(tmp_path / "second" / "run")}}
     (tmp_path / "third").mkdir()
@@ -119,11 +119,11 @@ def test_a_run_is_measured_without_the_run_that_taught_it(data: Path, first: Pat
     assert made.recipe.teacher is not None
     torch.testing.assert_close(logits(made.teacher(made.recipe.teacher)[0]), expected)
     made.student()
-    third_logits = logits(Loaded(tmp_path / "third" / "run").model)
+    third_logits = logits(LoadedStage(tmp_path / "third" / "run").model)
     shutil.rmtree(tmp_path / "first")
-    torch.testing.assert_close(logits(Loaded(tmp_path / "second" / "run").model), expected)
+    torch.testing.assert_close(logits(LoadedStage(tmp_path / "second" / "run").model), expected)
     shutil.rmtree(tmp_path / "second")
-    torch.testing.assert_close(logits(Loaded(tmp_path / "third" / "run").model), third_logits)
+    torch.testing.assert_close(logits(LoadedStage(tmp_path / "third" / "run").model), third_logits)
 
 
 @pytest.mark.parametrize("path", ["student", "student/model.safetensors"])
@@ -139,10 +139,10 @@ def test_distillation_from_adjusted_logits(data: Path, first: Path, tmp_path: Pa
     made = chain(data, tmp_path, document)
     assert made.recipe.teacher is not None
     source, _ = made.teacher(made.recipe.teacher)
-    outputs = Live(made._still(source, made.recipe.teacher))(
+    outputs = LiveTeacher(made._freeze_teacher(source, made.recipe.teacher))(
         Batch(IMAGES, torch.zeros(3).long(), Boxes.from_lists([None] * 3)), 0
     )
-    expected = Loaded(first).model.eval()
+    expected = LoadedStage(first).model.eval()
     torch.testing.assert_close(outputs.logits, logits(expected))
     with torch.no_grad():
         pooled = expected.forward_head(expected.forward_features(IMAGES), pre_logits=True)  # type: ignore[operator]
@@ -159,13 +159,13 @@ def test_a_transplanted_student_is_trained_further_whole(data: Path, first: Path
         "compute": {"accelerator": "cpu"},
     }
     made = chain(data, tmp_path, document)
-    torch.testing.assert_close(logits(made.student_network), logits(Loaded(first).model))
+    torch.testing.assert_close(logits(made.student_network), logits(LoadedStage(first).model))
     stage = made.student()
     state, before = load_file(stage.model), load_file(first / "student" / "model.safetensors")
     assert state.keys() == before.keys()
     trained = {name: tensor for name, tensor in before.items() if "running" not in name and "num_batches" not in name}
     torch.testing.assert_close({name: state[name] for name in trained}, trained, rtol=0, atol=1e-6)
-    assert isinstance(Loaded(tmp_path / "run").model, Intervened)
+    assert isinstance(LoadedStage(tmp_path / "run").model, Intervened)
 
 
 @pytest.mark.parametrize(("which", "projector"), [("first", "linear"), ("simple", "linear"), ("simple", "depthwise")])
@@ -192,7 +192,7 @@ def test_with_another_teacher_the_body_goes_on_and_the_projector_where_it_fits(
     )
     teacher = load_file(tmp_path / "run" / "teacher" / "model.safetensors")
     assert any(torch.equal(teacher["fc.weight"], tensor) for name, tensor in state.items() if name.startswith("head."))
-    assert type(Loaded(tmp_path / "run").model) is Transplanted
+    assert type(LoadedStage(tmp_path / "run").model) is Transplanted
 
 
 def test_what_a_run_is_not_is_told(data: Path, first: Path, tmp_path: Path) -> None:
@@ -203,16 +203,16 @@ def test_what_a_run_is_not_is_told(data: Path, first: Path, tmp_path: Path) -> N
         changed = {**teacher, "name": "small/4,6", "bias_free": True}
         chain(data, tmp_path, {**DETT, "teacher": changed, "student": {"name": "small/4"}})
     assert not (tmp_path / "run").exists()
-    assert of_file(first / "teacher").plain and not of_file(first).plain  # type: ignore[union-attr]
-    assert of_file(tmp_path) is None
+    assert design_of_file(first / "teacher").plain and not design_of_file(first).plain  # type: ignore[union-attr]
+    assert design_of_file(tmp_path) is None
 
 
 def test_a_given_head_cannot_begin_anew(first: Path) -> None:
-    design = of_file(first)
+    design = design_of_file(first)
     assert design is not None
-    from debiaskd.training.rebuild import Base
+    from debiaskd.training.rebuild import StartingNetwork
 
     with pytest.raises(
         NetworkError, match=r"its small/4,6 knows 2 classes and the data has 5; a head that it was given"
     ):
-        Base(design, new_head=False).begin(str(first), design.contract, 5)
+        StartingNetwork(design, new_head=False).begin(str(first), design.contract, 5)

@@ -20,15 +20,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from debiaskd.data import Augment, PackedDataset
-from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.models import registry as networks
 from debiaskd.models.registry import NetworkError
 from debiaskd.pipeline import weights as weights_stage
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import ErrorSetWarning
 from debiaskd.terms import State, Supervised
-from debiaskd.training.dry_run import Rehearsal
+from debiaskd.training.dry_run import DryRun
 from debiaskd.training.run import RunError
 
 pytestmark = [
@@ -104,7 +104,7 @@ def test_a_teacher_of_each_method(
     run(data, tmp_path, distilled(method, **teacher))
     found = {path.parent.name for path in (tmp_path / "run").glob("*/stage.json")}
     assert found == stages
-    loaded = Loaded(tmp_path / "run", "teacher")
+    loaded = LoadedStage(tmp_path / "run", "teacher")
     assert loaded.classes == ["landbird", "waterbird"] and loaded.network.name == "plain/6"
     if method == "jtt":
         assert stage_of(tmp_path, "teacher-identification")["facts"]["epochs"] == 2
@@ -137,7 +137,7 @@ def test_dfr_changes_the_last_layer_alone(data: Path, tmp_path: Path) -> None:
 
 def mistakes(data: Path, run: Path, stage: str) -> torch.Tensor:
     """What the identification model gets wrong once it is trained, computed from its file."""
-    loaded = Loaded(run, stage)
+    loaded = LoadedStage(run, stage)
     split = PackedDataset(data, "train")
     images = Augment(16, flip=False)(split.__getitems__(range(len(split)))).images
     with torch.no_grad():
@@ -160,8 +160,8 @@ def test_weights_are_the_trained_models_mistakes(data: Path, tmp_path: Path, con
     assert torch.equal(weights, torch.where(wrong, heaviest, 1.0))
     facts = stage_of(tmp_path, "weights")["facts"]
     assert facts == {"pictures": 48, "heaviest": heaviest, "heaviest_pictures": int(wrong.sum())}
-    identified = stage_of(tmp_path, "identification")
-    brief, facts = identified["inputs"]["schedule"], identified["facts"]
+    train_identification = stage_of(tmp_path, "identification")
+    brief, facts = train_identification["inputs"]["schedule"], train_identification["facts"]
     assert (brief["epochs"], brief["ema"], brief["warmup"]) == (3, None, 0)
     assert (facts["rule"], facts["epoch"]) == ("last", 2)  # its best epoch would make fewer of the mistakes
 
@@ -186,7 +186,7 @@ def test_pictures_are_drawn_by_their_weights_instead_of_weighing_the_loss(
         return loss
 
     monkeypatch.setattr(Supervised, "forward", noting)
-    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
+    monkeypatch.setattr(DryRun, "run", lambda self, learner: None)
     monkeypatch.setattr("debiaskd.pipeline.weights.group_weights", lambda groups: torch.where(groups == 2, 30.0, 1.0))
     document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}}
     document["weights"] = {"method": "groups", "draw": draw}
@@ -200,8 +200,8 @@ def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_pa
     document = {**SUPERVISED, "terms": {"supervised": {"weighted": True}}, "weights": {"method": "groups"}}
     recipe = runs.write(tmp_path / "r.yaml", data, {**document, "data": {"train": "train[:50%]"}})
     read_recipe = runs.read(recipe)
-    chain = Chain(read_recipe, tmp_path / "run", runs.launch(read_recipe.compute), lambda *news: None)
-    split = chain.fitting.train
+    chain = Pipeline(read_recipe, tmp_path / "run", runs.launch(read_recipe.compute), lambda *news: None)
+    split = chain.trainer.train
     spread = chain.spread(torch.arange(24.0) + 1)
     assert torch.equal(spread[split.numbers], torch.arange(24.0) + 1)
     assert int((spread > 0).sum()) == 24 and len(spread) == 48
@@ -245,7 +245,7 @@ def test_what_was_taken_from_a_file_is_said_once(data: Path, tmp_path: Path) -> 
     torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "t.pth")
     recipe = runs.read(runs.write(tmp_path / "r.yaml", data, distilled(None, weights=str(tmp_path / "t.pth"))))
     news: list[tuple[str, str]] = []
-    made = Chain(
+    made = Pipeline(
         recipe, tmp_path / "run", runs.launch(recipe.compute), lambda task, done, new: news.append((task, new))
     )
     made.student()
@@ -315,7 +315,7 @@ def test_networks_without_timms_protocol(data: Path, tmp_path: Path) -> None:
     stage = run(data, tmp_path, dett)
     state, teacher = load_file(stage.model), load_file(tmp_path / "run" / "teacher" / "model.safetensors")
     assert any(torch.equal(tensor, teacher["last.weight"]) for tensor in state.values())
-    assert Loaded(tmp_path / "run").model(torch.randn(2, 3, 16, 16)).shape == (2, 2)
+    assert LoadedStage(tmp_path / "run").model(torch.randn(2, 3, 16, 16)).shape == (2, 2)
     named = {**distilled("erm"), "student": {"name": "bare/4", "layer": "stage.1", "head": "last"}}
     (tmp_path / "named").mkdir()
     run(data, tmp_path / "named", {**named, "terms": {"sample": {}, "supervised": {}}})

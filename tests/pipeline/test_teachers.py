@@ -16,15 +16,15 @@ pytest.importorskip("safetensors")
 
 import training_runs as runs
 
-from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.models import registry as networks
 from debiaskd.pipeline import dfr, teachers
-from debiaskd.pipeline.identification import identified
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.identification import train_identification
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.recipe import RecipeError
 from debiaskd.reweight import group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions
-from debiaskd.training.fit import Fitting
+from debiaskd.training.fit import Trainer
 from debiaskd.training.run import digest
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
@@ -43,7 +43,7 @@ def chain(
     selection: dict[str, Any] | None = None,
     parts: dict[str, str] | None = None,
     **teacher: Any,
-) -> Chain:
+) -> Pipeline:
     folder.mkdir(exist_ok=True)
     document = {
         "data": parts or {},
@@ -56,7 +56,7 @@ def chain(
         "seed": seed,
     }
     recipe = runs.read(runs.write(folder / "r.yaml", data, document))
-    return Chain(recipe, folder / "run", runs.launch(recipe.compute), lambda *news: None)
+    return Pipeline(recipe, folder / "run", runs.launch(recipe.compute), lambda *news: None)
 
 
 @pytest.mark.parametrize(
@@ -73,35 +73,37 @@ def chain(
 def test_what_each_method_is_of(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], term: Any, grouped: bool
 ) -> None:
-    made, inner, asked = chain(data, tmp_path, **options), Fitting.fit, {}
+    made, inner, asked = chain(data, tmp_path, **options), Trainer.fit, {}
 
-    def noted(self: Fitting, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
+    def noted(self: Trainer, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
         asked[name] = (arguments[3:], more)
         return inner(self, name, *arguments, **more)
 
-    monkeypatch.setattr(Fitting, "fit", noted)
-    assert made.recipe.teacher is not None and made.fitting.train.groups is not None
+    monkeypatch.setattr(Trainer, "fit", noted)
+    assert made.recipe.teacher is not None and made.trainer.train.groups is not None
     made.teacher(made.recipe.teacher)
     (terms, schedule), more = asked.pop("teacher")
     assert list(terms.values()) == [term] and schedule.epochs == 1
     assert more["network"].name == "plain/6" and more.get("rule") is None
-    drawn = group_weights(made.fitting.train.groups) if grouped else None
+    drawn = group_weights(made.trainer.train.groups) if grouped else None
     assert (more["sampling"] is None) == (drawn is None) and (drawn is None or torch.equal(more["sampling"], drawn))
     if options["method"] != "jtt":
         assert more["weight"] is None and asked == {}
         return
-    (_, brief), _ = asked.pop("teacher-identification")
-    assert brief.epochs == 2 and asked == {}
-    correct, _ = identified(made, "teacher-identification", made.recipe.teacher, brief)  # which is finished
+    (_, brief_schedule), _ = asked.pop("teacher-identification")
+    assert brief_schedule.epochs == 2 and asked == {}
+    correct, _ = train_identification(
+        made, "teacher-identification", made.recipe.teacher, brief_schedule
+    )  # which is finished
     assert torch.equal(more["weight"], torch.where(correct(), 1.0, 6.0)) and not correct().all()
 
 
-def last_layer(made: Chain, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def last_layer(made: Pipeline, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the finished teacher's last layer reads and gives of validation, and what it reads of training, [N,D]."""
-    loaded, found = Loaded(folder / "run", "teacher"), []
+    loaded, found = LoadedStage(folder / "run", "teacher"), []
     model: Any = loaded.model
-    for split in (made.fitting.validation, made.fitting.train):
-        batch = loaded.pictures(split).placed(split.dataset.__getitems__(range(len(split))))
+    for split in (made.trainer.validation, made.trainer.train):
+        batch = loaded.loader(split).transform(split.dataset.__getitems__(range(len(split))))
         with torch.no_grad():
             found.append(model.forward_head(model.forward_features(batch.images), pre_logits=True).double())
             found.append(model(batch.images).double())
@@ -116,15 +118,15 @@ def test_dfr_leaves_the_layer_behind_that_was_fitted_to_all_of_validation(
     monkeypatch.setattr(dfr, "STRENGTHS", (100.0,))  # fits what it is fitted to all too well
     monkeypatch.setattr(dfr, "DRAWS", 3)
     made = chain(data, tmp_path, seed, method="dfr", name="small/4,6", bias_free=bias_free)  # of batch norm
-    assert made.recipe.teacher is not None and made.fitting.validation.groups is not None
+    assert made.recipe.teacher is not None and made.trainer.validation.groups is not None
     made.teacher(made.recipe.teacher)
     feature, logits, training, _ = last_layer(made, tmp_path)
-    split = made.fitting.validation
+    split = made.trainer.validation
     scale = dfr.Scale.of(training, centred=not bias_free)
     expected = dfr.refit(feature, split.target, split.groups, scale, intercept=not bias_free, seed=seed)
     torch.testing.assert_close(logits, feature @ expected.weight.T + expected.bias, rtol=1e-3, atol=1e-3)
     if bias_free:
-        assert Loaded(tmp_path / "run", "teacher").model.get_classifier().bias is None
+        assert LoadedStage(tmp_path / "run", "teacher").model.get_classifier().bias is None
     facts = json.loads((tmp_path / "run" / "teacher" / "stage.json").read_text())["facts"]
     assert facts["worst_group_accuracy_of_the_other_half"] == pytest.approx(expected.tuned[100.0])
     draw = int(split.groups.unique(return_counts=True)[1].min()) * len(split.groups.unique())
@@ -153,15 +155,15 @@ def test_dfr_of_networks_that_end_otherwise(data: Path, tmp_path: Path, monkeypa
             networks._FAMILIES, name, lambda width, classes, *_, two=two: Ending(classes, int(width), two)
         )
     made = chain(data, tmp_path, method="dfr", name="convolution/6")
-    assert made.recipe.teacher is not None and made.fitting.validation.groups is not None
+    assert made.recipe.teacher is not None and made.trainer.validation.groups is not None
     model, _ = made.teacher(made.recipe.teacher)
-    pictures = Loaded(tmp_path / "run", "teacher").pictures
+    pictures = LoadedStage(tmp_path / "run", "teacher").loader
     found = []
-    for split in (made.fitting.validation, made.fitting.train):
-        images = pictures(split).placed(split.dataset.__getitems__(range(len(split)))).images
+    for split in (made.trainer.validation, made.trainer.train):
+        images = pictures(split).transform(split.dataset.__getitems__(range(len(split)))).images
         with torch.no_grad():
             found += [model.body(images).mean((2, 3)).double(), model(images).double()]  # type: ignore[operator]
-    split = made.fitting.validation
+    split = made.trainer.validation
     expected = dfr.refit(found[0], split.target, split.groups, dfr.Scale.of(found[2]))
     torch.testing.assert_close(found[1], found[0] @ expected.weight.T + expected.bias, rtol=1e-3, atol=1e-3)
     with pytest.raises(
@@ -174,27 +176,27 @@ def test_validation_that_fitted_the_teacher_does_not_select_the_student(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn")
-    inner, asked = Fitting.fit, {}
+    inner, asked = Trainer.fit, {}
 
-    def noted(self: Fitting, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
+    def noted(self: Trainer, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
         asked[name] = more
         return inner(self, name, *arguments, **more)
 
-    monkeypatch.setattr(Fitting, "fit", noted)
+    monkeypatch.setattr(Trainer, "fit", noted)
     stage = chain(data, tmp_path, method="dfr").student()
     assert asked["student"]["rule"] == "last" and asked["teacher-erm"].get("rule") is None
     text = "the last epoch: the validation pictures fitted the teacher's last layer"
     assert (stage.facts["rule"], stage.facts["selection"]) == ("last", text)
 
     made = chain(data, tmp_path / "half", method="dfr", validation_share=0.5)
-    assert made.recipe.teacher is not None and made.fitting.validation.groups is not None
+    assert made.recipe.teacher is not None and made.trainer.validation.groups is not None
     stage = made.student()
     assert stage.facts["rule"] == "worst_group" and stage.facts["selection"].startswith("worst-group accuracy on valid")
-    fitted, rest = teachers.shares(made.fitting, made.recipe.teacher)
+    fitted, rest = teachers.shares(made.trainer, made.recipe.teacher)
     chosen = asked["student"]["validation"]
     assert sorted(fitted.tolist() + rest.tolist()) == list(range(16))
-    assert torch.equal(chosen.numbers, rest) and torch.equal(chosen.target, made.fitting.validation.target[rest])
-    groups = made.fitting.validation.groups
+    assert torch.equal(chosen.numbers, rest) and torch.equal(chosen.target, made.trainer.validation.target[rest])
+    groups = made.trainer.validation.groups
     assert (groups[fitted].bincount() - groups[rest].bincount()).abs().max() <= 1
     read = chosen.dataset.__getitems__(range(len(rest)))
     assert torch.equal(read.target, chosen.target) and torch.equal(read.index, rest)

@@ -26,13 +26,13 @@ from test_report import Loads
 
 from debiaskd.cli import entry as cli
 from debiaskd.data import prepare
-from debiaskd.evaluation.evaluate import Evaluated, Loaded, evaluate_run, measured_on
+from debiaskd.evaluation.evaluate import LoadedStage, StageEvaluation, evaluate_run, evaluation_split
 from debiaskd.ops.ignore import of_class
 from debiaskd.reports import comparison
-from debiaskd.reports.measured import _looks, choose, measure
+from debiaskd.reports.measured import choose, looks, measure
 from debiaskd.reports.sections import Section
 from debiaskd.terms import make_guide
-from debiaskd.training.validation import looked_at
+from debiaskd.training.validation import attribution_options
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("reports")]
 
@@ -96,7 +96,9 @@ def test_the_table_has_the_figures_of_evaluate(root: Path, page: str) -> None:
         expected = f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
         assert found["erm"][heading] == expected and expected != "0.0 ± 0.0"
         assert found["guided"][heading] == f"{100 * (guided[key] or 0.0):.1f}"
-    assert found["guided"]["parameters"] == f"{sum(p.numel() for p in Loaded(root / 'guided').model.parameters()):,}"
+    assert (
+        found["guided"]["parameters"] == f"{sum(p.numel() for p in LoadedStage(root / 'guided').model.parameters()):,}"
+    )
     every = table(page.partition("Every run")[2], "seed")
     assert [(name, row["seed"]) for name, row in every.items()] == [("erm-0", "0"), ("erm-1", "1"), ("guided", "0")]
     assert every["erm-1"]["IoU %"] == f"{100 * (both[1]['iou'] or 0.0):.1f}"
@@ -160,10 +162,10 @@ def test_the_grid_has_a_picture_of_each_run(root: Path, page: str) -> None:
 
 def judged(run: Path, number: int) -> tuple[float, int, int]:
     """(energy in the box with a mask that is painted, predicted class, class) of a test picture."""
-    loaded = Loaded(run)
-    pictures = loaded.pictures(measured_on(loaded, None))
-    batch = pictures.placed(pictures.split.whole.__getitems__([number]))
-    maps = make_guide(looked_at(loaded.recipe, "student"), loaded.model).attribute(batch.images, batch.target)
+    loaded = LoadedStage(run)
+    pictures = loaded.loader(evaluation_split(loaded, None))
+    batch = pictures.transform(pictures.split.whole.__getitems__([number]))
+    maps = make_guide(attribution_options(loaded.recipe, "student"), loaded.model).attribute(batch.images, batch.target)
     large = torch.nn.functional.interpolate(maps[None], loaded.size, mode="bilinear")[0, 0].clamp(min=0)
     mask = of_class(batch.boxes, batch.target).mask(loaded.size)[0]
     energy = float((large * mask).sum() / large.sum()) if large.any() else 0.0
@@ -306,13 +308,13 @@ def test_pictures_without_any_label_are_a_page_too(tmp_path: Path) -> None:
     names = {"train": "train2017", "validation": "val2017", "test": "test2017"}
     run = tmp_path / "run"
     runs.train(runs.write(tmp_path / "r.yaml", tmp_path / "data", {**document, "data": names}), run)
-    loaded = Loaded(run)
-    split = measured_on(loaded, None)
+    loaded = LoadedStage(run)
+    split = evaluation_split(loaded, None)
     for hidden in (split.whole.target, split.target):
         hidden.zero_()
-    figures = Evaluated(loaded, split).measure()["figures"]
+    figures = StageEvaluation(loaded, split).measure()["figures"]
     assert figures["map"] is None and figures["map_classes"] == 0 and "epg" not in figures
-    assert choose(split) == [] == _looks(loaded, split, looked_at(loaded.recipe, "student"), [])
+    assert choose(split) == [] == looks(loaded, split, attribution_options(loaded.recipe, "student"), [])
     found = dataclasses.replace(measure(run, "run"), figures=dict.fromkeys(figures), examples=[], looks=[])
     html = comparison.page([Section([found])])
     assert "nothing that accuracy can be measured by" in html and "Where each run looks" not in html

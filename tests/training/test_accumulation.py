@@ -45,9 +45,9 @@ from debiaskd.terms import (
     Term,
     make_guide,
 )
-from debiaskd.training.feature_extraction import Watched, places
+from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
 from debiaskd.training.learner import Learner, Step
-from debiaskd.training.teacher_outputs import Live
+from debiaskd.training.teacher_outputs import LiveTeacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,14 +74,14 @@ def batch(*, several: bool = False, ignored: bool = False) -> Batch:
 def learner(name: str, options: Any) -> Learner:
     torch.manual_seed(0)
     student, example = runs.Plain(K, WIDTH), torch.randn(2, 3, 16, 16)
-    teacher = Live(FrozenTeacher(runs.Plain(K, WIDTH), example=example))
+    teacher = LiveTeacher(FrozenTeacher(runs.Plain(K, WIDTH), example=example))
     guide = make_guide(options, student) if isinstance(options, GuideOptions) else None
     term: Term = TERMS[name](options, SETTING) if guide is None else GuideTerm(options, guide)  # type: ignore[call-arg]
     if name == "backdoor":
         term.head.context.normal_()  # type: ignore[union-attr, operator]
-    watched = Watched(student, places(student, example), {"feature", "pooled"})
+    extractor = FeatureExtractor(student, find_feature_layers(student, example), {"feature", "pooled"})
     weight = torch.linspace(0.1, 9, N)
-    return Learner(watched, {name: term}, teacher=teacher, guide=guide, weight=weight)
+    return Learner(extractor, {name: term}, teacher=teacher, guide=guide, weight=weight)
 
 
 def parts(whole: Batch, ranks: Ranks, passes: int) -> Iterator[Step]:
@@ -157,17 +157,17 @@ def test_a_step_is_the_same_in_any_number_of_passes_and_ranks(name: str, options
 def relinked(copied: Learner, options: Any) -> Learner:
     """A copy whose guide looks at the copied student."""
     if isinstance(options, GuideOptions):
-        guide = make_guide(options, copied.watched.model)
+        guide = make_guide(options, copied.extractor.model)
         copied.term("guide").guide = guide  # type: ignore[assignment]
-        copied._outside = (copied._outside[0], guide, copied._outside[2])
+        copied._unregistered = (copied._unregistered[0], guide, copied._unregistered[2])
     return copied
 
 
 def test_relations_are_of_the_pairs_of_a_pass() -> None:
     whole, made = batch(), learner("relation", RelationOptions())
     found = gradient(made, whole, ranks(), 4)[-1]
-    student, teacher = made.watched.model, made._outside[0]
-    assert isinstance(teacher, Live)
+    student, teacher = made.extractor.model, made._unregistered[0]
+    assert isinstance(teacher, LiveTeacher)
     each = []
     for part in parts(whole, ranks(), 4):
         with torch.no_grad():

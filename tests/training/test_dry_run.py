@@ -17,10 +17,10 @@ import training_runs as runs
 from torch import Tensor, nn
 
 from debiaskd.models import registry as networks
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.recipe import RecipeError
-from debiaskd.training.dry_run import Rehearsal
-from debiaskd.training.loop import Training
+from debiaskd.training.dry_run import DryRun
+from debiaskd.training.loop import TrainingLoop
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
@@ -85,7 +85,7 @@ def refused(data: Path, folder: Path, document: dict[str, Any], *overrides: str)
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in {"normed": Normed, "moody": Moody, "once": Once}.items():
             patch.setitem(networks._FAMILIES, name, lambda width, classes, pretrained, kind=kind: kind(classes, 6))
-        patch.setattr(Training, "run", never)
+        patch.setattr(TrainingLoop, "run", never)
         with pytest.raises(RecipeError) as caught:
             runs.train(runs.write(folder / "recipe.yaml", data, document), folder / "run", *overrides)
     assert not (folder / "run").exists() and "\n" not in str(caught.value)
@@ -167,12 +167,12 @@ def test_a_tuple_of_outputs_and_a_full_memory_are_named(
 def test_a_rehearsal_leaves_nothing_behind(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = {**runs.EVERYTHING, "student": {"name": "small/4,6"}}
     recipe = runs.read(runs.write(tmp_path / "r.yaml", data, document))
-    before, inner, ran = torch.get_rng_state(), Rehearsal.run, []
-    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: ran.append(self.key) or inner(self, learner))
-    chain = Chain(recipe, tmp_path / "run", runs.launch(recipe.compute), lambda *news: None)
+    before, inner, ran = torch.get_rng_state(), DryRun.run, []
+    monkeypatch.setattr(DryRun, "run", lambda self, learner: ran.append(self.key) or inner(self, learner))
+    chain = Pipeline(recipe, tmp_path / "run", runs.launch(recipe.compute), lambda *news: None)
     assert ran == ["teacher", "student", "student"]  # the identification model, and the transplanted student
     assert torch.equal(torch.get_rng_state(), before)
-    fresh = chain.fitting.network(recipe.student, "student").state_dict()
+    fresh = chain.trainer.network(recipe.student, "student").state_dict()
     torch.testing.assert_close(chain.student_network.state_dict(), fresh, rtol=0, atol=0)
     assert all(p.grad is None for p in chain.student_network.parameters())
 
@@ -180,7 +180,7 @@ def test_a_rehearsal_leaves_nothing_behind(data: Path, tmp_path: Path, monkeypat
 def test_a_finished_run_is_not_rehearsed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = runs.write(tmp_path / "r.yaml", data, LABELS)
     first = runs.train(recipe, tmp_path / "run")
-    monkeypatch.setattr(Rehearsal, "run", never)
+    monkeypatch.setattr(DryRun, "run", never)
     assert runs.train(recipe, tmp_path / "run").fingerprint == first.fingerprint
 
 

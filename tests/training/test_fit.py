@@ -19,15 +19,15 @@ import training_runs as runs
 from safetensors.torch import load_file
 
 from debiaskd.data import prepare
-from debiaskd.evaluation.evaluate import Loaded
-from debiaskd.pipeline.stages import Chain
+from debiaskd.evaluation.evaluate import LoadedStage
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.recipe import Schedule
 from debiaskd.terms.backdoor import Intervened
 from debiaskd.training.rebuild import frozen
 from debiaskd.training.run import RunError
-from debiaskd.training.schedule import brief
-from debiaskd.training.selection import Keeper
-from debiaskd.training.teacher_outputs import Live
+from debiaskd.training.schedule import brief_schedule
+from debiaskd.training.selection import CheckpointSelector
+from debiaskd.training.teacher_outputs import LiveTeacher
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 PLAIN: dict[str, Any] = {**runs.PLAIN, "schedule": {**runs.PLAIN["schedule"], "epochs": 1}}
@@ -42,14 +42,14 @@ def drawn(data: Path, folder: Path, seed: int) -> dict[str, torch.Tensor]:
     """All that a run's seed decides before its first step."""
     folder.mkdir()
     recipe = runs.read(runs.write(folder / "r.yaml", data, {**runs.EVERYTHING, "seed": seed}))
-    chain = Chain(recipe, folder / "run", runs.launch(recipe.compute), lambda *news: None)
-    fitting, options = chain.fitting, recipe.teacher
+    chain = Pipeline(recipe, folder / "run", runs.launch(recipe.compute), lambda *news: None)
+    trainer, options = chain.trainer, recipe.teacher
     assert options is not None
-    networks = {name: fitting.network(recipe.student, name) for name in ("student", "identification")}
-    still = frozen(fitting.network(options, "teacher"), options, fitting.example(options))
+    networks = {name: trainer.network(recipe.student, name) for name in ("student", "identification")}
+    still = frozen(trainer.network(options, "teacher"), options, trainer.example(options))
     student: Any = chain._transplanted(still, networks["student"])
-    learner = fitting._learner(student, chain._terms(), Live(still), None, recipe.student)
-    pictures = fitting.pictures(fitting.train, recipe.student, training=True, batch=12)
+    learner = trainer._learner(student, chain._terms(), LiveTeacher(still), None, recipe.student)
+    pictures = trainer.loader(trainer.train, recipe.student, training=True, batch=12)
     found = {f"networks.{name}": model.fc.weight for name, model in networks.items()}
     found |= {"teacher": still.get_classifier().weight, "projector": student.projector.weight}
     found |= {f"terms.{name}": tensor for name, tensor in learner.terms.named_parameters() if name.endswith("weight")}
@@ -81,7 +81,7 @@ def test_other_pictures_under_the_same_name_are_noticed(tmp_path: Path) -> None:
 def test_a_student_is_loaded_as_it_was_before_its_contexts_and_with_them(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
-    monkeypatch.setattr(Keeper, "_beats", lambda *figures: not first)
+    monkeypatch.setattr(CheckpointSelector, "_beats", lambda *figures: not first)
     teacher = {"name": "plain/6", "method": "erm", "schedule": PLAIN["schedule"]}
     document = {
         **PLAIN,
@@ -90,7 +90,7 @@ def test_a_student_is_loaded_as_it_was_before_its_contexts_and_with_them(
         "schedule": {**PLAIN["schedule"], "epochs": 3},
     }
     stage = runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
-    model = Loaded(tmp_path / "run").model
+    model = LoadedStage(tmp_path / "run").model
     assert stage.facts["epoch"] == (0 if first else 2) and isinstance(model, Intervened) is not first
     state = load_file(stage.model)
     assert set(state) == set(model.state_dict())
@@ -100,5 +100,7 @@ def test_a_student_is_loaded_as_it_was_before_its_contexts_and_with_them(
 def test_an_identification_model_is_trained_briefly_and_plainly() -> None:
     schedule = Schedule(epochs=9, batch=5, ema=0.9, warmup=2, shape="steps", milestones=[3], clip=2.0)
     expected = Schedule(epochs=1, batch=5, clip=2.0)
-    assert brief(schedule, None) == expected and brief(schedule, 4) == Schedule(epochs=4, batch=5, clip=2.0)
-    assert brief(Schedule(shape="cosine"), 2).shape == "cosine"
+    assert brief_schedule(schedule, None) == expected and brief_schedule(schedule, 4) == Schedule(
+        epochs=4, batch=5, clip=2.0
+    )
+    assert brief_schedule(Schedule(shape="cosine"), 2).shape == "cosine"

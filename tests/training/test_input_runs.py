@@ -25,16 +25,16 @@ from torch import Tensor
 
 from debiaskd.cli import entry as cli
 from debiaskd.data import PackedDataset
-from debiaskd.evaluation.evaluate import Loaded, evaluate_run
-from debiaskd.evaluation.explain import _Known, _look
+from debiaskd.evaluation.evaluate import LoadedStage, evaluate_run
+from debiaskd.evaluation.explain import _explain, _RunData
 from debiaskd.evaluation.probe import _features
 from debiaskd.models.input import IMAGENET_MEAN, IMAGENET_STD, InputContract, Preprocess, resize
-from debiaskd.pipeline.stages import Chain
+from debiaskd.pipeline.stages import Pipeline
 from debiaskd.training import loop
-from debiaskd.training.batches import Intake, open_split
+from debiaskd.training.batches import InputTransform, open_split
 from debiaskd.training.learner import Learner
-from debiaskd.training.teacher_cache import Views
-from debiaskd.training.validation import looked_at
+from debiaskd.training.teacher_cache import ViewDraws
+from debiaskd.training.validation import attribution_options
 from debiaskd.utils.files import sha256
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("inputs")]
@@ -91,10 +91,10 @@ class Reader:
 
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
-    return watched(monkeypatch)
+    return extractor(monkeypatch)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> Reader:
+def extractor(monkeypatch: pytest.MonkeyPatch) -> Reader:
     found = Reader()
     inner, forward = runs.Plain.forward_features, Learner.forward
 
@@ -116,7 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Reade
     """A run of all stages, and what its networks read."""
     root = tmp_path_factory.mktemp("inputs")
     with pytest.MonkeyPatch.context() as patch:
-        found = watched(patch)
+        found = extractor(patch)
         runs.train(runs.write(root / "r.yaml", runs.birds(root), RECIPE), root / "run")
     yield root, found
 
@@ -130,7 +130,7 @@ def expected(run: Path) -> Tensor:
     """The student's logits of the validation pictures, preprocessed by hand."""
     pixels = resize(stored(run.parent).images.float() / 255, (12, 12))
     with torch.no_grad():
-        logits: Tensor = Loaded(run).model((pixels - 0.9) / 0.1)
+        logits: Tensor = LoadedStage(run).model((pixels - 0.9) / 0.1)
     return logits
 
 
@@ -156,24 +156,24 @@ def test_the_contract_is_saved_with_the_weights(made: tuple[Path, Reader]) -> No
         with safe_open(made[0] / "run" / stage / "model.safetensors", "pt") as file:
             about = json.loads(file.metadata()["debiaskd"])
         assert about["input"] == contract.to_dict() and about["size"] == contract.size[0]
-        assert Loaded(made[0] / "run", stage).contract == contract
+        assert LoadedStage(made[0] / "run", stage).contract == contract
 
 
 def test_evaluation_is_what_training_measured(made: tuple[Path, Reader], reader: Reader) -> None:
     run = made[0] / "run"
     document, _ = evaluate_run(run, "student", "val", None)
-    measured = Loaded(run).stage.facts["figures"]
+    measured = LoadedStage(run).stage.facts["figures"]
     for name in ("accuracy", "worst_group_accuracy", "epg", "iou"):
         assert document["figures"][name] == pytest.approx(measured[name], abs=1e-6), name
     read = [images for images in reader.batches[6] if len(images) == 16]
-    torch.testing.assert_close(Loaded(run).model(read[0]), expected(run))
+    torch.testing.assert_close(LoadedStage(run).model(read[0]), expected(run))
     reader.check(6)
 
 
 def test_the_teacher_is_evaluated_on_its_own_input(made: tuple[Path, Reader], reader: Reader) -> None:
     document, _ = evaluate_run(made[0] / "run", "teacher", "val", None)
     reader.check(8)
-    model, batch = Loaded(made[0] / "run", "teacher").model, stored(made[0])
+    model, batch = LoadedStage(made[0] / "run", "teacher").model, stored(made[0])
     with torch.no_grad():
         right = model(Preprocess(TEACHER)(batch.images)).argmax(1) == batch.target
     assert document["figures"]["accuracy"] == pytest.approx(float(right.float().mean()))
@@ -182,9 +182,9 @@ def test_the_teacher_is_evaluated_on_its_own_input(made: tuple[Path, Reader], re
 def test_explanations(made: tuple[Path, Reader]) -> None:
     run = made[0] / "run"
     assert cli.main(["explain", str(run), "val:3", "--out", str(made[0] / "explained")]) == 0
-    loaded = Loaded(run)
-    shown = _Known(loaded.recipe)._numbered("val", 3)
-    seen = _look("", loaded, shown, 1, looked_at(loaded.recipe, "student"))
+    loaded = LoadedStage(run)
+    shown = _RunData(loaded.recipe)._numbered("val", 3)
+    seen = _explain("", loaded, shown, 1, attribution_options(loaded.recipe, "student"))
     assert seen.score == pytest.approx(float(expected(run)[3].softmax(0)[1]), abs=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_reports(made: tuple[Path, Reader], reader: Reader) -> None:
 
 
 def test_probes_read_the_students_input(made: tuple[Path, Reader], reader: Reader) -> None:
-    loaded = Loaded(made[0] / "run")
+    loaded = LoadedStage(made[0] / "run")
     found = _features(loaded, open_split(loaded.recipe.data, "validation"))
     reader.check(6)
     images = Preprocess(STUDENT)(stored(made[0]).images)
@@ -213,19 +213,19 @@ def test_probes_read_the_students_input(made: tuple[Path, Reader], reader: Reade
 
 
 def test_a_run_that_was_killed_goes_on(made: tuple[Path, Reader], tmp_path: Path, monkeypatch: Any) -> None:
-    inner = loop.Training._step
+    inner = loop.TrainingLoop._step
 
-    def dying(self: loop.Training, *arguments: Any) -> None:
+    def dying(self: loop.TrainingLoop, *arguments: Any) -> None:
         if self.plan.folder.name == "student" and self.step == 5:
             raise KeyboardInterrupt
         inner(self, *arguments)
 
     shutil.copytree(made[0] / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
-    monkeypatch.setattr(loop.Training, "_step", dying)
+    monkeypatch.setattr(loop.TrainingLoop, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
         runs.train(made[0] / "r.yaml", tmp_path / "run")
-    monkeypatch.setattr(loop.Training, "_step", inner)
+    monkeypatch.setattr(loop.TrainingLoop, "_step", inner)
     runs.train(made[0] / "r.yaml", tmp_path / "run")
     files = [root / "run" / "student" / "model.safetensors" for root in (made[0], tmp_path)]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -294,7 +294,7 @@ def test_a_cached_teacher_makes_the_same_student(made: tuple[Path, Reader], tmp_
 
 def test_the_cache_is_of_the_crops_that_the_student_reads(made: tuple[Path, Reader], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        reader = watched(patch)
+        reader = extractor(patch)
         recipe = cached(made[0], tmp_path, crop_scale=[0.4, 1])
         runs.train(recipe, tmp_path / "run", "--teacher.cache", "fp32", "--schedule.epochs", "1")
     reader.check(6, 8)
@@ -302,13 +302,19 @@ def test_the_cache_is_of_the_crops_that_the_student_reads(made: tuple[Path, Read
     assert stage["inputs"]["teacher.input"] == TEACHER.to_dict()
     assert stage["inputs"]["student.input"] == STUDENT.to_dict()
     numbers = torch.arange(48)
-    together = Intake(
-        STUDENT, torch.device("cpu"), flip=True, crop_scale=(0.4, 1.0), teacher=TEACHER, taught=True, stored=(16, 16)
+    together = InputTransform(
+        STUDENT,
+        torch.device("cpu"),
+        flip=True,
+        crop_scale=(0.4, 1.0),
+        teacher=TEACHER,
+        with_teacher_input=True,
+        stored=(16, 16),
     )
-    views = Views(stage["inputs"]["seed"], numbers, 0, torch.device("cpu"))
+    views = ViewDraws(stage["inputs"]["seed"], numbers, 0, torch.device("cpu"))
     placed = together(stored(made[0], "train"), views)
     with torch.no_grad():
-        logits = Loaded(made[0] / "run", "teacher").model(placed.teacher_images)
+        logits = LoadedStage(made[0] / "run", "teacher").model(placed.teacher_images)
     kept = np.load(tmp_path / "run" / "teacher-cache" / "view-00" / "00000" / "logits.npy")
     torch.testing.assert_close(torch.from_numpy(kept), logits, rtol=1e-4, atol=1e-5)
     assert all(teachers is None for _, teachers in reader.steps[-4:])  # training has no use for it
@@ -328,7 +334,7 @@ def test_what_each_network_reads_is_said_once_when_training_begins(made: tuple[P
 
     def train() -> list[str]:
         said.clear()
-        Chain(recipe, tmp_path / "run", runs.launch(recipe.compute), lambda *news: said.append(news)).student()
+        Pipeline(recipe, tmp_path / "run", runs.launch(recipe.compute), lambda *news: said.append(news)).student()
         return [news for _, _, news in said if news.startswith("input")]
 
     line = "input of the student: 3×16×16, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), bilinear "
@@ -350,10 +356,10 @@ def test_a_network_of_one_size_reads_that_beside_a_small_student(made: tuple[Pat
         "schedule": {"epochs": 1, "batch": 24},
     }
     runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
-    assert Loaded(tmp_path / "run", "teacher").contract == InputContract((224, 224))
+    assert LoadedStage(tmp_path / "run", "teacher").contract == InputContract((224, 224))
     document, _ = evaluate_run(tmp_path / "run", "student", "val", None)
     assert document["figures"]["accuracy"] is not None
-    assert Loaded(tmp_path / "run").contract == InputContract((12, 12))
+    assert LoadedStage(tmp_path / "run").contract == InputContract((12, 12))
 
 
 @pytest.mark.parametrize("swapped", (False, True))
@@ -369,7 +375,7 @@ def test_b_cos_networks_and_others_teach_each_other(made: tuple[Path, Reader], t
         "schedule": {"epochs": 1, "batch": 24},
     }
     runs.train(runs.write(tmp_path / "r.yaml", made[0] / "birds16", document), tmp_path / "run")
-    channels = [Loaded(tmp_path / "run", stage).contract.channels for stage in ("teacher", "student")]
+    channels = [LoadedStage(tmp_path / "run", stage).contract.channels for stage in ("teacher", "student")]
     assert channels == ([3, 6] if swapped else [6, 3])
 
 
@@ -390,5 +396,5 @@ def test_a_run_of_before_there_were_contracts(made: tuple[Path, Reader], tmp_pat
     save_file(tensors, file, metadata={"debiaskd": json.dumps(about)})
     document["outputs"]["model.safetensors"] = sha256(file)
     stage.write_text(json.dumps(document))
-    assert Loaded(run).contract == InputContract((12, 12))
+    assert LoadedStage(run).contract == InputContract((12, 12))
     assert evaluate_run(run, "student", "val", None)[0]["figures"] == figures

@@ -39,10 +39,10 @@ from debiaskd.terms import (
     make_guide,
 )
 from debiaskd.terms.backdoor import Intervened
-from debiaskd.training.feature_extraction import Watched, places
+from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.schedule import Ema, optimizer, rate
-from debiaskd.training.teacher_outputs import Live
+from debiaskd.training.teacher_outputs import LiveTeacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,7 +104,7 @@ def dett() -> tuple[Learner, FrozenTeacher, Any]:
     example = torch.randn(2, 3, 16, 16)
     teacher = FrozenTeacher(source, example=example)
     student = transplant(teacher, SmallNet((4, 6), (2, 2), 2), example=example)
-    at = places(student, example)
+    at = find_feature_layers(student, example)
     setting = Setting(2, False, 0, at.pooled_width, 8)
     terms: dict[str, Term] = {
         "match": Match(MatchOptions(), setting),
@@ -112,8 +112,8 @@ def dett() -> tuple[Learner, FrozenTeacher, Any]:
         "sample": Sample(SampleOptions(weight=0.1), setting),
         "backdoor": Backdoor(BackdoorOptions(start=1), setting),
     }
-    watched = Watched(student, at, {"feature", "pooled"})
-    return Learner(watched, terms, teacher=Live(teacher), weight=torch.rand(N) + 0.1), teacher, source
+    extractor = FeatureExtractor(student, at, {"feature", "pooled"})
+    return Learner(extractor, terms, teacher=LiveTeacher(teacher), weight=torch.rand(N) + 0.1), teacher, source
 
 
 def trained(learner: Learner, schedule: Schedule, epochs: int = 3) -> None:
@@ -135,8 +135,8 @@ def test_a_learners_loss_is_the_sum_of_its_terms() -> None:
     total, losses = learner(Step(shown, 0, Draws(0, 0, ranks(), CPU), ranks()))
     assert list(losses) == ["match", "kd", "sample"]  # contexts are being built, which is no loss
     torch.testing.assert_close(total, losses["match"] + 0.5 * losses["kd"] + 0.1 * losses["sample"])
-    student: Any = learner.watched.model
-    weight = learner._outside[2]
+    student: Any = learner.extractor.model
+    weight = learner._unregistered[2]
     assert weight is not None
     feature, logits = student.forward_features(shown.images), student(shown.images)
     each = (feature - teacher.forward_features(shown.images)).square().mean((1, 2, 3))
@@ -159,7 +159,7 @@ def test_the_teacher_is_asked_in_epochs_that_need_it_alone() -> None:
     _, teacher, _ = dett()
     asked: list[int] = []
 
-    class Counted(Live):
+    class Counted(LiveTeacher):
         def __call__(self, batch: Batch, epoch: int, numbers: Any = None) -> Any:
             asked.append(epoch)
             return super().__call__(batch, epoch, numbers)
@@ -169,7 +169,7 @@ def test_the_teacher_is_asked_in_epochs_that_need_it_alone() -> None:
         "supervised": Supervised(SupervisedOptions(), setting),
         "kd": Kd(KdOptions(start=2), setting),
     }
-    alone = Learner(Watched(SmallNet((4, 6), (2, 2), 2), None, ()), terms, teacher=Counted(teacher))
+    alone = Learner(FeatureExtractor(SmallNet((4, 6), (2, 2), 2), None, ()), terms, teacher=Counted(teacher))
     for epoch in range(4):
         alone(step(epoch))
     assert asked == [2, 3]
@@ -195,7 +195,7 @@ def test_what_each_rank_has_summed_up_is_its_own_again() -> None:
 
 def test_the_teacher_does_not_move_nor_does_its_transplanted_head() -> None:
     learner, _, source = dett()
-    student: Any = learner.watched.model
+    student: Any = learner.extractor.model
     before = {k: v.clone() for k, v in source.state_dict().items()}
     head = {k: v.clone() for k, v in student.head.state_dict().items()}
     trained(learner, Schedule(learning_rate=0.1, weight_decay=0.1, optimizer="adamw"))
@@ -240,7 +240,7 @@ def test_optimisers_are_the_ones_named(name: Any, kind: type, options: dict[str,
 def test_an_average_of_weights_leaves_contexts_alone() -> None:
     learner, _, _ = dett()
     ema = Ema(learner, 0.75)
-    statistics = dict(learner.watched.named_buffers())["model.body.model.body.bn1.running_mean"]
+    statistics = dict(learner.extractor.named_buffers())["model.body.model.body.bn1.running_mean"]
     begun = statistics.clone()
     kernel = learner.terms["sample"].regressor.weight  # type: ignore[union-attr]
     start = kernel.detach().clone()  # type: ignore[union-attr, operator]
@@ -304,8 +304,8 @@ def test_rates_of_a_schedule(schedule: Schedule, rates: list[float]) -> None:
 def test_a_plain_network_is_watched_at_the_right_places() -> None:
     model = runs.Plain(2, 6)
     images = torch.randn(2, 3, 16, 16)
-    at = places(model, images)
-    found, _ = Watched(model, at, {"feature", "pooled"})(images)
+    at = find_feature_layers(model, images)
+    found, _ = FeatureExtractor(model, at, {"feature", "pooled"})(images)
     assert (at.classifier, at.width, at.pooled_width) == ("fc", 6, 6)
     assert found.feature is not None and found.pooled is not None
     assert torch.equal(found.feature, model.forward_features(images))

@@ -20,8 +20,8 @@ from training_runs import PLAIN
 
 from debiaskd.models import registry as networks
 from debiaskd.recipe import Schedule
-from debiaskd.training.dry_run import Rehearsal
-from debiaskd.training.loop import Training
+from debiaskd.training.dry_run import DryRun
+from debiaskd.training.loop import TrainingLoop
 from debiaskd.training.schedule import rate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("student_runs")]
@@ -61,7 +61,7 @@ def test_each_step_has_its_rate_and_trains_in_training_mode(
             return super().forward(images)
 
     monkeypatch.setattr(torch.optim, "SGD", Noting)
-    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
+    monkeypatch.setattr(DryRun, "run", lambda self, learner: None)
     monkeypatch.setitem(networks._FAMILIES, "moody", lambda width, classes, pretrained: Moody(classes, int(width)))
     schedule = {"epochs": 3, "batch": 12, "learning_rate": 0.1, "optimizer": "sgd", "warmup": 1, "shape": "cosine"}
     schedule["accumulate"] = 2
@@ -112,15 +112,15 @@ def test_the_loss_scaler_goes_on_as_it_was(data: Path, tmp_path: Path, monkeypat
     document = {**PLAIN, "compute": {"accelerator": "cpu", "checkpoint_every": 3}}
     scalers = half_precision(monkeypatch, 2.0**24)
     whole = run(data, tmp_path / "whole", document).model
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def stops(self: Training, *arguments: Any) -> None:
+    def stops(self: TrainingLoop, *arguments: Any) -> None:
         if self.step == 5:
             raise KeyboardInterrupt
         inner(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", stops)
+        patch.setattr(TrainingLoop, "_step", stops)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "run", document)
     again = runs.train(tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "run").model

@@ -47,14 +47,14 @@ def test_the_logits_of_a_step_are_those_of_timms_preprocessing(
         state[f"classifier.{part}"] = state[f"classifier.{part}"][[20, 145]].clone()  # a water ouzel, a king penguin
     save_file(state, tmp_path / "teacher.safetensors")
     given: dict[int, torch.Tensor] = {}
-    inner = teaching.Live.__call__
+    inner = teaching.LiveTeacher.__call__
 
     def noted(self: Any, batch: Any, *arguments: Any) -> Any:
         outputs = inner(self, batch, *arguments)
         given.update(zip(batch.index.tolist(), outputs.logits))
         return outputs
 
-    monkeypatch.setattr(teaching.Live, "__call__", noted)
+    monkeypatch.setattr(teaching.LiveTeacher, "__call__", noted)
     data = runs.birds(tmp_path, size=SIDE)
     recipe = runs.write(
         tmp_path / "r.yaml",

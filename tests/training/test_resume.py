@@ -22,8 +22,8 @@ from debiaskd.evaluation.evaluate import evaluate_run
 from debiaskd.models import registry as networks
 from debiaskd.recipe import Recipe
 from debiaskd.training import resume as begun
-from debiaskd.training.fit import Fitting
-from debiaskd.training.loop import Training
+from debiaskd.training.fit import Trainer
+from debiaskd.training.loop import TrainingLoop
 from debiaskd.training.run import RunError, digest, open_run
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
@@ -64,13 +64,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of stages that were trained."""
-    inner, names = Fitting.fit, []
+    inner, names = Trainer.fit, []
 
-    def noted(self: Fitting, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
+    def noted(self: Trainer, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
         names.append(name)
         return inner(self, name, *arguments, **more)
 
-    monkeypatch.setattr(Fitting, "fit", noted)
+    monkeypatch.setattr(Trainer, "fit", noted)
     return names
 
 
@@ -121,24 +121,24 @@ def test_an_interrupted_run_of_an_earlier_version_goes_on_where_it_was(
 ) -> None:
     document = {**EVERYTHING, "teacher": {key: v for key, v in EVERYTHING["teacher"].items() if key != "cache"}}
     recipe, run = runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run"
-    inner = Training._step
+    inner = TrainingLoop._step
     with monkeypatch.context() as older:
         # How an earlier version makes fingerprints: of all that it has, which is what recipe.yaml says.
         trimmed = without(yaml.safe_load(yaml.safe_dump(written(recipe))), NEWER)
-        older.setattr(begun, "settled", lambda before, now: trimmed)
+        older.setattr(begun, "align_recipe", lambda before, now: trimmed)
         older.setattr(begun, "read", lambda folder: trimmed)
-        older.setattr(Training, "_step", stopping(stage))
+        older.setattr(TrainingLoop, "_step", stopping(stage))
         with pytest.raises(StoppedError):
             runs.train(recipe, run)
     trim(run)
     (run / "begun.yaml").unlink()
     first: dict[str, int] = {}
 
-    def noted(self: Training, *arguments: Any) -> None:
+    def noted(self: TrainingLoop, *arguments: Any) -> None:
         first.setdefault(self.plan.folder.name, self.step)
         inner(self, *arguments)
 
-    monkeypatch.setattr(Training, "_step", noted)
+    monkeypatch.setattr(TrainingLoop, "_step", noted)
     runs.train(recipe, run)
     assert first[stage] == 3 and set(list(first.values())[1:]) <= {0}
     assert yaml.safe_load((run / "begun.yaml").read_text()) == trimmed
@@ -152,9 +152,9 @@ def written(recipe: Path) -> dict[str, Any]:
 
 
 def stopping(stage: str) -> Any:
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def step(self: Training, *arguments: Any) -> None:
+    def step(self: TrainingLoop, *arguments: Any) -> None:
         if self.plan.folder.name == stage and self.step == 3:
             raise StoppedError
         inner(self, *arguments)
@@ -177,7 +177,7 @@ def test_without_newer_keeps_what_is_said() -> None:
     now = {"seed": 0, "selection": {"rule": None, "every": 1, "reuse": True}, "student": {"name": "a", "head": None}}
     before = {"selection": {"rule": None}, "student": {"name": "a"}}
     expected = {"selection": {"rule": None, "reuse": True}, "student": {"name": "a"}}
-    assert begun.without_newer(Recipe, before, now) == expected
+    assert begun.without_new_defaults(Recipe, before, now) == expected
 
 
 # -- files that were moved --------------------------------------------------------------------------------------------
@@ -229,13 +229,13 @@ def test_an_interrupted_run_goes_on_with_a_file_that_moved(
         "compute": {"accelerator": "cpu", "checkpoint_every": 1},
     }
     recipe, run = runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run"
-    inner, first = Training._step, []
+    inner, first = TrainingLoop._step, []
     with monkeypatch.context() as once:
-        once.setattr(Training, "_step", stopping("student"))
+        once.setattr(TrainingLoop, "_step", stopping("student"))
         with pytest.raises(StoppedError):
             runs.train(recipe, run)
     moved = shutil.move(tmp_path / "t.safetensors", tmp_path / "u.safetensors")
-    monkeypatch.setattr(Training, "_step", lambda self, *rest: (first.append(self.step), inner(self, *rest)))
+    monkeypatch.setattr(TrainingLoop, "_step", lambda self, *rest: (first.append(self.step), inner(self, *rest)))
     runs.train(recipe, run, "--teacher.weights", str(moved))
     assert first[0] == 3
 

@@ -13,18 +13,20 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file
 
-from debiaskd.training.selection import Keeper
+from debiaskd.training.selection import CheckpointSelector
 
 NAN = float("nan")
 
 
-def consider(keeper: Keeper, rows: list[tuple[float, ...]], start: int = 0, end: int | None = None) -> None:
+def consider(
+    selector: CheckpointSelector, rows: list[tuple[float, ...]], start: int = 0, end: int | None = None
+) -> None:
     """Epochs whose model is their number."""
     model = torch.nn.Linear(1, 1)
     for epoch in range(start, len(rows) if end is None else end):
         torch.nn.init.constant_(model.bias, epoch)
-        figures = dict(zip(keeper.names, rows[epoch])) | {"other": float(epoch)}
-        keeper.consider(epoch, figures, model, epoch + 1 == len(rows))
+        figures = dict(zip(selector.names, rows[epoch])) | {"other": float(epoch)}
+        selector.update(epoch, figures, model, epoch + 1 == len(rows))
 
 
 def kept(folder: Path) -> dict[str, float]:
@@ -41,12 +43,12 @@ def kept(folder: Path) -> dict[str, float]:
     ],
 )
 def test_the_later_of_the_best(tmp_path: Path, rule: str, values: list[float], chosen: int) -> None:
-    keeper = Keeper(tmp_path, rule, None, {"stage": "student"})
-    consider(keeper, [(value,) for value in values])
-    assert (keeper.chosen, keeper.kept) == (chosen, [chosen])
-    keeper.tidy()
+    selector = CheckpointSelector(tmp_path, rule, None, {"stage": "student"})
+    consider(selector, [(value,) for value in values])
+    assert (selector.best, selector.selected) == (chosen, [chosen])
+    selector.prune()
     assert kept(tmp_path) == {f"epoch-{chosen:04d}": chosen}
-    assert keeper.figures[str(chosen)]["other"] == chosen, "all figures, not those of the rule alone"
+    assert selector.figures[str(chosen)]["other"] == chosen, "all figures, not those of the rule alone"
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,10 @@ def test_the_later_of_the_best(tmp_path: Path, rule: str, values: list[float], c
 def test_a_front_and_the_highest_sum_of_it(
     tmp_path: Path, rows: list[tuple[float, ...]], front: list[int], chosen: int
 ) -> None:
-    keeper = Keeper(tmp_path, "pareto", None, {})
-    consider(keeper, rows)
-    assert (keeper.kept, keeper.chosen) == (front, chosen)
-    keeper.tidy()
+    selector = CheckpointSelector(tmp_path, "pareto", None, {})
+    consider(selector, rows)
+    assert (selector.selected, selector.best) == (front, chosen)
+    selector.prune()
     assert kept(tmp_path) == {f"epoch-{epoch:04d}": epoch for epoch in front}
 
 
@@ -76,19 +78,21 @@ def test_a_front_and_the_highest_sum_of_it(
 def test_gone_on_with_it_keeps_what_it_would_have_kept(tmp_path: Path, rule: str) -> None:
     rows = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).tolist()
     for cut in range(1, 8):
-        whole, first, second = (Keeper(tmp_path / str(cut) / name, rule, None, {}) for name in ("whole", "run", "run"))
+        whole, first, second = (
+            CheckpointSelector(tmp_path / str(cut) / name, rule, None, {}) for name in ("whole", "run", "run")
+        )
         consider(whole, rows)
         consider(first, rows, end=cut)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         consider(second, rows, start=cut)
-        for keeper in (whole, second):
-            keeper.tidy()
+        for selector in (whole, second):
+            selector.prune()
         assert second.state_dict() == whole.state_dict()
         assert kept(tmp_path / str(cut) / "run") == kept(tmp_path / str(cut) / "whole")
 
 
 def test_one_process_writes(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, "accuracy", None, {})
-    keeper.consider(0, {"accuracy": 0.5}, torch.nn.Linear(1, 1), last=True, write=False)
-    keeper.tidy(write=False)
-    assert keeper.chosen == 0 and not (tmp_path / "kept").exists()
+    selector = CheckpointSelector(tmp_path, "accuracy", None, {})
+    selector.update(0, {"accuracy": 0.5}, torch.nn.Linear(1, 1), last=True, write=False)
+    selector.prune(write=False)
+    assert selector.best == 0 and not (tmp_path / "kept").exists()

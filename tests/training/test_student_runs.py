@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from training_runs import PLAIN
 
 from debiaskd.data import prepare
-from debiaskd.evaluation.evaluate import Loaded
+from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.training.batches import open_split
 
@@ -257,7 +257,7 @@ def test_an_x_dnn_has_no_biases(data: Path, tmp_path: Path) -> None:
     document = {**PLAIN, "student": {"name": "small/4,6", "bias_free": True}}
     stage = run(data, tmp_path, document)
     assert not any("bias" in name or "running_mean" in name for name in load_file(stage.model))
-    model, images = Loaded(tmp_path / "run").model, torch.rand(2, 3, 16, 16)
+    model, images = LoadedStage(tmp_path / "run").model, torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(model(3 * images), 3 * model(images))
 
 
@@ -272,7 +272,7 @@ def test_a_torchvision_teacher_and_student(data: Path, tmp_path: Path) -> None:
         "schedule": {"epochs": 1, "batch": 24},
     }
     run(data, tmp_path, document)
-    loaded = Loaded(tmp_path / "run")
+    loaded = LoadedStage(tmp_path / "run")
     assert loaded.size == (64, 64) and not any(module.training for module in loaded.model.modules())
 
 
@@ -285,6 +285,6 @@ def test_b_cos_networks_see_pictures_and_their_inverses(data: Path, tmp_path: Pa
         "schedule": {"epochs": 1, "batch": 24},
     }
     stage = run(data, tmp_path, document)
-    loaded = Loaded(tmp_path / "run")
+    loaded = LoadedStage(tmp_path / "run")
     assert loaded.contract.channels == 6 and stage.facts["figures"]["epg"] is not None
     assert loaded.model(torch.rand(1, 6, 16, 16)).shape == (1, 2)

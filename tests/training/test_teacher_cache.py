@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.training import teacher_cache as caching
-from debiaskd.training.dry_run import Rehearsal
-from debiaskd.training.teacher_cache import Views
+from debiaskd.training.dry_run import DryRun
+from debiaskd.training.teacher_cache import ViewDraws
 
 pytestmark = pytest.mark.xdist_group("training")
 TAUGHT: dict[str, Any] = {
@@ -50,7 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(FrozenTeacher, "forward_features", counted)
     monkeypatch.setattr(caching, "SHARD", 20)
-    monkeypatch.setattr(Rehearsal, "run", lambda self, learner: None)
+    monkeypatch.setattr(DryRun, "run", lambda self, learner: None)
     return found
 
 
@@ -96,9 +96,9 @@ def test_views_take_turns_and_the_teacher_saw_each(recipe: Path, tmp_path: Path,
     options = ["--data.flip", "true", "--data.crop_scale", "[0.3, 1]"]
     options += ["--teacher.cache", "fp32", "--teacher.views", "2", "--schedule.epochs", "4"]
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    inner = caching.Cached.__call__
+    inner = caching.CachedTeacher.__call__
 
-    def noted(self: caching.Cached, batch: Any, epoch: int, numbers: Any) -> Any:
+    def noted(self: caching.CachedTeacher, batch: Any, epoch: int, numbers: Any) -> Any:
         assert torch.equal(numbers, batch.index), "the host's own copy, so that nothing waits for a device"
         outputs = inner(self, batch, epoch, numbers)
         teacher = frozen[-1]  # the first was a rehearsal's
@@ -116,7 +116,7 @@ def test_views_take_turns_and_the_teacher_saw_each(recipe: Path, tmp_path: Path,
         frozen.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caching.Cached, "__call__", noted)
+        patch.setattr(caching.CachedTeacher, "__call__", noted)
         patch.setattr(FrozenTeacher, "__init__", kept)
         runs.train(recipe, tmp_path / "run", *options)
     assert sum(asked) == 2 * 36
@@ -152,8 +152,8 @@ def test_an_interrupted_cache_goes_on(recipe: Path, tmp_path: Path, asked: list[
 
 def test_a_view_is_of_the_picture_alone() -> None:
     numbers, device = torch.tensor([5, 9, 2]), torch.device("cpu")
-    together = Views(3, numbers, 1, device).rand((3, 4))
-    alone = Views(3, numbers[1:2], 1, device).rand((1, 4))
+    together = ViewDraws(3, numbers, 1, device).rand((3, 4))
+    alone = ViewDraws(3, numbers[1:2], 1, device).rand((1, 4))
     assert torch.equal(together[1:2], alone)
-    assert not torch.equal(Views(3, numbers, 0, device).rand((3, 4)), together)
-    assert not torch.equal(Views(4, numbers, 1, device).rand((3, 4)), together)
+    assert not torch.equal(ViewDraws(3, numbers, 0, device).rand((3, 4)), together)
+    assert not torch.equal(ViewDraws(4, numbers, 1, device).rand((3, 4)), together)

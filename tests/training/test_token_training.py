@@ -24,13 +24,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from debiaskd.cli import entry as cli
-from debiaskd.evaluation.evaluate import Loaded, evaluate_run
+from debiaskd.evaluation.evaluate import LoadedStage, evaluate_run
 from debiaskd.models import registry as networks
 from debiaskd.models.transplant import Transplanted
 from debiaskd.pipeline import head_probe as head_fitting
 from debiaskd.recipe import RecipeError
-from debiaskd.training.feature_extraction import Watched, places
-from debiaskd.training.loop import Training
+from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
+from debiaskd.training.loop import TrainingLoop
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -88,10 +88,10 @@ def test_dett_between_transformers_and_convolutions(data: Path, tmp_path: Path, 
     document = recipe(teacher, student, **DETT)
     file = runs.write(tmp_path / "r.yaml", data, document)
     runs.train(file, tmp_path / "run")
-    loaded = Loaded(tmp_path / "run")
+    loaded = LoadedStage(tmp_path / "run")
     assert isinstance(loaded.model, Transplanted)
     assert loaded.model.num_features == {"vit/token": 12, "vit/distilled": 24, "plain/6": 6}[teacher]
-    found = Loaded(tmp_path / "run", "teacher").model
+    found = LoadedStage(tmp_path / "run", "teacher").model
     held = dict(loaded.model.head.named_buffers())
     last = [t for n, t in found.named_parameters() if n.rpartition(".")[0] in ("head", "head_dist", "fc")]
     assert all(any(torch.equal(t, h) for h in held.values()) for t in last)
@@ -117,15 +117,15 @@ def test_an_interrupted_run_ends_in_the_same_student(
     document["compute"]["checkpoint_every"] = 2
     file = runs.write(tmp_path / "r.yaml", data, document)
     whole = load_file(runs.train(file, tmp_path / "whole").model)
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def dying(self: Training, *arguments: Any) -> None:
+    def dying(self: TrainingLoop, *arguments: Any) -> None:
         if self.plan.folder.name == "student" and self.step == 5:
             raise KeyboardInterrupt
         inner(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Training, "_step", dying)
+        patch.setattr(TrainingLoop, "_step", dying)
         runs.train(file, tmp_path / "run")
     resumed = load_file(runs.train(file, tmp_path / "run").model)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
@@ -193,7 +193,7 @@ def test_a_probe_fits_the_last_layer_alone(
     document["teacher"] = {"name": "debiaskd_test_resnet", "pretrained": True, "head": "probe", "probe": probe}
     runs.train(runs.write(tmp_path / "r.yaml", data, document), tmp_path / "run")
     seven = torch.load(tmp_path / "seven.pth")
-    teacher, student = Loaded(tmp_path / "run", "teacher").model, Loaded(tmp_path / "run")
+    teacher, student = LoadedStage(tmp_path / "run", "teacher").model, LoadedStage(tmp_path / "run")
     for name, tensor in teacher.state_dict().items():
         if not name.startswith("fc."):
             torch.testing.assert_close(tensor, seven[name])
@@ -234,13 +234,13 @@ def test_a_head_from_a_file_gives_the_logits(
         "head": str(tmp_path / "head.safetensors"),
     }
     file = runs.write(tmp_path / "r.yaml", data, document)
-    made = runs.Chain(runs.read(file), tmp_path / "run", runs.launch(runs.read(file).compute), lambda *news: None)
+    made = runs.Pipeline(runs.read(file), tmp_path / "run", runs.launch(runs.read(file).compute), lambda *news: None)
     model, _ = made.teacher(made.recipe.teacher)
-    at = places(model, torch.rand(1, 3, 16, 16), wanted=("pooled",))
-    outputs, _ = Watched(model, at, ("pooled",)).eval()(torch.rand(5, 3, 16, 16))
+    at = find_feature_layers(model, torch.rand(1, 3, 16, 16), wanted=("pooled",))
+    outputs, _ = FeatureExtractor(model, at, ("pooled",)).eval()(torch.rand(5, 3, 16, 16))
     torch.testing.assert_close(outputs.logits, outputs.pooled @ weight.T + bias, rtol=1e-3, atol=1e-3)
     made.student()
-    assert Loaded(tmp_path / "run").model.head.in_features == width
+    assert LoadedStage(tmp_path / "run").model.head.in_features == width
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from debiaskd.models import registry as networks
 from debiaskd.recipe import RecipeError
 from debiaskd.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
-from debiaskd.training.loop import DivergedError, Training
+from debiaskd.training.loop import DivergedError, TrainingLoop
 from debiaskd.training.run import RunError
 
 pytestmark = pytest.mark.xdist_group("training")
@@ -144,7 +144,7 @@ def quick(data: Path, tmp_path: Path) -> Path:
 
 def test_a_finished_stage_is_used_again(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs.train(quick, tmp_path / "run")
-    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(TrainingLoop, "run", lambda self: pytest.fail("trained again"))
     again = runs.train(quick, tmp_path / "run", "--compute.log_every", "7", "--data.test", "val")
     assert again.fingerprint == first.fingerprint and again.facts == first.facts
 
@@ -177,14 +177,14 @@ def test_a_folder_of_something_else_is_refused(quick: Path, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_a_number_stops(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def spoil(self: Training, *arguments: Any) -> None:
+    def spoil(self: TrainingLoop, *arguments: Any) -> None:
         if self.step == 5:
             next(self.learner.parameters()).data.fill_(float("nan"))
         inner(self, *arguments)
 
-    monkeypatch.setattr(Training, "_step", spoil)
+    monkeypatch.setattr(TrainingLoop, "_step", spoil)
     with pytest.raises(
         DivergedError, match=r"step 5, epoch 1: terms.supervised nan; pictures \d+, .* of train; the last"
     ):
@@ -233,15 +233,15 @@ def test_dropout_is_of_the_seed_and_the_step_alone(
     )
     options = ("--student.name", "dropping/4", "--schedule.accumulate", "2")
     whole = runs.train(quick, tmp_path / "whole", *options).model
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def stops(self: Training, *arguments: Any) -> None:
+    def stops(self: TrainingLoop, *arguments: Any) -> None:
         if self.step == 3:  # between two checkpoints
             raise KeyboardInterrupt
         inner(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", stops)
+        patch.setattr(TrainingLoop, "_step", stops)
         with pytest.raises(KeyboardInterrupt):
             runs.train(quick, tmp_path / "run", *options)
     torch.manual_seed(99)

@@ -23,7 +23,7 @@ from debiaskd.data import prepare
 from debiaskd.evaluation.evaluate import evaluate_run
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.training.batches import open_split
-from debiaskd.training.loop import Training
+from debiaskd.training.loop import TrainingLoop
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -71,14 +71,14 @@ def left(run: Path) -> dict[str, bytes]:
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    inner = Training._step
+    inner = TrainingLoop._step
 
-    def stop(self: Training, *arguments: Any) -> None:
+    def stop(self: TrainingLoop, *arguments: Any) -> None:
         if self.plan.folder.name == "student" and self.step == step:
             raise KeyboardInterrupt
         inner(self, *arguments)
 
-    monkeypatch.setattr(Training, "_step", stop)
+    monkeypatch.setattr(TrainingLoop, "_step", stop)
 
 
 def test_columns_are_those_of_npy(npy: Path, lit: Path) -> None:

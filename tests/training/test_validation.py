@@ -21,7 +21,7 @@ from debiaskd.recipe import Compute, RecipeError
 from debiaskd.training import validation as evaluation
 from debiaskd.training.fabric import autocast
 from debiaskd.training.run import Run
-from debiaskd.training.validation import _Meters
+from debiaskd.training.validation import _Metrics
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 CPU = torch.device("cpu")
@@ -49,9 +49,9 @@ def test_validation_and_evaluation_run_in_the_precision_of_training(
 ) -> None:
     dtypes: list[torch.dtype] = []
     maps: list[torch.dtype] = []
-    classes, attributed = _Meters.classes, evaluation.attributions
+    classes, attributed = _Metrics.classes, evaluation.attributions
 
-    def noting(self: _Meters, logits: torch.Tensor, batch: Any) -> None:
+    def noting(self: _Metrics, logits: torch.Tensor, batch: Any) -> None:
         dtypes.append(logits.dtype)
         classes(self, logits, batch)
 
@@ -59,7 +59,7 @@ def test_validation_and_evaluation_run_in_the_precision_of_training(
         maps.append(guide.watch(batch.images).logits.dtype)
         return attributed(guide, batch)
 
-    monkeypatch.setattr(_Meters, "classes", noting)
+    monkeypatch.setattr(_Metrics, "classes", noting)
     monkeypatch.setattr(evaluation, "attributions", watching)
     facts = run(data, tmp_path, GUIDED, "--compute.precision", "bf16").facts
     assert set(dtypes) == set(maps) == {torch.bfloat16}
@@ -140,12 +140,12 @@ def test_a_threshold_that_training_did_not_choose_is_chosen_on_validation(
         found.append((document["figures"], facts["figures"].get("iou_threshold"), path))
     assert found[0][0] == found[1][0] and found[1][1] is None
     assert found[0][0]["iou_threshold"] == found[0][1]
-    monkeypatch.setattr("debiaskd.evaluation.evaluate.boxed", lambda split: split.name == "test")
+    monkeypatch.setattr("debiaskd.evaluation.evaluate.has_boxes", lambda split: split.name == "test")
     document, _ = evaluate_run(tmp_path / "without" / "run", "student", None, None)
     assert document["figures"]["iou_threshold"] == 0.5  # validation has no boxes to choose it by
 
 
 def test_attributions_need_boxes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("debiaskd.training.fit.boxed", lambda split: False)
+    monkeypatch.setattr("debiaskd.training.fit.has_boxes", lambda split: False)
     with pytest.raises(RecipeError, match=r"^selection\.attributions: the validation pictures have no boxes"):
         run(data, tmp_path, {**LABELS, "selection": {"attributions": True}})
