@@ -1,242 +1,267 @@
 """Exact backdoor adjustment with Triton: two log-matrix-products forward, their adjoints backward.
 
-The formula is that of debiaskd/ops/backdoor.py. With A [N,K], B [Z,K], the log prior L [N,Z] and maxima a, b over
-classes and w over strata,
+The formula is that of debiaskd/ops/backdoor.py, scaled as in csrc/cuda/backdoor.cu. With the logits A [N,K] and
+B [Z,K], the log prior L [N,Z] and maxima d, b, a and w that leave 1 as the largest entry of every row,
 
-    P_nk = exp(A - a_n)    Q_zk = exp(B - b_z)    W_nz = exp(L - S + b_z - w_n)
-    _norm         S = log P Q' + a + b
-    _output       A + T,  T = log W Q + w
-    _grad_norm    -h = -W . (G Q'),  G_nk = g exp(w_n - T)
-    _grad_logits  g + P . (H Q)  and  Q . (W' G + H' P),  H_nz = -h exp(a_n + b_z - S)
-    _maxima       a, b and, backward, w_n = max_k T_nk, no more than log Z above the largest L - S + b
+    _scale        Q_zk = exp(B_zk - d_k - b_z)   P_nk = exp(A_nk + d_k - a_n)   W_nz = exp(V_nz + b_z - w_n)
+    _product      P Q', W Q and, backward, G Q', H Q, W' G + H' P
+    _log_sums     S = log P Q' + a + b,  V = L - S,  T = log W Q + w + d,  output A + T
+    _over_sums    G = g exp(w + d - T) and H = h exp(a + b - S), which are g and h over those sums
+    _finish       h = -W . (G Q')   dA = g + P . (H Q)   dB = Q . (W' G + H' P)
 
-None of these matrices is ever written: each tile takes the exponentials that it multiplies as it reads logits. A sum
-that is too small, and in backward what it divides in G or H, is taken term by term instead; csrc/common/log_range.h
-says when.
+A sum that is too small (csrc/common/log_range.h says when) is taken term by term in _log_sums, and so is, in
+_add_far, what it would have divided. Products are in full float32 ("ieee"), whatever PyTorch's settings for TF32 are.
+Exponentials are padded with 0 to multiples of TILE, so that products have no bounds to check.
 
-Arithmetic: 2 products of N Z K multiplications forward and 4 backward, in full float32 ("ieee"; TF32 would leave three
-digits), and one exponential for 32 of them in tiles of 64 by 64. Bytes: both sides of each tile, which caches hold;
-besides the results, h [N,Z] and vectors are written.
-
-Launches: 2 forward, 2 backward; S has to be whole before T, and h before the gradients. With more than OWN_MAXIMA
-classes programs no longer find the maxima of their own rows, and _maxima goes before.
-
-Strides: everything is read in place. 16 bytes at a time where each of a launch's matrices allows it.
+Arithmetic: 2 products of N Z K multiplications forward and 4 backward. Bytes: a few passes over [N,K], [N,Z] and [Z,K].
+Launches: 4 forward and 8 backward (4 without a gradient of the contexts), and between those PyTorch's own of what goes
+element by element. Inputs that are not contiguous are copied.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backdoor_exponents import (
-    INFINITY,
-    LOWEST,
-    Exponents,
-    Logits,
-    Matrix,
-    inside,
-    largest_of,
-    logs_of,
-    maxima_of,
-    read,
-    row_shifts,
-    shifted,
-    tile_at,
-    write,
-)
-from .backdoor_products import add_far, multiply, sum_logs
 from .launch import INTERPRETED, launch
 
-ENOUGH_TILES = 128  # of 64 by 64; with fewer, smaller ones keep more of the device busy
-# Terms at a time. Triton's interpreter pays by the operation and not by the element.
-DEPTH = 64 if INTERPRETED else 16
-MAXIMA_ROWS, MAXIMA_COLS = 8, 256
+TILE = 64  # rows and columns of a product that a program computes
+# Triton's interpreter pays by the operation and not by the element, hence larger tiles.
+DEPTH = 64 if INTERPRETED else 16  # terms of a product at a time
+SUMS, TERMS = (4096, 16) if INTERPRETED else (64, 8)  # of sums that are taken term by term
+FAR_ROWS, FAR_TERMS, FAR_COLS = (32, 32, 64) if INTERPRETED else (1, 8, 128)  # of a gradient
+#: -log of the smallest sum that keeps its precision, as in csrc/common/log_range.h.
+FARTHEST = {torch.float32: 44.36141955583649, torch.float64: 354.8913564466919}
+_LOWEST = tl.constexpr(-3.4e38)  # a maximum is finite even where everything is -inf
 
 
 @triton.jit
-def _maxima(
-    a,
-    b,
-    t,  # None forward; ALL says so once more, since within an `if` on the device None is no value to every Triton
-    a_max,
-    b_max,
-    w_max,
-    ALL: tl.constexpr,
-    VECTOR: tl.constexpr,
+def _indices(block, SIZE: tl.constexpr):
+    return block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
+def _pairs(i, rows, j, columns):
+    """Which of the pairs there are."""
+    return (i < rows)[:, None] & (j < columns)[None, :]
+
+
+@triton.jit
+def _product(
+    x,
+    y,
+    out,
+    x_pitch,
+    y_pitch,
+    terms,
+    height,
+    width,
+    ADD: tl.constexpr,  # to what out holds
+    X_ACROSS: tl.constexpr,  # x' instead of x
+    Y_ACROSS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    tiles = tl.cdiv(width, TILE)
+    i, j = _indices(tl.program_id(0) // tiles, TILE), _indices(tl.program_id(0) % tiles, TILE)
+    total = tl.zeros([TILE, TILE], out.dtype.element_ty)
+    for begin in range(0, terms, DEPTH):
+        term = begin + tl.arange(0, DEPTH).to(tl.int64)
+        if X_ACROSS:
+            left = tl.trans(tl.load(x + (term[:, None] * x_pitch + i[None, :])))
+        else:
+            left = tl.load(x + (i[:, None] * x_pitch + term[None, :]))
+        if Y_ACROSS:
+            right = tl.load(y + (term[:, None] * y_pitch + j[None, :]))
+        else:
+            right = tl.trans(tl.load(y + (j[:, None] * y_pitch + term[None, :])))
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=total.dtype)
+    to, there = out + (i[:, None] * width + j[None, :]), _pairs(i, height, j, width)
+    if ADD:
+        total += tl.load(to, mask=there, other=0)
+    tl.store(to, total, mask=there)
+
+
+@triton.jit
+def _terms(x, y, i, j, small, term, terms):
+    there = small[:, None] & (term < terms)[None, :]
+    of_x = tl.load(x + (i[:, None] * terms + term[None, :]), mask=there, other=-float("inf"))
+    return of_x + tl.load(y + (j[:, None] * terms + term[None, :]), mask=there, other=-float("inf"))
+
+
+@triton.jit
+def _log_sums(
+    sums,
+    shift,
+    offset,
+    base,
+    x,
+    y,
+    height,
+    width,
+    terms,
+    FARTHEST: tl.constexpr,
+    SUMS: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    at = _indices(tl.program_id(0), SUMS)
+    i, j = at // width, at % width
+    there = i < height
+    total = tl.load(sums + at, mask=there, other=1)
+    logs = tl.log(total)
+    result = logs + (tl.load(offset + j) + tl.load(shift + i, mask=there, other=0))
+    small = logs < -FARTHEST
+    if tl.max(small.to(tl.int32), 0) > 0:
+        largest = tl.full([SUMS], _LOWEST, total.dtype)
+        for begin in range(0, terms, TERMS):
+            term = begin + tl.arange(0, TERMS).to(tl.int64)
+            largest = tl.maximum(largest, tl.max(_terms(x, y, i, j, small, term, terms), 1))
+        again = tl.zeros([SUMS], total.dtype)
+        for begin in range(0, terms, TERMS):
+            term = begin + tl.arange(0, TERMS).to(tl.int64)
+            again += tl.sum(tl.exp(_terms(x, y, i, j, small, term, terms) - largest[:, None]), 1)
+        result = tl.where(small, largest + tl.log(again), result)
+    if base is not None:
+        result += tl.load(base + at, mask=there, other=0)
+    tl.store(sums + at, result, mask=there)
+
+
+@triton.jit
+def _add_far(
+    out,
+    out_row,
+    out_column,
+    far,  # whether there is anything to add
+    factor,
+    logs,
+    row,  # from one to the next, of factor and logs
+    column,
+    x,
+    y,
+    shift,
+    offset,
+    rows,
+    length,
+    others,
+    FARTHEST: tl.constexpr,
     ROWS: tl.constexpr,
+    TERMS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    programs = tl.cdiv(a.height, ROWS)
-    lines = tl.arange(0, ROWS)
-    if program < programs:
-        rows = program.to(tl.int64) * ROWS + lines
-        maxima_of(a, a_max, rows, True, VECTOR, COLS)
-        if ALL:
-            maxima_of(t, w_max, rows, True, VECTOR, COLS)
-    else:
-        maxima_of(b, b_max, (program - programs).to(tl.int64) * ROWS + lines, True, VECTOR, COLS)
+    if tl.load(far) != 0:
+        blocks = tl.cdiv(length, COLS)
+        i, k = _indices(tl.program_id(0) // blocks, ROWS), _indices(tl.program_id(0) % blocks, COLS)
+        there = _pairs(i, rows, k, length)
+        to = out + (i[:, None] * out_row + k[None, :] * out_column)
+        total = tl.load(to, mask=there, other=0)
+        of_x = tl.load(x + (i[:, None] * length + k[None, :]), mask=there, other=0)
+        of_row = tl.load(shift + i, mask=i < rows, other=0)
+        for begin in range(0, others, TERMS):
+            j = begin + tl.arange(0, TERMS).to(tl.int64)
+            at = i[:, None] * row + j[None, :] * column
+            log_sum = tl.load(logs + at, mask=_pairs(i, rows, j, others), other=float("inf"))
+            of_column = tl.load(offset + j, mask=j < others, other=0)
+            beyond = (of_column[None, :] + of_row[:, None]) - log_sum > FARTHEST
+            if tl.max(tl.max(beyond.to(tl.int32), 1), 0) > 0:
+                weight = tl.load(factor + at, mask=beyond, other=0)
+                of_y = tl.load(y + (j[:, None] * length + k[None, :]), mask=_pairs(j, others, k, length), other=0)
+                term = tl.exp((of_x[:, None, :] + of_y[None, :, :]) - log_sum[:, :, None])
+                total += tl.sum(tl.where((weight != 0)[:, :, None], weight[:, :, None] * term, 0), 1)
+        tl.store(to, total, mask=there)
 
 
-@triton.jit
-def _norm(
-    p,
-    q,
-    prior,
-    a_max,
-    b_max,
-    norm,
-    parts,
-    OWN: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Also parts [N, tiles in a row]: the largest L - S + b in each tile's share of a row."""
-    program = tl.program_id(0)
-    lines = tile_at(program, q.height, TILE)
-    rows, cols = lines
-    a = maxima_of(p, a_max, rows, OWN, VECTOR, DEPTH)
-    b = maxima_of(q, b_max, cols, OWN, VECTOR, DEPTH)
-    total = tl.zeros([TILE, TILE], a.dtype)
-    total, _ = multiply(total, 0.0, p, -a, False, q, -b, False, lines, p.width, VECTOR, DEPTH)
-    there = inside(p.height, q.height, rows, cols, VECTOR)
-    result = sum_logs(total, a, b, p, False, q, False, lines, there, p.width)
-    write(norm, result, there, q.height, rows, cols, VECTOR)
-    evidence = read(prior, there, rows, cols, 0.0, VECTOR) - result + b[None, :]
-    largest = tl.max(tl.where(there, evidence, LOWEST), 1)
-    across = tl.cdiv(q.height, TILE)
-    tl.store(parts + (rows * across + program % across), largest, mask=rows < p.height)
+# ---- on the host ----
 
 
-@triton.jit
-def _output(w, q, a, parts, output, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    lines = tile_at(tl.program_id(0), q.width, TILE)
-    rows, cols = lines
-    w_max = largest_of(parts, rows, 1, DEPTH)
-    total = tl.zeros([TILE, TILE], w_max.dtype)
-    total, _ = multiply(total, 0.0, w, -w_max, False, q, None, True, lines, q.height, VECTOR, DEPTH)
-    there = inside(w.height, q.width, rows, cols, VECTOR)
-    result = sum_logs(total, w_max, tl.zeros([TILE], total.dtype), w, False, q, True, lines, there, q.height)
-    write(output, result + read(a, there, rows, cols, 0.0, VECTOR), there, q.width, rows, cols, VECTOR)
+class Scaled(NamedTuple):
+    """Logits [rows, length], the maxima that they were shifted by, and their exponentials, padded."""
+
+    logs: Tensor
+    shift: Tensor
+    exponentials: Tensor
 
 
-@triton.jit
-def _grad_norm(
-    g,
-    q,
-    w,
-    p,
-    t,
-    a_max,
-    b_max,
-    w_max,
-    grad_norm,
-    OWN: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    lines = tile_at(tl.program_id(0), q.height, TILE)
-    rows, cols = lines
-    if OWN:
-        maxima_of(p, a_max, rows, OWN, VECTOR, DEPTH)  # for _grad_logits
-    own_w = maxima_of(t, w_max, rows, OWN, VECTOR, DEPTH)
-    b = maxima_of(q, b_max, cols, OWN, VECTOR, DEPTH)
-    total = tl.zeros([TILE, TILE], b.dtype)
-    total, farthest = multiply(total, -INFINITY, g, own_w, False, q, -b, False, lines, q.width, VECTOR, DEPTH)
-    logs = logs_of(w, rows, cols, VECTOR)
-    total *= tl.exp(logs + b[None, :] - own_w[:, None])
-    total = add_far(total, w, farthest, g, own_w, False, q, -b, False, lines, q.width)
-    there = inside(w.height, w.width, rows, cols, VECTOR)
-    write(grad_norm, -total, there, w.width, rows, cols, VECTOR)
+def _padded(x: Tensor) -> Tensor:
+    padded = x.new_zeros([triton.cdiv(size, TILE) * TILE for size in x.shape])
+    padded[: x.shape[0], : x.shape[1]] = x
+    return padded
 
 
-@triton.jit
-def _grad_logits(
-    h,
-    q,
-    p,
-    w,
-    g,
-    grad_output,
-    grad_feature,
-    grad_context,  # None where nobody asked for it, which BOTH says, too
-    BOTH: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    program = tl.program_id(0)
-    programs = tl.cdiv(p.height, TILE).to(tl.int64) * tl.cdiv(p.width, TILE)
-    total = tl.zeros([TILE, TILE], grad_feature.dtype.element_ty)
-    if program < programs:
-        lines = tile_at(program, p.width, TILE)
-        rows, cols = lines
-        a = row_shifts(h, rows)
-        total, farthest = multiply(total, -INFINITY, h, a, False, q, None, True, lines, q.height, VECTOR, DEPTH)
-        logs = logs_of(p, rows, cols, VECTOR)
-        total *= tl.exp(logs - a[:, None])
-        total = add_far(total, p, farthest, h, a, False, q, None, True, lines, q.height)
-        there = inside(p.height, p.width, rows, cols, VECTOR)
-        total += read(grad_output, there, rows, cols, 0.0, VECTOR)
-        write(grad_feature, total, there, p.width, rows, cols, VECTOR)
-    elif BOTH:
-        lines = tile_at(program - programs, q.width, TILE)
-        rows, cols = lines
-        total, farthest = multiply(total, -INFINITY, w, None, True, g, None, True, lines, p.height, VECTOR, DEPTH)
-        total, farthest = multiply(total, farthest, h, None, True, p, None, True, lines, p.height, VECTOR, DEPTH)
-        logs = logs_of(q, rows, cols, VECTOR)
-        total *= tl.exp(shifted(q, logs, row_shifts(q, rows), cols))
-        total = add_far(total, q, farthest, w, None, True, g, None, True, lines, p.height)
-        total = add_far(total, q, farthest, h, None, True, p, None, True, lines, p.height)
-        there = inside(q.height, q.width, rows, cols, VECTOR)
-        write(grad_context, total, there, q.width, rows, cols, VECTOR)
+def _largest(x: Tensor, axis: int) -> Tensor:
+    """Finite even where everything is -inf, as a prior of 0 is."""
+    return x.amax(axis).clamp_(min=torch.finfo(x.dtype).min)
+
+
+def _scale(logs: Tensor, offset: Tensor) -> Scaled:
+    values = logs + offset
+    shift = _largest(values, 1)
+    return Scaled(logs, shift, _padded(values.sub_(shift[:, None]).exp_()))
+
+
+def _scaled(feature_logits: Tensor, context_logits: Tensor) -> tuple[Scaled, Scaled, Scaled]:
+    """P, Q, and the contexts' logits by classes, of which the maxima alone are wanted."""
+    context = context_logits.contiguous()
+    classes = _largest(context, 0)
+    q = _scale(context, -classes)
+    return _scale(feature_logits.contiguous(), classes), q, Scaled(context.mT.contiguous(), classes, q.exponentials)
+
+
+def _over_sums(factor: Tensor, logs: Tensor, rows: Scaled, columns: Scaled) -> tuple[Tensor, Tensor]:
+    """factor over sums of scaled terms, padded: 0 where those were too small; and whether any was."""
+    distance = (columns.shift + rows.shift[:, None]).sub_(logs)
+    far = distance > FARTHEST[logs.dtype]
+    return _padded(distance.masked_fill_(far, -math.inf).exp_().mul_(factor)), far.any()
+
+
+def _multiply(out: Tensor, x: Tensor, y: Tensor, x_across: bool, y_across: bool, add: bool = False) -> None:
+    height, width = out.shape
+    terms = x.shape[0 if x_across else 1]
+    tiles = triton.cdiv(height, TILE) * triton.cdiv(width, TILE)
+    arguments = (x, y, out, x.shape[1], y.shape[1], terms, height, width)
+    options = {"ADD": add, "X_ACROSS": x_across, "Y_ACROSS": y_across, "TILE": TILE, "DEPTH": DEPTH}
+    launch(_product, tiles, out, *arguments, **options, warps=8, num_stages=1)
+
+
+def _take_logs(sums: Tensor, rows: Scaled, columns: Scaled, base: Tensor | None) -> None:
+    arguments = (sums, rows.shift, columns.shift, base, rows.logs, columns.logs, *sums.shape, rows.logs.shape[1])
+    options = {"FARTHEST": FARTHEST[sums.dtype], "SUMS": SUMS, "TERMS": TERMS}
+    launch(_log_sums, triton.cdiv(sums.numel(), SUMS), sums, *arguments, **options, warps=8)
+
+
+def _finish(out: Tensor, rows: Scaled, columns: Scaled, far: Tensor, factor: Tensor, logs: Tensor) -> Tensor:
+    """From a product with what is over sums of rows' and columns' terms, the gradient of the rows' logits."""
+    return _with_far(out.mul_(rows.exponentials[: out.shape[0], : out.shape[1]]), rows, columns, far, factor, logs)
+
+
+def _with_far(out: Tensor, rows: Scaled, columns: Scaled, far: Tensor, factor: Tensor, logs: Tensor) -> Tensor:
+    """Adds to out_ik those terms factor_ij exp(rows_ik + columns_jk - logs_ij) that _over_sums has left out."""
+    programs = triton.cdiv(out.shape[0], FAR_ROWS) * triton.cdiv(out.shape[1], FAR_COLS)
+    arguments = (out, *out.stride(), far, factor, logs, *logs.stride(), rows.logs, columns.logs)
+    sizes = (rows.shift, columns.shift, *out.shape, logs.shape[1])
+    options = {"FARTHEST": FARTHEST[out.dtype], "ROWS": FAR_ROWS, "TERMS": FAR_TERMS, "COLS": FAR_COLS}
+    launch(_add_far, programs, out, *arguments, *sizes, **options, warps=8)
+    return out
 
 
 # ---- the functions of csrc/schema.cpp ----
 
 
-def _find_maxima(logits: Logits, vector: int, t: Exponents | None) -> None:
-    """Before another launch, unless its programs find those of their own rows."""
-    if logits.own:
-        return
-    programs = triton.cdiv(logits.samples, MAXIMA_ROWS) + triton.cdiv(logits.strata, MAXIMA_ROWS)
-    maxima = (logits.a_max, logits.b_max, logits.w_max)
-    constants = {"ALL": t is not None, "VECTOR": vector, "ROWS": MAXIMA_ROWS, "COLS": MAXIMA_COLS}
-    launch(_maxima, programs, logits.a_max, logits.p(), logits.q(), t, *maxima, warps=4, **constants)
-
-
-def _tiles(dtype: torch.dtype, *results: tuple[int, int]) -> tuple[int, dict[str, int]]:
-    """How many tiles there are, and the constants of a kernel. Sizes alone decide."""
-
-    def count(tile: int) -> int:
-        return sum(triton.cdiv(height, tile) * triton.cdiv(width, tile) for height, width in results)
-
-    large = dtype == torch.float32 and min(map(min, results)) > 32 and count(64) >= ENOUGH_TILES
-    tile = 64 if large or INTERPRETED else 32
-    return count(tile), {"TILE": tile, "DEPTH": DEPTH, "warps": 8 if large else 4, "num_stages": 1}
-
-
 def backdoor(feature_logits: Tensor, context_logits: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
-    logits = Logits(feature_logits, context_logits, log_prior)
-    samples, strata, classes = logits.samples, logits.strata, logits.classes
-    norm = feature_logits.new_empty(samples, strata)
-    output = feature_logits.new_empty(samples, classes)
+    norm = feature_logits.new_empty(log_prior.shape)
+    output = feature_logits.new_empty(feature_logits.shape)
     if output.numel() == 0:
         return output, norm
-    p, q, vector = logits.p(), logits.q(), logits.vector()
-    _find_maxima(logits, vector, None)
-    tiles, constants = _tiles(norm.dtype, (samples, strata))
-    parts = norm.new_empty(samples, triton.cdiv(strata, constants["TILE"]))
-    maxima = (logits.a_max, logits.b_max)
-    launch(_norm, tiles, norm, p, q, logits.prior, *maxima, norm, parts, OWN=logits.own, VECTOR=vector, **constants)
-    tiles, constants = _tiles(norm.dtype, (samples, classes))
-    largest = Exponents(*parts.shape, plus=Matrix.of(parts))
-    launch(_output, tiles, norm, logits.w(norm), q, logits.a, largest, output, VECTOR=vector, **constants)
+    p, q, classes = _scaled(feature_logits, context_logits)
+    _multiply(norm, p.exponentials, q.exponentials, False, False)
+    _take_logs(norm, p, q, None)
+    w = _scale((log_prior - norm).contiguous(), q.shift)
+    _multiply(output, w.exponentials, q.exponentials, False, True)
+    _take_logs(output, w, classes, p.logs)
     return output, norm
 
 
@@ -249,36 +274,22 @@ def backdoor_backward(
     output: Tensor,
     with_context: bool,
 ) -> tuple[Tensor, Tensor]:
-    logits = Logits(feature_logits, context_logits, log_prior)
-    samples, strata, classes = logits.samples, logits.strata, logits.classes
-    grad_norm = feature_logits.new_empty(samples, strata)
-    grad_feature = feature_logits.new_empty(samples, classes)
-    grad_context = context_logits.new_empty(strata, classes) if with_context else context_logits.new_empty(0)
+    grad_norm, grad_feature = norm.new_empty(norm.shape), norm.new_empty(output.shape)
+    grad_context = norm.new_empty(context_logits.shape if with_context else (0,))
     if grad_feature.numel() == 0:
         return grad_feature, grad_context.zero_()
-    p, q, w, t = logits.p(), logits.q(), logits.w(norm), logits.t(output)
-    g, h = logits.g(output, grad_output), logits.h(norm, grad_norm)
-    vector = logits.vector(norm, output, grad_output)
-    _find_maxima(logits, vector, t)
-    tiles, constants = _tiles(norm.dtype, (samples, strata))
-    maxima = (logits.a_max, logits.b_max, logits.w_max)
-    launch(_grad_norm, tiles, norm, g, q, w, p, t, *maxima, grad_norm, OWN=logits.own, VECTOR=vector, **constants)
-    results = [(samples, classes), (strata, classes)][: 1 + with_context]
-    tiles, constants = _tiles(norm.dtype, *results)
-    gradients = (grad_feature, grad_context if with_context else None)
-    launch(
-        _grad_logits,
-        tiles,
-        norm,
-        h,
-        q,
-        p,
-        w,
-        g,
-        Matrix.of(grad_output),
-        *gradients,
-        BOTH=with_context,
-        VECTOR=vector,
-        **constants,
-    )
+    p, q, classes = _scaled(feature_logits, context_logits)
+    w = _scale((log_prior - norm).contiguous(), q.shift)
+    g, t = grad_output.contiguous(), (output - p.logs).contiguous()
+    by_class, far_classes = _over_sums(g, t, w, classes)
+    _multiply(grad_norm, by_class, q.exponentials, False, False)
+    _finish(grad_norm, w, classes, far_classes, g, t).neg_()
+    by_stratum, far_strata = _over_sums(grad_norm, norm, p, q)
+    _multiply(grad_feature, by_stratum, q.exponentials, False, True)
+    _finish(grad_feature, p, q, far_strata, grad_norm, norm).add_(g)
+    if with_context:
+        _multiply(grad_context, w.exponentials, by_class, True, True)
+        _multiply(grad_context, by_stratum, p.exponentials, True, True, add=True)
+        _finish(grad_context, q, p, far_strata, grad_norm.mT, norm.mT)
+        _with_far(grad_context.mT, classes, w, far_classes, g.mT, t.mT)
     return grad_feature, grad_context

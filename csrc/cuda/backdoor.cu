@@ -4,175 +4,156 @@
 //
 //   S_nz = log sum_k exp(A_nk + B_zk)    V = L - S    T_nk = log sum_z exp(V_nz + B_zk)    output = A + T
 //
-// Shifted by maxima a, b over classes, and w over strata,
+// As on the CPU, Q_zk = exp(B_zk - d_k - b_z) has 1 as the largest entry of every row and column, where d are the
+// maxima of classes and b those of strata after them. P_nk = exp(A_nk + d_k - a_n) and W_nz = exp(V_nz + b_z - w_n)
+// have 1 as the largest entry of every row, and
 //
-//   P_nk = exp(A - a_n)    Q_zk = exp(B - b_z)    W_nz = exp(V + b_z - w_n)    S = log P Q' + a + b    T = log W Q + w
+//   S = log P Q' + a + b    T = log W Q + w + d
 //
-// and with G_nk = g exp(w_n - T), H_nz = h exp(a_n + b_z - S), which is g or h over the sums within those logarithms,
+// A sum below kSmallest is added up again term by term (common/log_range.h). Backward, with G = g exp(w + d - T) and
+// H = h exp(a + b - S), which are g and h over those sums,
 //
 //   h = -W . (G Q')    dA = g + P . (H Q)    dB = Q . (W' G + H' P)
 //
-// P, Q and W are at most 1. Where a sum is below kSmallest it is taken term by term, and so is what it divides in G or
-// H (backdoor_far.cuh). In backward w_n is the largest T_nk: no more than log Z above, and it takes no b.
+// where G and H are 0 for sums that were too small; what those would have divided is added term by term.
 //
-// Flops: 2 products of N Z K multiplications forward and 4 backward, beside which, in tiles of 64 by 64, there is one
-// exponential for 32 of them. N = 1024 and Z = K = 1000 are 1.0e9 multiplications each, and one by one exponentials
-// would be as many, at an eighth of the speed. Bytes: a block reads both sides of its tile, which caches hold; [N,Z] is
-// all that is written besides results, and read again.
-//
-// Launches: 2 forward and 2 backward, since S has to be whole before T, and h before dA and dB. With more than
-// kOwnMaxima classes blocks no longer find the maxima of their own rows, which takes one more launch, before the
-// others. Everything is read in place, whatever its strides.
+// Flops: 2 products of N Z K multiplications forward and 4 backward, in float32 or float64. Bytes: a few passes over
+// [N,K], [N,Z] and [Z,K]. Launches: 10 forward and 18 backward. Inputs that are
+// not contiguous are copied.
 
 #include "cuda/backdoor_kernels.cuh"
 
 namespace debiaskd {
 namespace {
 
-constexpr int64_t kOwnMaxima = 256;
-// ---- the ops ----
-
-// Calls function with 64 or 32, the lines of a tile: 64 multiply faster, where there are enough of them for the device.
-template <typename A, typename Function>
-void with_tile(const Device& device, const std::vector<std::pair<int64_t, int64_t>>& results, Function&& function) {
-  if constexpr (std::is_same_v<A, float>) {
-    int64_t tiles = 0;
-    bool filled = true;
-    for (const auto& [height, width] : results) {
-      tiles += Tiling<A, 64>::count(height) * Tiling<A, 64>::count(width);
-      filled = filled && height > 32 && width > 32;
-    }
-    if (filled && tiles >= device.processors()) return function(std::integral_constant<int, 64>{});
-  }
-  function(std::integral_constant<int, 32>{});
-}
-
-template <typename A, int TILE>
-Grid grid(int64_t tiles) {
-  return {tiles, kThreads, sizeof(typename Tiling<A, TILE>::Shared)};
-}
-
-// The logits and their maxima a, b and w, as matrices of exponentials.
 template <typename A>
-struct Logits {
-  const Tensor &a, &b, &prior;
-  int64_t samples, classes, strata;
-  Tensor of_strata, of_samples;  // b; a and w
+A* data(const Tensor& tensor) {
+  return static_cast<A*>(tensor.data_ptr());
+}
 
-  Logits(const Tensor& feature_logits, const Tensor& context_logits, const Tensor& log_prior)
-      : a(feature_logits), b(context_logits), prior(log_prior) {
-    samples = a.size(0), classes = a.size(1), strata = b.size(0);
-    of_strata = new_empty(a, {strata}, a.scalar_type());
-    of_samples = new_empty(a, {2, samples}, a.scalar_type());
+template <typename A>
+Matrix<A> matrix(const Tensor& tensor) {
+  return {data<std::remove_const_t<A>>(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
+
+Tensor difference(const Tensor& left, const Tensor& right) {
+  return torch::stable::contiguous(torch::stable::subtract(left, right));
+}
+
+// Exponentials of logs, padded, and the shifts that they were scaled by.
+struct Scaled {
+  Tensor logs, shift, exponentials;
+};
+
+// A call's launches, in the order of the formulas above.
+template <typename A>
+class Backdoor {
+ public:
+  Backdoor(const Tensor& feature_logits, const Tensor& context_logits) : device_(feature_logits) {
+    const Tensor b = torch::stable::contiguous(context_logits);
+    classes = {torch::stable::contiguous(transposed(b)), new_empty(b, {b.size(1)}, b.scalar_type()), {}};
+    device_.launch(Grid{b.size(1), kBackdoorThreads}, scale_rows_kernel<A>, data<const A>(classes.logs),
+        static_cast<const A*>(nullptr), A(0), b.size(1), b.size(0), data<A>(classes.shift), static_cast<A*>(nullptr));
+    q = scale_rows(b, classes, -1);
+    p = scale_rows(torch::stable::contiguous(feature_logits), classes, 1);
   }
 
-  A* b_max() const { return static_cast<A*>(of_strata.data_ptr()); }
-  A* a_max() const { return static_cast<A*>(of_samples.data_ptr()); }
-  A* w_max() const { return a_max() + samples; }
+  Scaled scale_rows(const Tensor& logs, const Scaled& other, int sign) const {
+    const int64_t rows = logs.size(0), length = logs.size(1);
+    const Scaled scaled = {logs, new_empty(logs, {rows}, logs.scalar_type()), padded_like(logs)};
+    device_.launch(Grid{padded(rows), kBackdoorThreads}, scale_rows_kernel<A>, data<const A>(logs),
+        data<const A>(other.shift), A(sign), rows, length, data<A>(scaled.shift), data<A>(scaled.exponentials));
+    return scaled;
+  }
 
-  Exponents<A> p() const { return {samples, classes, Matrix<A>(a), {}, {}, a_max(), -1}; }
-  Exponents<A> q() const { return {strata, classes, Matrix<A>(b), {}, {}, b_max(), -1}; }
-  Exponents<A> w(const Tensor& norm) const {
-    return {samples, strata, Matrix<A>(prior), Matrix<A>(norm), {}, w_max(), -1, b_max()};
+  Tensor divide(const Tensor& factor, const Tensor& logs, const Scaled& rows, const Scaled& columns, int* far) const {
+    const Tensor quotient = padded_like(logs);
+    device_.launch(Grid{padded(logs.size(0)), kBackdoorThreads}, divide_kernel<A>, data<const A>(factor),
+        data<const A>(logs), data<const A>(rows.shift), data<const A>(columns.shift), logs.size(0), logs.size(1),
+        data<A>(quotient), far);
+    return quotient;
   }
-  Exponents<A> g(const Tensor& output, const Tensor& grad_output) const {
-    return {samples, classes, Matrix<A>(a), Matrix<A>(output), Matrix<A>(grad_output), w_max(), 1};
-  }
-  Exponents<A> h(const Tensor& norm, const Tensor& grad_norm) const {
-    return {samples, strata, {}, Matrix<A>(norm), Matrix<A>(grad_norm), a_max(), 1, b_max()};
-  }
-  Maxima<A> of_a() const { return {Matrix<A>(a), {}, samples, classes, a_max()}; }
-  Maxima<A> of_b() const { return {Matrix<A>(b), {}, strata, classes, b_max()}; }
-  // max_k T_nk
-  Maxima<A> of_w(const Tensor& output) const { return {Matrix<A>(output), Matrix<A>(a), samples, classes, w_max()}; }
 
-  // Whether blocks find maxima for themselves; if none of them would come by all rows, they cannot.
-  bool own() const { return classes <= kOwnMaxima && samples > 0 && strata > 0; }
-
-  void find(const Device& device, const AllMaxima<A>& all) const {
-    int64_t rows = 0;
-    for (const Maxima<A>& of : all.of) rows += of.rows;
-    device.launch(Grid{grid_blocks(device, rows, kThreads / 32), kThreads}, maxima_kernel<A>, all);
+  // x y' or, ACROSS, with either of them transposed; `terms` of them.
+  template <bool X_ACROSS, bool Y_ACROSS>
+  void multiply(const Tensor& x, const Tensor& y, int64_t terms, const Tensor& out, bool add = false) const {
+    const int64_t height = out.size(0), width = out.size(1);
+    const Product<A> job = {
+        data<const A>(x), data<const A>(y), x.size(1), y.size(1), padded(terms), data<A>(out), height, width, add};
+    const int64_t tiles = padded(height) / kProductTile * (padded(width) / kProductTile);
+    device_.launch(Grid{tiles, kBackdoorThreads}, product_kernel<A, X_ACROSS, Y_ACROSS>, job);
   }
+
+  void take_logs(const Tensor& sums, const Scaled& rows, const Scaled& columns, const Tensor* base) const {
+    device_.launch(Grid{sums.size(0), kBackdoorThreads}, log_sums_kernel<A>, data<A>(sums), data<const A>(rows.shift),
+        data<const A>(columns.shift), base ? data<const A>(*base) : nullptr, sums.size(1), data<const A>(rows.logs),
+        data<const A>(columns.logs), rows.logs.size(1));
+  }
+
+  // out, a product with `factor` over sums of rows' and columns' terms, becomes the gradient of the rows' logits.
+  void finish(const Tensor& out, int sign, const Tensor* base, bool scaled, const int* far, const Tensor& factor,
+      const Tensor& logs, const Scaled& rows, const Scaled& columns) const {
+    const Gradient<A> job = {matrix<A>(out), out.size(1), scaled ? data<const A>(rows.exponentials) : nullptr, A(sign),
+        base ? data<const A>(*base) : nullptr, far, matrix<const A>(factor), matrix<const A>(logs),
+        matrix<const A>(rows.logs), matrix<const A>(columns.logs), data<const A>(rows.shift),
+        data<const A>(columns.shift), logs.size(1)};
+    device_.launch(Grid{out.size(0), kBackdoorThreads}, gradient_kernel<A>, job);
+  }
+
+  Scaled classes, p, q;  // classes: B' and d
+
+ private:
+  static Tensor padded_like(const Tensor& x) {
+    return new_empty(x, {padded(x.size(0)), padded(x.size(1))}, x.scalar_type());
+  }
+
+  Device device_;
 };
 
 template <typename A>
-std::tuple<Tensor, Tensor> forward(const Tensor& a, const Tensor& b, const Tensor& log_prior) {
-  const Device device(a);
-  const Logits<A> logits(a, b, log_prior);
-  const int64_t samples = logits.samples, strata = logits.strata, classes = logits.classes;
-  Tensor norm = new_empty(a, {samples, strata}, a.scalar_type());
-  Tensor output = new_empty(a, {samples, classes}, a.scalar_type());
-  LogProduct<A> s = {{{logits.p(), false}, {logits.q(), false}, classes}, samples, strata,
-      static_cast<A*>(norm.data_ptr()), logits.a_max(), logits.b_max()};
-  s.prior = Matrix<A>(log_prior);
-  if (logits.own()) {
-    s.of_rows = logits.of_a(), s.of_columns = logits.of_b();
-  } else {
-    logits.find(device, {{logits.of_a(), logits.of_b()}});
-  }
-  Tensor parts;
-  with_tile<A>(device, {{samples, strata}}, [&](auto tile) {
-    constexpr int kTile = decltype(tile)::value;
-    const int64_t across = Tiling<A, kTile>::count(strata);
-    parts = new_empty(a, {samples, across}, a.scalar_type());
-    s.parts = static_cast<A*>(parts.data_ptr());
-    const int64_t tiles = Tiling<A, kTile>::count(samples) * across;
-    device.launch(grid<A, kTile>(tiles), log_product_kernel<A, kTile>, s);
-  });
-
-  LogProduct<A> t = {{{logits.w(norm), false}, {logits.q(), true}, strata}, samples, classes,
-      static_cast<A*>(output.data_ptr()), logits.w_max()};
-  t.base = Matrix<A>(a);
-  t.of_rows = {Matrix<A>(parts), {}, samples, parts.size(1), logits.w_max()};
-  with_tile<A>(device, {{samples, classes}}, [&](auto tile) {
-    constexpr int kTile = decltype(tile)::value;
-    const int64_t tiles = Tiling<A, kTile>::count(samples) * Tiling<A, kTile>::count(classes);
-    device.launch(grid<A, kTile>(tiles), log_product_kernel<A, kTile>, t);
-  });
+std::tuple<Tensor, Tensor> forward(const Tensor& feature_logits, const Tensor& b, const Tensor& log_prior) {
+  const Backdoor<A> op(feature_logits, b);
+  const Tensor& a = op.p.logs;
+  const int64_t samples = a.size(0), classes = a.size(1), strata = b.size(0);
+  const Tensor norm = new_empty(a, {samples, strata}, a.scalar_type());
+  const Tensor output = new_empty(a, {samples, classes}, a.scalar_type());
+  op.template multiply<false, false>(op.p.exponentials, op.q.exponentials, classes, norm);
+  op.take_logs(norm, op.p, op.q, nullptr);
+  const Scaled w = op.scale_rows(difference(log_prior, norm), op.q, 1);
+  op.template multiply<false, true>(w.exponentials, op.q.exponentials, strata, output);
+  op.take_logs(output, w, op.classes, &a);
   return {output, norm};
 }
 
 template <typename A>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& a, const Tensor& b,
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& feature_logits, const Tensor& b,
     const Tensor& log_prior, const Tensor& norm, const Tensor& output, bool with_context) {
-  const Device device(a);
-  const Logits<A> logits(a, b, log_prior);
-  const int64_t samples = logits.samples, strata = logits.strata, classes = logits.classes;
-  const ScalarType type = a.scalar_type();
-  Tensor grad_norm = new_empty(a, {samples, strata}, type), grad_feature = new_empty(a, {samples, classes}, type);
-  Tensor grad_context = with_context ? new_empty(a, {strata, classes}, type) : new_empty(a, {0}, type);
-  const Exponents<A> p = logits.p(), q = logits.q(), w = logits.w(norm), g = logits.g(output, grad_output);
+  const Backdoor<A> op(feature_logits, b);
+  const Scaled &p = op.p, &q = op.q, w = op.scale_rows(difference(log_prior, norm), q, 1);
+  const int64_t samples = p.logs.size(0), classes = p.logs.size(1), strata = b.size(0);
+  const ScalarType type = b.scalar_type();
+  const Tensor g = torch::stable::contiguous(grad_output), t = difference(output, p.logs);
+  const Tensor flags = torch::stable::new_zeros(b, {2}, ScalarType::Int);
+  int *const far_classes = data<int>(flags), *const far_strata = far_classes + 1;
 
-  ScaledSums<A> of_norm = {true};
-  of_norm.sums[0] = {{{{g, false}, {q, false}, classes}}, 1, w, static_cast<A*>(grad_norm.data_ptr()), -1};
-  if (logits.own()) {
-    of_norm.of_rows[0] = logits.of_a(), of_norm.of_rows[1] = logits.of_w(output), of_norm.of_columns = logits.of_b();
-  } else {
-    logits.find(device, {{logits.of_a(), logits.of_w(output), logits.of_b()}});
-  }
-  with_tile<A>(device, {{samples, strata}}, [&](auto tile) {
-    constexpr int kTile = decltype(tile)::value;
-    of_norm.first = Tiling<A, kTile>::count(samples) * Tiling<A, kTile>::count(strata);
-    device.launch(grid<A, kTile>(of_norm.first), scaled_sum_kernel<A, kTile>, of_norm);
-  });
+  const Tensor by_class = op.divide(g, t, w, op.classes, far_classes);  // G
+  const Tensor grad_norm = new_empty(b, {samples, strata}, type);       // -h
+  op.template multiply<false, false>(by_class, q.exponentials, classes, grad_norm);
+  op.finish(grad_norm, -1, nullptr, true, far_classes, g, t, w, op.classes);
 
-  ScaledSums<A> of_logits = {false};
-  const Exponents<A> h = logits.h(norm, grad_norm);
-  of_logits.sums[0] = {
-      {{{h, false}, {q, true}, strata}}, 1, p, static_cast<A*>(grad_feature.data_ptr()), 1, Matrix<A>(grad_output)};
-  std::vector<std::pair<int64_t, int64_t>> results = {{samples, classes}};
-  if (with_context) {
-    of_logits.sums[1] = {{{{w, true}, {g, true}, samples}, {{h, true}, {p, true}, samples}}, 2, q,
-        static_cast<A*>(grad_context.data_ptr())};
-    results.push_back({strata, classes});
-  }
-  with_tile<A>(device, results, [&](auto tile) {
-    using T = Tiling<A, decltype(tile)::value>;
-    of_logits.first = T::count(samples) * T::count(classes);
-    const int64_t tiles = of_logits.first + (with_context ? T::count(strata) * T::count(classes) : 0);
-    device.launch(grid<A, decltype(tile)::value>(tiles), scaled_sum_kernel<A, decltype(tile)::value>, of_logits);
-  });
+  const Tensor by_stratum = op.divide(grad_norm, norm, p, q, far_strata);  // -H
+  const Tensor grad_feature = new_empty(b, {samples, classes}, type);
+  op.template multiply<false, true>(by_stratum, q.exponentials, strata, grad_feature);
+  op.finish(grad_feature, 1, &g, true, far_strata, grad_norm, norm, p, q);
+  if (!with_context) return {grad_feature, new_empty(b, {0}, type)};
+
+  const Tensor grad_context = new_empty(b, {strata, classes}, type);
+  op.template multiply<true, true>(w.exponentials, by_class, samples, grad_context);
+  op.template multiply<true, true>(by_stratum, p.exponentials, samples, grad_context, true);
+  op.finish(grad_context, 1, nullptr, true, far_strata, transposed(grad_norm), transposed(norm), q, p);
+  op.finish(transposed(grad_context), 1, nullptr, false, far_classes, transposed(g), transposed(t), op.classes, w);
   return {grad_feature, grad_context};
 }
 

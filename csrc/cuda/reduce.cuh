@@ -14,6 +14,18 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
+template <typename A>
+__device__ __forceinline__ A larger(A a, A b) {
+  return a > b ? a : b;
+}
+
+// Every lane gets the largest. All 32 lanes of the warp must take part.
+template <typename A>
+__device__ __forceinline__ A warp_max(A value) {
+  for (int step = 16; step > 0; step /= 2) value = larger(value, __shfl_xor_sync(kFullWarp, value, step));
+  return value;
+}
+
 // Every thread gets the sum. All threads of the block must take part: a multiple of 32, 1024 at most.
 template <typename A>
 __device__ __forceinline__ A block_sum(A value) {
@@ -24,6 +36,17 @@ __device__ __forceinline__ A block_sum(A value) {
   if (lane == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   return warp_sum(lane < count ? warps[lane] : A(0));
+}
+
+// Every thread gets the largest. All threads of the block must take part, as in block_sum.
+template <typename A>
+__device__ __forceinline__ A block_max(A value) {
+  __shared__ A warps[32];
+  value = warp_max(value);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  return warp_max(warps[threadIdx.x % 32 < blockDim.x / 32 ? threadIdx.x % 32 : 0]);
 }
 
 // Sums the team of TEAM threads that a thread belongs to: its warp, or its block.

@@ -38,8 +38,6 @@ IMPLEMENTATIONS = {
     "class_relation": ("cpp", "triton", "eager"),
     "backdoor": ("cpp", "cuda", "triton", "eager"),
 }
-#: The oldest Triton that compiles an op's kernels, where not every Triton does that PyTorch comes with.
-OLDEST_TRITON = {"backdoor": (3, 7)}
 #: Where in `torch.ops` a backend's kernels are found: the same names and schemas everywhere.
 NAMESPACES = {"cpp": "debiaskd", "cuda": "debiaskd", "triton": "debiaskd_triton"}
 #: Whether Triton's kernels run in its interpreter, on CPU tensors: for tests. Triton reads this when it is imported.
@@ -143,7 +141,7 @@ def why_not(op: str, name: str, device: str) -> str | None:
         return f"{op} has no {name} implementation"
     if device not in _DEVICES[name]:
         return f"it runs on {' and '.join(_DEVICES[name])} tensors"
-    return unavailable.get(name) or too_new.get(op if name == "triton" else "")
+    return unavailable.get(name)
 
 
 def kernels(name: str) -> Any:
@@ -209,14 +207,6 @@ def triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _too_new(version: tuple[int, int]) -> dict[str, str]:
-    return {
-        op: f"its kernels for {op} need Triton {'.'.join(map(str, oldest))} or newer, got {'.'.join(map(str, version))}"
-        for op, oldest in OLDEST_TRITON.items()
-        if version < oldest
-    }
-
-
 def _load_all() -> dict[str, str]:
     record = build_record()
     schema = _load("schema", record)
@@ -236,8 +226,6 @@ def _load_all() -> dict[str, str]:
 #: Backend -> why it cannot run anywhere on this machine. Filled once, at import.
 unavailable: dict[str, str] = _load_all()
 native = "schema" not in unavailable
-#: Op -> why the Triton that is here cannot run its kernels.
-too_new: dict[str, str] = {} if "triton" in unavailable else _too_new(triton_version())
 
 # ---- shapes without values, for torch.compile ----
 

@@ -24,6 +24,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __grid_constant__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __noinline__ __attribute__((noinline))
 #define DEBIASKD_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::cuda_on_cpu::dynamic_shared())
 #define DEBIASKD_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(debiaskd_on_cpu, CPU, m)
@@ -107,6 +108,7 @@ T atomicOr(T* address, T value) {
 }
 
 inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
 void __stwb(T* address, T value) {

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not here, by ordinary calls on tensors without memory.
 
-    env -u TRITON_INTERPRET python tests/triton_compile.py cuda:90 feature_match
+    env -u TRITON_INTERPRET python tests/helpers/triton_compile.py cuda:90 feature_match
 
 prints as JSON, for each case of the ops named, what became of its launches. A process of its own, because Triton reads
-when it is imported whether it interprets, which the other tests have it do. The cases are in tests/triton_cases;
+when it is imported whether it interprets, which the other tests have it do. The cases are in triton_cases;
 whoever adds an op adds a module there.
 """
 
@@ -82,7 +82,7 @@ def narrow_addresses(ttir: str, long: bool) -> list[str]:
     return found
 
 
-def cuda_facts(asm: Any) -> dict[str, int]:
+def cuda_facts(asm: Any) -> dict[str, Any]:
     import triton
 
     wide = {"ld": 0, "st": 0}
@@ -95,10 +95,11 @@ def cuda_facts(asm: Any) -> dict[str, int]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     spilled = used["STACK"] + used["LOCAL"]
-    return {"loads": wide["ld"], "stores": wide["st"], "registers": used["REG"], "spilled": spilled}
+    tf32 = "tf32" in asm["ptx"]
+    return {"loads": wide["ld"], "stores": wide["st"], "registers": used["REG"], "spilled": spilled, "tf32": tf32}
 
 
-def hip_facts(asm: Any) -> dict[str, int]:
+def hip_facts(asm: Any) -> dict[str, Any]:
     """Loads and stores a thread as if a wavefront had 32 lanes."""
     code = asm["amdgcn"]
     # Scratch is memory; lanes of vector registers, where LLVM keeps scalar ones that it calls spilled too, are not.
@@ -106,7 +107,8 @@ def hip_facts(asm: Any) -> dict[str, int]:
     used = {name: int(value) for name, value in re.findall(wanted, code)}
     loads, stores = (2 * len(re.findall(rf"(?:buffer|global)_{kind}_dwordx4", code)) for kind in ("load", "store"))
     spilled = used["vgpr_spill_count"] + used["private_segment_fixed_size"]
-    return {"loads": loads, "stores": stores, "registers": used["vgpr_count"], "spilled": spilled}
+    tf32 = "xf32" in code
+    return {"loads": loads, "stores": stores, "registers": used["vgpr_count"], "spilled": spilled, "tf32": tf32}
 
 
 def main(target: str, *ops: str) -> None:

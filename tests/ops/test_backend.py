@@ -229,14 +229,3 @@ assert third <= {{"debiaskd", "torch", "numpy"}}, third
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.skipif("triton" in backend.unavailable, reason="the Triton kernels cannot run here")
-def test_an_older_triton_leaves_out_what_it_cannot_compile(monkeypatch):
-    device = "cpu" if backend.INTERPRETED else "cuda"
-    reason = "its kernels for backdoor need Triton 3.7 or newer, got 3.6"
-    assert backend._too_new((3, 6)) == {"backdoor": reason}
-    assert backend._too_new((3, 10)) == {}
-    monkeypatch.setattr(backend, "too_new", {"backdoor": reason})
-    assert backend.why_not("backdoor", "triton", device) == reason
-    assert backend.why_not("feature_match", "triton", device) is None

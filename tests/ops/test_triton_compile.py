@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 VERSION = backend.triton_version() if importlib.util.find_spec("triton") else (0, 0)
-CASES = {op: cases_of(op) for op in OPS if backend.OLDEST_TRITON.get(op, (0, 0)) <= VERSION}
+CASES = {op: cases_of(op) for op in OPS}
 # All that is compiled for a target is compiled together, by whichever process the tests of that target run in.
 every_case = pytest.mark.parametrize(
     ("op", "target", "case"),
@@ -36,7 +36,7 @@ every_case = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """target -> op -> what tests/triton_compile.py says of its cases."""
+    """target -> op -> what tests/helpers/triton_compile.py says of its cases."""
     return Reports(str(tmp_path_factory.mktemp("triton")))
 
 
@@ -48,7 +48,7 @@ class Reports(dict):
         self.environment["TRITON_CACHE_DIR"] = cache
 
     def __missing__(self, target):
-        command = [sys.executable, str(ROOT / "tests" / "triton_compile.py"), target, *CASES]
+        command = [sys.executable, str(ROOT / "tests" / "helpers" / "triton_compile.py"), target, *CASES]
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment)
         assert done.returncode == 0, f"{target}: {done.stderr}"
         self[target] = json.loads(done.stdout)
@@ -73,6 +73,12 @@ def test_aligned_elements_move_16_bytes_at_once(compiled, op, case, target):
 def test_addresses_have_64_bits(compiled, op, case, target):
     for launch in compiled[target][op][case]:
         assert not launch["narrow"], launch["kernel"]
+
+
+@every_case
+def test_no_product_is_rounded_to_tf32(compiled, op, case, target):
+    for launch in compiled[target][op][case]:
+        assert not launch["tf32"], launch["kernel"]
 
 
 @pytest.mark.skipif(VERSION < (3, 9), reason="older compilers spill a few bytes here and there")

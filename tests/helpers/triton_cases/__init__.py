@@ -1,4 +1,4 @@
-"""What tests/triton_compile.py compiles: for each op a module of calls, and what is expected of their launches."""
+"""What helpers/triton_compile.py compiles: for each op a module of calls, and what is expected of their launches."""
 
 from __future__ import annotations
 

@@ -19,18 +19,13 @@ def _backdoor(samples: int, strata: int, classes: int, dtype: torch.dtype = torc
     return call
 
 
-# Around and in the loop that takes far terms one by one, which hardly any input has.
-_ASIDE = {"_norm": 8, "_grad_norm": 16}
-_BACKDOOR = ("_norm", "_output", "_grad_norm", "_grad_logits")
-# Fewer than a tile would suggest: how the operands of products lie in threads is the compiler's choice.
-_WIDE = {"_norm": (2, 2), "_output": (2, 2), "_grad_norm": (4, 2), "_grad_logits": (6, 4)}
+_FORWARD = ("_product", "_log_sums") * 2
+_LAUNCHES = (*_FORWARD, *("_product", "_add_far") * 2, *("_product",) * 2, *("_add_far",) * 2)
+_WIDE = {"_product": (2, 0)}  # a tile of 16 terms of 64 lines is one load for each of 256 threads, of either factor
 
 CASES = {
-    "1000 classes": Case(
-        _backdoor(1024, 1000, 1000), ("_maxima", *_BACKDOOR[:2], "_maxima", *_BACKDOOR[2:]), aside=_ASIDE
-    ),
-    "100 classes": Case(_backdoor(128, 100, 100), _BACKDOOR, _WIDE),
-    "odd": Case(_backdoor(5, 7, 11), _BACKDOOR, aside=_ASIDE),
-    "float64": Case(_backdoor(128, 100, 100, torch.float64), _BACKDOOR),
-    "2^32 logits": Case(_backdoor(2**30, 4, 4), _BACKDOOR, _WIDE, True),
+    "1000 classes": Case(_backdoor(1024, 1000, 1000), _LAUNCHES),
+    "odd": Case(_backdoor(5, 7, 11), _LAUNCHES, _WIDE),
+    "float64": Case(_backdoor(128, 100, 100, torch.float64), _LAUNCHES, aside={"_add_far": 8}),
+    "2^32 logits": Case(_backdoor(2**30, 4, 4), _LAUNCHES, _WIDE, True),
 }
