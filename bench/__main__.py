@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from debiaskd.utils.files import write_json
+
 from . import backdoor, channel_dot, class_relation, environment, feature_match, localization, report
-from .harness import Settings, WrongProviderError, run
+from .harness import Case, WrongProviderError, failures, run
+from .timing import Settings
 
 OPS = {
     "feature_match": feature_match,
@@ -20,6 +24,8 @@ OPS = {
     "class_relation": class_relation,
     "backdoor": backdoor,
 }
+#: Bytes of a map past every cache of today's GPUs.
+LARGE = 1 << 28
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +47,14 @@ def parser() -> Parser:
         "--system-malloc", action="store_true", help="leave it to the C library what becomes of freed memory"
     )
     made.add_argument("--out", type=Path, help="where the JSON and the pictures go; nothing is written without it")
+    made.add_argument(
+        "--append",
+        action="store_true",
+        help="add to the JSON that is there, leave out providers that fail, and draw no pictures",
+    )
+    made.add_argument("--pictures", type=Path, metavar="JSON", help="draw the pictures of a file of results, no more")
+    made.add_argument("--brief", action="store_true", help="only each op's main case and those of 256 MiB and more")
+    made.add_argument("--check", action="store_true", help="one call of each provider against the reference, no times")
     made.add_argument("--quick", action="store_true", help="tiny inputs, a few rounds: whether it runs, not how fast")
     return made
 
@@ -53,56 +67,96 @@ def main(arguments: list[str] | None = None) -> int:
         made.error(f"no benchmark {unknown[0]!r}; there are {', '.join(OPS)}")
     if options.threads < 1 or options.seconds < 0:
         made.error("--threads must be at least 1 and --seconds at least 0")
+    if options.pictures is not None:
+        return draw(options.pictures)
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: PyTorch finds no CUDA device here")
+    if options.check:
+        return check(options)
     try:
-        results = measure(options)
+        results, path = measure(options)
     except WrongProviderError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    if options.out is not None:
-        write(results, options.out, options.device)
-    return 0
+    if path is not None:
+        print(f"\n{path}")
+        if not options.append:
+            draw(path)
+    failed = [f"{case['op']}, {case['case']}: {name}" for case in results["cases"] for name in case["failed"]]
+    if failed:
+        print(f"bench: failed: {'; '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def chosen(options: argparse.Namespace) -> Iterator[Case]:
+    for op in options.ops or OPS:
+        for case in OPS[op].cases(options.device, options.quick):
+            large = case.leaf.numel() * case.leaf.element_size() >= LARGE
+            wanted = large or options.quick or case.name == OPS[op].MAIN
+            if options.cases in case.name and (wanted or not options.brief):
+                yield case
+
+
+def check(options: argparse.Namespace) -> int:
+    """Runs each provider's forward and backward once, compares it with the reference, and times nothing."""
+    failed = 0
+    for case in chosen(options):
+        providers, _ = case.providers(options.device)
+        named = {name: loss for name, loss in providers.items() if name in (options.providers or providers)}
+        wrong = failures(case, named)
+        for name in named:
+            print(f"{case.op}, {case.name}: {name} {wrong.get(name, 'agrees')}", flush=True)
+        failed += len(wrong)
+    return int(failed > 0)
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
+    """Every chosen case's results; and the file, which is written after each case."""
     kept = not options.system_malloc and environment.keep_freed_memory()
     torch.set_num_threads(options.threads)
     settings = Settings(device=options.device, seconds=options.seconds, only=tuple(options.providers))
+    settings.keep_going = options.append
     if not kept:
         settings.warming, settings.timed = 3, 5  # what one provider frees decides how the next one's memory is found
     if options.quick:
         settings.seconds, settings.fewest_rounds, settings.most_rounds = 0.0, 2, 2
+    where = environment.describe(options.device, kept)
+    path = None if options.out is None else options.out / f"{stem(where, options.device)}.json"
+    earlier = json.loads(path.read_text()) if path is not None and options.append and path.exists() else {"cases": []}
     cases = []
-    for op in options.ops or OPS:
-        for case in OPS[op].cases(options.device, options.quick):
-            if options.cases in case.name:
-                cases.append(run(case, settings))
-                print(report.table(cases[-1]), flush=True)
+    for case in chosen(options):
+        cases.append(run(case, settings))
+        print(report.table(cases[-1]), flush=True)
+        if path is not None:
+            measured = {(one["op"], one["case"]) for one in cases}
+            others = [one for one in earlier["cases"] if (one["op"], one["case"]) not in measured]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"schema": 1, "environment": where, "cases": others + cases})
     named = {(case["op"], case["case"]): case for case in cases}
     for op in OPS:
         for goal in OPS[op].GOALS:
             if (op, goal.case) in named and goal.provider not in named[op, goal.case]["missing"]:
                 print(f"goal: {op}, {goal.sentence(named[op, goal.case])}")
-    return {"schema": 1, "environment": environment.describe(options.device, kept), "cases": cases}
+    return {"schema": 1, "environment": where, "cases": cases}, path
 
 
-def write(results: dict[str, Any], out: Path, device: str) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    where = results["environment"]
+def stem(where: dict[str, Any], device: str) -> str:
     name = "cpu" if device == "cpu" else "".join(c if c.isalnum() else "-" for c in where["device"].lower())
-    stem = f"{name}-{where['date']}" + ("" if where["freed_memory"] == "kept" else "-system-malloc")
-    path = out / f"{stem}.json"
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{path}")
+    return f"{name}-{where['date']}" + ("" if where["freed_memory"] == "kept" else "-system-malloc")
+
+
+def draw(path: Path) -> int:
+    """One picture an op, beside the file of results."""
+    results = json.loads(path.read_text())
     for op in dict.fromkeys(case["op"] for case in results["cases"]):
-        picture = out / f"{stem}-{op}.png"
+        picture = path.with_name(f"{path.stem}-{op}.png")
         try:
             report.plot(picture, op, [case for case in results["cases"] if case["op"] == op])
         except ImportError as error:
             print(f"no picture: {error}", file=sys.stderr)
-            return
+            return 1
         print(picture)
+    return 0
 
 
 if __name__ == "__main__":

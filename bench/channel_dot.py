@@ -15,6 +15,7 @@ from .report import Goal
 MAIN = "64×2048×7×7"
 CLOSED = f"{MAIN}, closed form"
 TINY = "1×4×2×2, closed form"
+LARGE = "128×256×56×56"
 GOALS = (Goal(MAIN, "cpp", "eager", 1.2), Goal(CLOSED, "cpp", "eager", 1.5))
 
 
@@ -35,6 +36,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         )
         yield case(f"{MAIN}, bfloat16{suffix}", (64, 2048, 7, 7), device, constant=constant, dtype=torch.bfloat16)
         yield case(f"16×256×56×56{suffix}", (16, 256, 56, 56), device, constant=constant)
+    if device == "cuda":
+        yield case(LARGE, (128, 256, 56, 56), device)
     yield tiny(device)
 
 

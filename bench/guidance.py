@@ -8,7 +8,6 @@ are medians of one run, and the bytes that autograd keeps from forward to backwa
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 import debiaskd as dk
 from debiaskd.models.depths import DEPTHS
+from debiaskd.utils.files import write_json
 
 from . import environment
 
@@ -126,19 +126,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where the JSON goes; nothing is written without it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    record = environment.describe(options.device, memory_kept=False)
+    device = record["device"].lower().replace(" ", "-")
+    path = None if options.out is None else options.out / f"guidance-{device}-{record['date']}.json"
     results = []
     for entry in options.models:
         name, _, batch = entry.partition(":")
         results.append(measure(name, int(batch or 8), options.size, options.rounds, options.paths, options.device))
         for row in results[-1]["rows"]:
-            print(f"{name:12} {row['step']:34} {row['time']:6.3f} x time  {row['kept']:6.3f} x kept")
-    if options.out is not None:
-        record = environment.describe(options.device, memory_kept=False)
-        device = record["device"].lower().replace(" ", "-")
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"guidance-{device}-{record['date']}.json"
-        path.write_text(json.dumps({"environment": record, "results": results}, indent=1) + "\n")
-        print(path)
+            print(f"{name:12} {row['step']:34} {row['time']:6.3f} x time  {row['kept']:6.3f} x kept", flush=True)
+        if path is not None:  # after each network: a run that is stopped keeps what it has measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"environment": record, "results": results})
+            print(path, flush=True)
     return 0
 
 

@@ -11,11 +11,8 @@ of medians of one run.
 
 from __future__ import annotations
 
-import functools
 import os
-import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,16 +25,14 @@ from torch.profiler import ProfilerActivity, profile
 from debiaskd.ops import backend
 
 from .environment import CpuUse
+from .timing import Call, Settings, interleave, summary
 
 Loss = Callable[[Tensor], Tensor]
-Call = Callable[[], None]
 
 COPIES = ("clone", "copy")
 NATIVE = ("cpp", "cuda", "triton")
 #: Largest relative error (L2 norm) of loss and gradient that still counts as right.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
-#: A sample shorter than this is repeated until it is not: the clock itself costs a fraction of a microsecond.
-SHORTEST_SAMPLE = 1e-4
 
 
 class WrongProviderError(AssertionError):
@@ -87,28 +82,22 @@ def _under(name: str, public: Loss) -> Loss:
     return loss
 
 
-@dataclass
-class Settings:
-    device: str = "cpu"
-    seconds: float = 6.0  # spent on timing each case
-    fewest_rounds: int = 7
-    most_rounds: int = 200
-    only: tuple[str, ...] = ()  # providers; all of them where empty
-    warming: int = 0  # untimed calls before each turn's timed ones, for what the last provider left behind to settle
-    timed: int = 1  # calls timed in each turn
-
-
 def run(case: Case, settings: Settings) -> dict[str, Any]:
     """Checks and times all providers of a case. The result is what a results file holds of it."""
     torch.compiler.reset()
     providers, missing = case.providers(settings.device)
     if settings.only:
         providers = {name: loss for name, loss in providers.items() if name in settings.only}
+    failed: dict[str, str] = {}
+    if settings.keep_going:
+        failed = failures(case, providers)
+        missing |= {name: f"failed: {why}" for name, why in failed.items()}
+        providers = {name: loss for name, loss in providers.items() if name not in failed}
     errors = verify(case, providers)
     steps, forwards = _calls(case, providers)
     use = CpuUse()
-    step_times = interleave(steps, settings)
-    forward_times = interleave(forwards, settings, share=0.3)
+    step_times, clocks = interleave(steps, settings)
+    forward_times, _ = interleave(forwards, settings, share=0.3)
     result: dict[str, Any] = {
         "op": case.op,
         "case": case.name,
@@ -120,12 +109,14 @@ def run(case: Case, settings: Settings) -> dict[str, Any]:
         "rounds": len(next(iter(step_times.values()))),
         "cpu_share_of_others": use.share_of_others(),
         "missing": missing,
+        "failed": sorted(failed),
         "providers": {},
     }
     for name, call in steps.items():
         result["providers"][name] = {
             "step": summary(step_times[name]),
             "forward": summary(forward_times[name]) if name in forward_times else None,
+            "clock": clocks[name],
             "peak_bytes": peak_memory(call, settings.device),
             "error": errors.get(name),
         }
@@ -163,6 +154,17 @@ def verify(case: Case, providers: dict[str, Loss]) -> dict[str, dict[str, float]
     return errors
 
 
+def failures(case: Case, providers: dict[str, Loss]) -> dict[str, str]:
+    """The providers that raise or are wrong, each with the first line of why."""
+    found = {}
+    for name, loss in providers.items():
+        try:
+            verify(case, {name: loss})
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found
+
+
 def _loss_and_gradient(case: Case, loss_of: Loss) -> tuple[Tensor, Tensor]:
     loss = loss_of(case.leaf)
     if case.upstream != 1:
@@ -176,7 +178,7 @@ def _distance(value: Tensor, expected: Tensor) -> float:
     return (value.detach().double() - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
-# ---- timing ---------------------------------------------------------------------------------------------------------
+# ---- what is timed --------------------------------------------------------------------------------------------------
 
 
 def _calls(case: Case, providers: dict[str, Loss]) -> tuple[dict[str, Call], dict[str, Call]]:
@@ -204,63 +206,6 @@ def _forward(case: Case, loss: Loss) -> Call:
 
 def _discard(_: object) -> None:
     return None
-
-
-def interleave(calls: dict[str, Call], settings: Settings, share: float = 1.0) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, until the time is spent."""
-    clock = _cuda_seconds if settings.device == "cuda" else _cpu_seconds
-    repeats = {}
-    for name, call in calls.items():  # the first call pays for compiling and first touches, the second tells how long
-        clock(call, 1)
-        repeats[name] = max(1, round(SHORTEST_SAMPLE / max(clock(call, 1), 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    shuffle = random.Random(0).shuffle
-    end = time.perf_counter() + settings.seconds * share
-    for done in range(settings.most_rounds):
-        if done >= settings.fewest_rounds and time.perf_counter() > end:
-            break
-        shuffle(order)
-        for name in order:
-            for _ in range(settings.warming):
-                clock(calls[name], repeats[name])
-            times[name].extend(clock(calls[name], repeats[name]) for _ in range(settings.timed))
-    return times
-
-
-def _cpu_seconds(call: Call, repeats: int) -> float:
-    begin = time.perf_counter_ns()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter_ns() - begin) * 1e-9 / repeats
-
-
-def _cuda_seconds(call: Call, repeats: int) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _flush_caches()
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3 / repeats
-
-
-@functools.cache
-def _larger_than_caches() -> Tensor:
-    return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-
-
-def _flush_caches() -> None:
-    """Inputs that the last call left in the GPU's second-level cache would be read faster than a step ever reads."""
-    _larger_than_caches().zero_()
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and the range that holds the middle 80 %."""
-    low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
-    return {"median": median.item(), "p10": low.item(), "p90": high.item()}
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

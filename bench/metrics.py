@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from debiaskd.metrics import energy_in_box
 
 from . import box_overlap, environment
-from .harness import Settings, WrongProviderError, interleave, summary
+from .harness import WrongProviderError
 from .localization import corner_lists, random_boxes
+from .timing import Settings, interleave, summary
 
 Corners = list[list[list[int]]]
 Metric = Callable[[], Tensor]
@@ -88,7 +89,7 @@ def case(name: str, ours: Metric, theirs: Metric | None, read: Metric | None, se
         if not worst <= 1e-5:  # NaN fails too
             raise WrongProviderError(f"{name}: off by {worst:.2g}; more than 1e-05 is wrong, and is not timed")
     use = environment.CpuUse()
-    times = interleave({who: partial(_discard, call) for who, call in calls.items() if call is not None}, settings)
+    times, _ = interleave({who: partial(_discard, call) for who, call in calls.items() if call is not None}, settings)
     medians = {who: statistics.median(seconds) for who, seconds in times.items()}
     found["seconds"] = {who: summary(seconds) for who, seconds in times.items()}
     if theirs is not None:

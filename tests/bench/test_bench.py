@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import harness, report
+from bench import harness, report, timing
 from bench.__main__ import OPS, main
 from bench.localization import random_boxes
 
-FIGURES = {"step", "forward", "peak_bytes", "error"}
+FIGURES = {"step", "forward", "clock", "peak_bytes", "error"}
 
 pytestmark = pytest.mark.xdist_group("bench")
 
@@ -95,15 +92,16 @@ def test_a_wrong_provider_is_not_timed(wrong, what, monkeypatch: pytest.MonkeyPa
     case.references["wrong"] = wrong(case.eager)
     monkeypatch.setattr(harness, "interleave", lambda *_: pytest.fail("something was timed"))
     with pytest.raises(harness.WrongProviderError, match=f"the ({what}) of wrong is off"):
-        harness.run(case, harness.Settings())
+        harness.run(case, timing.Settings())
 
 
 def test_what_runs_takes_turns() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    settings = harness.Settings(seconds=0.0, fewest_rounds=5, most_rounds=5)
-    times = harness.interleave(calls, settings)
+    settings = timing.Settings(seconds=0.0, fewest_rounds=5, most_rounds=5)
+    times, clocks = timing.interleave(calls, settings)
     assert [len(t) for t in times.values()] == [5, 5, 5]
+    assert clocks == dict.fromkeys("abc", "host")
     runs = "".join(name for i, name in enumerate(order) if i == 0 or order[i - 1] != name)
     assert "a" in runs[6:] and "c" in runs[6:]  # past the warm-up, each comes again and again
 
@@ -121,11 +119,31 @@ def test_bad_arguments_exit_with_2(arguments: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run all that it runs with a GPU")
-def test_the_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "bench" / "gpu.sh"
-    done = subprocess.run(
-        ["bash", script, tmp_path], env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "bench/gpu.sh: PyTorch finds no CUDA device here"
+def test_cases_are_added_to_a_file_and_drawn_later(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    options = ["--quick", "--threads", "1", "--append", "--out", str(tmp_path), "--providers", "eager"]
+    for op in ("channel_dot", "feature_match", "feature_match"):  # measured again, a case takes the place of itself
+        assert main([op, *options]) == 0
+    torch.set_num_threads(threads)
+    (path,) = tmp_path.iterdir()
+    assert [case["op"] for case in json.loads(path.read_text())["cases"]] == ["channel_dot"] * 2 + ["feature_match"] * 2
+    assert main(["--pictures", str(path)]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_a_provider_that_fails_is_left_out_of_what_is_added(tmp_path, monkeypatch, capsys) -> None:
+    case = quick_case()
+
+    def cases(device: str, quick: bool = False):
+        case.references = {"wrong": lambda x: case.eager(x) * 2, "broken": lambda x: x.reshape(7)}
+        yield case
+
+    monkeypatch.setattr(OPS["feature_match"], "cases", cases)
+    options = ["--quick", "--threads", str(torch.get_num_threads()), "--providers", "eager", "wrong", "broken"]
+    assert main(["feature_match", *options, "--check"]) == 1
+    assert "wrong WrongProviderError" in capsys.readouterr().out
+    assert main(["feature_match", *options, "--append", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    (found,) = json.loads(path.read_text())["cases"]
+    assert found["failed"] == ["broken", "wrong"]
+    assert "eager" in found["providers"] and "wrong" not in found["providers"]
