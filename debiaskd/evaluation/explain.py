@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from debiaskd.attribution.heat_map import heat_map
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch, DataError
 from debiaskd.data.packed import manifest
@@ -44,7 +44,7 @@ class Example:
 
 @dataclass
 class Explanation:
-    """What one model makes of one picture for one class."""
+    """One model's attribution of one class: `map` float32 [S,S] in [0,1], its probability, the energy in its boxes."""
 
     heading: str
     map: Tensor
@@ -190,9 +190,9 @@ def _explain(heading: str, loaded: LoadedStage, example: Example, k: int, option
     boxes = of_class(batch.boxes, target)
     share = energy_in_box(maps, boxes, loaded.size)
     height, width = example.image.shape[1:]
-    upsampled = F.interpolate(maps[:, None].float(), (height, width), mode="bilinear")[0, 0].clamp(min=0).cpu()
+    heat = heat_map(maps, (height, width))[0]
     known = bool(boxes.annotated[0]) and len(boxes.coords) > 0
-    return Explanation(heading, upsampled, float(several[k]), float(share[0]) if known else None)
+    return Explanation(heading, heat, float(several[k]), float(share[0]) if known else None)
 
 
 def _figure(example: Example, boxes: Boxes, name: str, seen: Sequence[Explanation]) -> Any:
@@ -206,9 +206,7 @@ def _figure(example: Example, boxes: Boxes, name: str, seen: Sequence[Explanatio
     panels[0].set_title(f"{example.name}: {name}", fontsize=9)
     for axes, one in zip(panels[1:], seen):
         axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=400)
-        # Most of a map of the image itself is faint: what is bright is the strongest hundredth.
-        strongest = float(one.map.flatten().float().quantile(0.995)) or 1.0
-        heat = (one.map / strongest).clamp(max=1).numpy()
+        heat = one.map.numpy()
         axes.imshow(heat, cmap="inferno", alpha=heat, vmin=0, vmax=1)
         share = "" if one.epg is None else f", {100 * one.epg:.0f} % in box"
         axes.set_title(f"{one.heading}: p = {one.score:.2f}{share}", fontsize=9)

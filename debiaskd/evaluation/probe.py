@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from debiaskd.evaluation.evaluate import LoadedStage
 from debiaskd.recipe import Data, RecipeError
 from debiaskd.training.batches import Split, open_split
-from debiaskd.training.feature_extraction import FeatureExtractor, find_feature_layers
+from debiaskd.training.feature_extraction import find_feature_layers, read_outputs
 from debiaskd.utils import files
 
 #: Inverse strengths of L2 regularisation that are tried.
@@ -69,15 +68,7 @@ def _features(loaded: LoadedStage, split: Split) -> NDArray[np.float64]:
     example = loaded.contract.example().to(loaded.device)
     options = loaded.network
     at = find_feature_layers(loaded.model, example, options.layer, options.named_head, ("pooled",))
-    extractor = FeatureExtractor(loaded.model, at, ("pooled",)).eval()
-    found: list[Tensor] = []
-    loader = loaded.loader(split)
-    with torch.no_grad():
-        for batch in loader.dataloader:
-            outputs, _ = extractor(loader.transform(batch).images)
-            assert outputs.pooled is not None
-            found.append(outputs.pooled.double().cpu())
-    return torch.cat(found).numpy()
+    return read_outputs(loaded.model, at, loaded.loader(split)).pooled.double().numpy()
 
 
 def _single_label(

@@ -19,7 +19,7 @@ from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.weights import read_weights, sample_weights
 from debiaskd.recipe import Teacher
 from debiaskd.reweight import group_weights
-from debiaskd.training.feature_extraction import FeatureExtractor
+from debiaskd.training.feature_extraction import read_outputs
 from debiaskd.training.head_weights import find_head, linear_layers, put
 from debiaskd.training.run import Stage
 from debiaskd.utils import files
@@ -58,15 +58,9 @@ def probed(context: StageContext, options: Teacher) -> Stage:
 def _fit_into(context: StageContext, options: Teacher, model: nn.Module, weight: Tensor | None) -> dict[str, Any]:
     trainer = context.trainer
     example = trainer.example(options).to(context.fabric.device)
-    extractor = FeatureExtractor(model, trainer.feature_layers(model, options, ("pooled",)), ("pooled",)).eval()
     loader = trainer.loader(trainer.train, options, training=False, batch=256, alone=True)
-    found = []
-    with torch.no_grad():
-        for batch in loader.dataloader:
-            pooled = extractor(loader.transform(batch).images)[0].pooled
-            assert pooled is not None
-            found.append(pooled.float().cpu())
-    feature, target = torch.cat(found), trainer.train.target
+    feature = read_outputs(model, trainer.feature_layers(model, options, ("pooled",)), loader).pooled
+    target = trainer.train.target
     r, _ = find_head(model, example)
     bias = all(getattr(layer, "bias", None) is not None for layer in linear_layers(model, r))
     made, offset, strength, right = fit(feature, target, weight, bias=bias, seed=context.recipe.seed)

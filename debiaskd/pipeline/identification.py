@@ -14,6 +14,7 @@ from debiaskd.models.registry import load_weights
 from debiaskd.pipeline.context import StageContext
 from debiaskd.recipe import Network, Schedule, Teacher
 from debiaskd.terms import SupervisedOptions
+from debiaskd.training.feature_extraction import iterate_outputs
 
 
 def train_identification(
@@ -49,11 +50,7 @@ def train_identification(
         model = trainer.network(network, name).to(context.fabric.device).eval()
         load_weights(model, stage.model)
         loader = trainer.loader(trainer.train, network, training=False, batch=256, alone=True)
-        found = []
-        with torch.no_grad(), context.fabric.autocast():
-            for batch in loader.dataloader:
-                placed = loader.transform(batch)
-                found.append((model(placed.images).argmax(1) == placed.target).cpu())
-        return torch.cat(found)
+        outputs = iterate_outputs(model, None, loader, context.fabric.autocast)
+        return torch.cat([each.logits.argmax(1).cpu() for each in outputs]) == trainer.train.target
 
     return correct, stage.fingerprint

@@ -22,6 +22,7 @@ from debiaskd.recipe import RecipeError, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
 from debiaskd.training.batches import Split
+from debiaskd.training.feature_extraction import iterate_outputs
 from debiaskd.training.fit import Trainer
 from debiaskd.training.run import Stage
 from debiaskd.training.schedule import brief_schedule
@@ -134,10 +135,10 @@ def _refit(
 ) -> dict[str, Any]:
     intercept, split = classifier.bias is not None, context.trainer.validation
     assert split.groups is not None
-    feature = torch.cat(list(_read(context, options, model, classifier, split)))
+    feature = torch.cat(list(_read(context, options, model, split)))
     # By the training pictures, as the authors' code does it: of the few that are fitted to, moments are uncertain.
     sums = [feature.new_zeros(()), feature.new_zeros(feature.shape[1]), feature.new_zeros(feature.shape[1])]
-    for part in _read(context, options, model, classifier, context.trainer.train):
+    for part in _read(context, options, model, context.trainer.train):
         for total, more in zip(sums, (part.new_tensor(float(len(part))), part.sum(0), part.square().sum(0))):
             total += more
     rows, _ = shares(context.trainer, options)
@@ -162,22 +163,13 @@ def _refit(
     }
 
 
-def _read(
-    context: StageContext, options: Teacher, model: nn.Module, classifier: nn.Module, split: Split
-) -> Iterator[Tensor]:
-    """What the last layer reads of a split's pictures, [n,D] of each batch, in float64."""
-    caught: list[Tensor] = []
-    handle = classifier.register_forward_pre_hook(
-        lambda module, arguments: caught.append(arguments[0].flatten(1).double().cpu())
-    )
+def _read(context: StageContext, options: Teacher, model: nn.Module, split: Split) -> Iterator[Tensor]:
+    """Features [n,D] that the last layer reads of each batch of a split, in float64."""
     loader = context.trainer.loader(split, options, training=False, batch=256, alone=True)
-    try:
-        for batch in loader.dataloader:
-            with torch.no_grad():
-                model(loader.transform(batch).images)
-            yield caught.pop()
-    finally:
-        handle.remove()
+    at = context.trainer.feature_layers(model, options, ("pooled",))
+    for outputs in iterate_outputs(model, at, loader):
+        assert outputs.pooled is not None
+        yield outputs.pooled.double().cpu()
 
 
 # -- validation that fitted a last layer ------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from debiaskd.attribution.heat_map import heat_map
 from debiaskd.data.sources import digits
 
 #: How many pictures of each group: the groups that contradict the shortcut are where methods differ.
@@ -56,11 +56,7 @@ class Gallery:
 
     def add(self, method: str, maps: Tensor, logits: Tensor) -> None:
         """`maps` [N,h,w] and `logits` [N,K] of the whole split."""
-        size = self.images.shape[-2:]
-        chosen = maps[self.index].detach().float()[:, None]
-        raw = F.interpolate(chosen, size=size, mode="bilinear", align_corners=False)[:, 0].clamp(min=0)
-        highest = raw.amax((1, 2), keepdim=True)
-        self.maps[method] = raw / torch.where(highest > 0, highest, 1.0)
+        self.maps[method] = heat_map(maps[self.index], (self.images.shape[-2], self.images.shape[-1]))
         self.predictions[method] = logits[self.index].argmax(1).tolist()
 
     def pictures(self) -> list[str]:

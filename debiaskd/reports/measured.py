@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from debiaskd.attribution.heat_map import heat_map
 from debiaskd.boxes import Boxes
 from debiaskd.evaluation.evaluate import LoadedStage, StageEvaluation, evaluation_split
 from debiaskd.metrics import energy_in_box
@@ -233,7 +233,7 @@ def looks(loaded: LoadedStage, split: Split, options: GuideOptions, examples: li
     boxes = of_class(batch.boxes, target)
     ignore = None if batch.ignore is None else of_class(batch.ignore, target)
     energy = energy_in_box(maps, boxes, loaded.size, ignore).tolist()
-    glow = glowing(stored.images, _strength(maps, stored.images.shape[2:]))
+    glow = glowing(stored.images, heat_map(maps, (stored.images.shape[2], stored.images.shape[3])))
     found = []
     for i, guess in enumerate(logits.argmax(1).tolist()):
         known = _covered(boxes, i) and energy[i] == energy[i]
@@ -245,11 +245,3 @@ def looks(loaded: LoadedStage, split: Split, options: GuideOptions, examples: li
 
 def _covered(boxes: Boxes, i: int) -> bool:
     return bool(boxes.offsets[i + 1] > boxes.offsets[i])
-
-
-def _strength(maps: Tensor, size: Any) -> Tensor:
-    """[E,S,S] in 0..1: of what counts for the class."""
-    raw = F.interpolate(maps[:, None].detach().float(), tuple(size), mode="bilinear")[:, 0].clamp(min=0).cpu()
-    # Most of a map of the image itself is faint: what is bright is the strongest hundredth.
-    strongest = raw.flatten(1).quantile(0.995, dim=1)[:, None, None]
-    return (raw / torch.where(strongest > 0, strongest, 1.0)).clamp(max=1)

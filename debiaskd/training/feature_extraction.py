@@ -6,7 +6,7 @@ computed twice, and nothing that is not asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -147,6 +147,21 @@ class Reading(NamedTuple):
     pooled: Tensor
 
 
+def iterate_outputs(
+    model: nn.Module,
+    at: FeatureLayers | None,
+    loader: SplitLoader,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[Outputs]:
+    """Run a model over all images of a split in order and yield what it gives for each batch; arguments as
+    `read_outputs`, or None for `at` where the logits alone are wanted."""
+    extractor = FeatureExtractor(model, at, () if at is None else ("pooled",)).eval()
+    for batch in loader.dataloader:
+        with torch.no_grad(), autocast():
+            outputs, _ = extractor(loader.transform(batch).images)
+        yield outputs
+
+
 def read_outputs(
     model: nn.Module,
     at: FeatureLayers,
@@ -158,15 +173,12 @@ def read_outputs(
     Args:
         model: on the pictures' device; is put into evaluation mode. It keeps the hooks that look at it.
         at: where its pooled features are, of `find_feature_layers`.
-        pictures: not augmented, and all of them for this process.
+        loader: not augmented, and all of the images for this process.
         autocast: makes the context that the model runs in.
     """
-    extractor = FeatureExtractor(model, at, ("pooled",)).eval()
     logits, pooled = [], []
-    with torch.no_grad(), autocast():
-        for batch in loader.dataloader:
-            made = extractor(loader.transform(batch).images)[0]
-            assert made.pooled is not None
-            logits.append(made.logits.float().cpu())
-            pooled.append(made.pooled.float().cpu())
+    for outputs in iterate_outputs(model, at, loader, autocast):
+        assert outputs.pooled is not None
+        logits.append(outputs.logits.float().cpu())
+        pooled.append(outputs.pooled.float().cpu())
     return Reading(torch.cat(logits), torch.cat(pooled))
