@@ -2,7 +2,7 @@
 
 `coords[offsets[i]:offsets[i + 1]]` are the boxes of image `i`, as half-open pixel ranges `[y0:y1, x0:x1]`. The union
 of an image's boxes is the mask M of the localization losses. An image may also be *not annotated*: then nothing is
-known about it, which is not the same as knowing that it holds no box.
+known about it, which differs from knowing that it contains no box.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Boxes:
     """Boxes of N images.
 
     Args:
-        coords: int32 [M,4], rows (x0, y0, x1, y1) in pixels, half-open, x0 <= x1 and y0 <= y1. They may reach outside
-            the image; what lies outside is ignored.
+        coords: int32 [M,4], rows (x0, y0, x1, y1) in pixels, half-open, x0 <= x1 and y0 <= y1. They may extend beyond
+            the image; the part outside is ignored.
         offsets: int64 [N+1], non-decreasing from 0 to M.
         labels: int64 [M], a class for each box, or None.
         annotated: bool [N], False where nothing is known about an image; None means that all are annotated.
@@ -31,7 +31,7 @@ class Boxes:
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
         ValueError: an argument has another shape or device, a box is inverted, or offsets do not fit. Values are
-            looked at on the CPU only, so that boxes on an accelerator never synchronise with it.
+            checked on the CPU only, so that boxes on an accelerator never synchronise with it.
 
     Example:
         >>> boxes = Boxes.from_lists([[[4, 2, 9, 8]], [], None])
@@ -57,10 +57,10 @@ class Boxes:
 
     @classmethod
     def from_lists(cls, boxes: Sequence[Any], labels: Sequence[Any] | None = None) -> Boxes:
-        """From one [k,4] list, array or tensor an image; None for an image that is not annotated.
+        """Make `Boxes` from one [k,4] list, array or tensor per image; None for an image that is not annotated.
 
-        `labels` has one sequence of k classes an image (None or empty where there are no boxes). Coordinates must be
-        whole numbers: how fractions are rounded is the caller's choice to make.
+        `labels` has one sequence of k classes per image (None or empty if it has no boxes). Coordinates must be whole
+        numbers: the caller chooses how to round fractions.
         """
         checks.sequence("boxes", boxes)
         rows = [_as_rows(f"boxes[{i}]", b) for i, b in enumerate(boxes)]
@@ -77,7 +77,7 @@ class Boxes:
 
     @classmethod
     def cat(cls, boxes: Sequence[Boxes]) -> Boxes:
-        """The images of several `Boxes`, one after another. Either all of them have labels or none has."""
+        """Concatenate the images of several `Boxes`. Either all of them have labels or none has."""
         if not checks.sequence("boxes", boxes):
             raise ValueError("boxes must hold at least one Boxes, got an empty sequence")
         for i, b in enumerate(boxes):
@@ -96,7 +96,7 @@ class Boxes:
 
     @classmethod
     def _trusted(cls, coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor) -> Boxes:
-        """What our own arithmetic made needs no second look."""
+        """Make `Boxes` from computed tensors without checks."""
         made = cls.__new__(cls)
         made.coords, made.offsets, made.labels, made.annotated = coords, offsets, labels, annotated
         return made
@@ -108,7 +108,7 @@ class Boxes:
         return self.offsets.numel() - 1
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Boxes:
-        """The boxes of one image, or of several, as `Boxes` again: `boxes[3]`, `boxes[4:8]`, `boxes[[0, 2]]`."""
+        """Return the boxes of one image, or of several, as `Boxes`: `boxes[3]`, `boxes[4:8]`, `boxes[[0, 2]]`."""
         chosen = _as_image_ids(index, len(self), self.offsets.device)
         counts = self.offsets.diff()[chosen]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -134,14 +134,14 @@ class Boxes:
         return torch.repeat_interleave(images, self.offsets.diff(), output_size=self.coords.shape[0])
 
     def for_class(self, target: Tensor) -> Boxes:
-        """Only the boxes whose label is their image's `target`, int64 [N]. Annotation stays as it was."""
+        """Keep only the boxes whose label is their image's `target`, int64 [N]. `annotated` is unchanged."""
         if self.labels is None:
             raise ValueError("for_class needs boxes with labels, got labels=None")
         self._check("target", target, torch.int64)
         return self._keep(self.labels == target[self.image_ids()])
 
     def annotated_where(self, where: Tensor) -> Boxes:
-        """Annotation kept for the images where bool [N] holds; of the others nothing is known any more."""
+        """Mark the images where bool [N] is False as not annotated."""
         self._check("where", where, torch.bool)
         return self._trusted(self.coords, self.offsets, self.labels, self.annotated & where)
 
@@ -152,21 +152,22 @@ class Boxes:
         checks.same_device(name, value, "boxes", self.coords)
 
     def _keep(self, keep: Tensor) -> Boxes:
-        """Boxes that are not kept disappear; on an accelerator they become empty instead, since counting what
-        remains would wait for the device."""
+        """Remove boxes that are not kept; on an accelerator make them empty, because counting the others would
+        synchronise.
+        """
         if self.device.type != "cpu":
             return self._with_coords(self.coords * keep[:, None])
         kept_before = torch.cat([self.offsets.new_zeros(1), keep.cumsum(0)])
         labels = None if self.labels is None else self.labels[keep]
         return self._trusted(self.coords[keep], kept_before[self.offsets], labels, self.annotated)
 
-    # -- geometry: whatever moves the pixels moves the boxes --------------------------------------------------------
+    # -- geometry: the same transformations as for the pixels --------------------------------------------------------
 
     def dilate(self, fraction: float, size: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
-        """Each side moved outwards by `fraction` of the box's width or height (rounded down), clipped to `size` (H, W).
+        """Move each side outwards by `fraction` of the box's width or height (rounded down), clipped to `size` (H, W).
 
-        `inclusive_clip=True` clips at size - 1, which leaves the last pixel row and column outside of every box: a
-        flaw of published code (Rao et al. 2023) that reproducing its numbers needs.
+        `inclusive_clip=True` clips at size - 1, which leaves the last pixel row and column outside every box: a flaw of
+        published code (Rao et al. 2023) that is needed to reproduce its numbers.
         """
         fraction = checks.number("fraction", fraction, minimum=0)
         height, width = checks.size("size", size)
@@ -176,7 +177,7 @@ class Boxes:
         return self._with_coords(_clip(grown, height, width, inclusive_clip))
 
     def resize(self, old: tuple[int, int], new: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
-        """From an image of `old` (H, W) squashed to `new` (H, W). Rounded to the nearest pixel edge, clipped to `new`.
+        """Resize from images of `old` (H, W) to `new` (H, W), rounded to the nearest pixel edge and clipped to `new`.
 
         A box that covers some pixels of the image keeps at least one. `inclusive_clip` as in `dilate`.
         """
@@ -193,7 +194,7 @@ class Boxes:
         return self._with_coords(_clip(torch.cat([start, end], 1), height, width, inclusive_clip))
 
     def hflip(self, width: int) -> Boxes:
-        """Mirrored left to right in an image `width` pixels wide."""
+        """Mirror left to right in images `width` pixels wide."""
         if checks.integer("width", width) < 1:
             raise ValueError(f"width must be an integer >= 1, got {width!r}")
         x0, y0, x1, y1 = self.coords.long().unbind(1)
@@ -201,8 +202,7 @@ class Boxes:
         return self._with_coords(flipped.clamp(_INT32.min, _INT32.max).to(torch.int32))
 
     def crop(self, y: int, x: int, h: int, w: int) -> Boxes:
-        """In the frame of the crop `image[y:y + h, x:x + w]`: what reaches over its edge is clipped, a box that lies
-        outside disappears."""
+        """Crop to `image[y:y + h, x:x + w]`: boxes that extend beyond it are clipped, boxes outside are removed."""
         checks.size("(h, w)", (h, w))
         y, x = checks.integer("y", y), checks.integer("x", x)
         shift = torch.tensor([x, y, x, y], device=self.device)
@@ -210,7 +210,7 @@ class Boxes:
         return cropped._keep((cropped.coords[:, 2:] > cropped.coords[:, :2]).all(1))
 
     def mask(self, size: tuple[int, int]) -> Tensor:
-        """bool [N,H,W]: the union of each image's boxes in a picture of `size` (H, W)."""
+        """Return bool [N,H,W], the union of each image's boxes in an image of `size` (H, W)."""
         height, width = checks.size("size", size)
         x0, y0, x1, y1 = _clip(self.coords, height, width, False).long().unbind(1)
         image = self.image_ids()
@@ -234,7 +234,7 @@ class Boxes:
 
 
 def collate(batch: Sequence[Any]) -> Any:
-    """`collate_fn` for a DataLoader whose samples hold `Boxes` anywhere; all else collates as PyTorch does.
+    """Collate samples that contain `Boxes` anywhere (`collate_fn` of a DataLoader); all else as PyTorch does.
 
     Example:
         >>> sample = (torch.zeros(3, 8, 8), 1, Boxes.from_lists([[[0, 0, 4, 4]]]))
@@ -268,7 +268,7 @@ def _as_rows(name: str, boxes: Any) -> Tensor:
         raise ValueError(f"{name} must have shape [k,4], got {list(rows.shape)}")
     if rows.dtype.is_complex or rows.dtype == torch.bool:
         raise TypeError(f"{name} must hold numbers, got {rows.dtype}")
-    wide = rows.double()  # NaN is neither its own round nor within the bounds
+    wide = rows.double()  # NaN fails both comparisons
     if not bool(((wide == wide.round()) & (wide >= _INT32.min) & (wide <= _INT32.max)).all()):
         raise ValueError(f"{name} must hold whole numbers of pixels that fit into int32, got {rows.tolist()}")
     return rows.to(torch.int32)

@@ -1,4 +1,4 @@
-"""`torch.nn.Module` faces of the functional losses: options at construction, tensors at the call."""
+"""The losses as `torch.nn.Module`s: options at construction, tensors in `forward`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class ClassRelationLoss(nn.Module):
 
 
 class ClassContext(nn.Module):
-    """`class_context` with its options fixed. It keeps nothing from call to call: add up what it returns.
+    """`class_context` with its options fixed. It has no state: add up the returned sums.
 
     Example:
         >>> import torch
@@ -157,7 +157,7 @@ class KdLoss(nn.Module):
 
 
 class BackdoorLogits(nn.Module):
-    """`backdoor_logits` with its options fixed. The head's weight and bias, and the context, stay the caller's.
+    """`backdoor_logits` with its options fixed. The caller passes the head's weight and bias, and the context.
 
     Example:
         >>> import torch

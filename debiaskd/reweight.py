@@ -1,4 +1,4 @@
-"""Sample weights for DeTT and its relatives: upweight what a plainly trained model gets wrong, or even out groups.
+"""Sample weights for DeTT and related methods: upweight the mistakes of an ERM model, or balance groups.
 
 Without group annotation: train an identification model (the student's architecture, plain cross-entropy, briefly),
 then, with its weights fixed, predict over the whole training set; its mistakes are the error set.
@@ -20,18 +20,18 @@ from debiaskd.utils import checks
 
 
 class ErrorSetWarning(UserWarning):
-    """The error set cannot do its work: it is empty, or it is most of the data."""
+    """The error set is empty or contains most of the data, so that weights have no useful effect."""
 
 
 def error_weights(correct: Tensor, up: float = 50.0, *, convention: str = "weight") -> Tensor:
-    """Weight `up` on the mistakes of an identification model, 1 elsewhere.
+    """Return weight `up` for the mistakes of an identification model, and 1 for all other samples.
 
-    Reads the values, so on a GPU it waits for the device; it is called once, before training.
+    Reads the values, so that it synchronises with a GPU; call it once, before training.
 
     Args:
-        correct: [N] bool, whether the identification model predicted sample i rightly.
+        correct: [N] bool, whether the identification model predicted sample i correctly.
         up: λ > 0. JTT's settings: Waterbirds 100, CelebA 50, MultiNLI 4, CivilComments 6.
-        convention: "weight": mistakes weigh `up`. "copies": JTT's scripts, which append `up` copies (a whole
+        convention: "weight": mistakes have weight `up`. "copies": JTT's scripts, which append `up` copies (a whole
             number) of each mistake to the data; each then counts `up + 1` times.
 
     Returns:
@@ -84,7 +84,7 @@ def _report(mistakes: int, samples: int) -> None:
 
 
 def group_weights(groups: Tensor) -> Tensor:
-    """`w_i = N / (G · n_group(i))`: every group counts alike, and the weights average to 1.
+    """Return weights that balance the groups, `w_i = N / (G · n_group(i))`; their mean is 1.
 
     G is the number of groups that occur. An id that no sample has is not a group, so ids may have gaps.
 
@@ -131,31 +131,30 @@ def predict_correct(
     *,
     indices: int | None = None,
 ) -> Tensor:
-    """Whether the trained `model` predicts each sample rightly: the `correct` of `error_weights`.
+    """Return whether the trained `model` predicts each sample correctly, for `error_weights`.
 
     Call it after the identification model's training, over the training set in its own order and without random
     augmentation: predictions recorded while a model trains come from a different model each step. The model runs in
-    eval mode without gradients; every submodule's mode is put back, also after an error.
+    eval mode without gradients; every submodule's mode is restored, also after an error.
 
     Args:
         model: images to logits [n,K], K ≥ 2.
         batches: sequences that start with (images, labels), labels [n] int64. Without `indices`, weights are matched
             to samples by position: a loader must then read all of its data set in order. A `DataLoader`, torchdata's
-            `StatefulDataLoader` included, is refused unless it is seen to: with any sampler or batch sampler but
-            torch's sequential ones and a `DistributedSampler` of one rank without shuffling, with `drop_last`, with
-            workers and `in_order=False`, and over an `IterableDataset`. Of other iterables nothing is known: their
-            order is the caller's.
+            `StatefulDataLoader` included, is refused if it may not: with any sampler or batch sampler but torch's
+            sequential ones and a `DistributedSampler` of one rank without shuffling, with `drop_last`, with workers and
+            `in_order=False`, and over an `IterableDataset`. The order of other iterables is not checked.
         device: where batches are sent; None: the device of the model's first parameter. The model is not moved.
-        indices: place within each batch of the samples' numbers int64 [n] in the data set, such as 2 for (images,
-            labels, numbers). Answers then go to these places, and any loader will do that gives every sample once.
+        indices: position within each batch of the sample indices, int64 [n], such as 2 for (images, labels, numbers).
+            Predictions are then stored at these positions, and any loader works that yields every sample once.
 
     Returns:
         [N] bool on the CPU, in the order of the data set.
 
     Raises:
-        TypeError: not a module, a batch that is no such sequence, labels or numbers that are not int64.
+        TypeError: not a module, a batch that is not such a sequence, labels or indices that are not int64.
         ValueError: a loader that may not keep the order or does not give every sample, no batch, logits that are not
-            [n,K] for the labels or are NaN, a label outside [0,K), numbers that are not each of 0..N - 1 once.
+            [n,K] for the labels or are NaN, a label outside [0,K), indices that are not each of 0..N - 1 once.
 
     Example:
         >>> import torch
@@ -195,12 +194,12 @@ def predict_correct(
     return correct if indices is None else _placed(correct, torch.cat(numbers))
 
 
-#: What a user who is refused may do instead.
+#: Alternatives, for error messages.
 _INSTEAD = "leave out sampler and shuffle, or let batches hold the samples' numbers and say where (indices)"
 
 
 def _in_order(batches: object) -> None:
-    """Refuses what looks like a DataLoader, or wraps one, and is not seen to read all of its data set in order."""
+    """Refuse a DataLoader, or a wrapper of one, that may not read all of its data set in order."""
     dataset, sampler = getattr(batches, "dataset", None), getattr(batches, "sampler", None)
     batched = getattr(batches, "batch_sampler", None)
     if isinstance(dataset, IterableDataset):
@@ -226,7 +225,7 @@ def _in_order(batches: object) -> None:
 
 
 def _whole(batches: object, count: int) -> None:
-    """A loader that goes on where another one stopped reads in order, and not from the beginning."""
+    """A resumed loader reads in order, but not from the beginning."""
     dataset: Any = getattr(batches, "dataset", None)
     if getattr(batches, "sampler", None) is not None and hasattr(dataset, "__len__") and len(dataset) != count:
         raise ValueError(
@@ -236,7 +235,7 @@ def _whole(batches: object, count: int) -> None:
 
 
 def _is_plain(value: object, name: str, kind: type) -> bool:
-    """Exactly torch's, or torchdata's of the same name: a class of somebody's own may do anything."""
+    """Whether it is exactly torch's class, or torchdata's of the same name; a subclass may do anything."""
     same = type(value).__name__ == name and type(value).__module__ == "torchdata.stateful_dataloader.sampler"
     return type(value) is kind or same
 

@@ -1,4 +1,4 @@
-"""Attribution maps that one can train through, and the guide that pulls them into boxes."""
+"""Differentiable attribution maps, and model guidance by boxes."""
 
 from debiaskd.attribution.maps import (
     draw_target,

@@ -82,16 +82,16 @@ class Attributor:
 
     @property
     def closed_form(self) -> bool | None:
-        """Whether the closed form is used in the mode that the model is in; None until a batch has decided."""
+        """Whether the closed form is used in the current mode of the model; None before the first batch."""
         mode = self.model.training
         return self._classifiers[mode] is not None if mode in self._classifiers else None
 
     def use_gradients(self) -> None:
-        """Never use the closed form."""
+        """Disable the closed form."""
         self._classifiers = {False: None, True: None}
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been decided: the guided module's name, and the linear layer of the closed form by mode."""
+        """Return the decisions made so far: the name of the guided module, and the closed form's layer by mode."""
         depth = self._depth
         layout = Layout() if depth is None else depth.layout
         grid = [] if layout.grid is None else [layout.grid]
@@ -103,7 +103,7 @@ class Attributor:
         """Go on as decided.
 
         Raises:
-            ValueError: of a model without such layers.
+            ValueError: the model has no such layers.
         """
         depth, classifiers = state["depth"], state["closed_form"]
         names = {name for name, _ in unwrap(self.model).named_modules()}
@@ -115,7 +115,7 @@ class Attributor:
         self._classifiers = {modes[mode]: name for mode, name in classifiers.items()}
 
     def watch(self, images: Tensor) -> Seen:
-        """Runs the model and keeps the guided layer's output."""
+        """Run the model and keep the guided layer's output."""
         checks.rank("images", checks.floating("images", images), "[N,3,H,W]")
         images = outside_inference_mode(images)
         depth = self._find(images)
@@ -139,7 +139,7 @@ class Attributor:
         return Seen(logits, images, caught[0], scores, statistics, calls)
 
     def attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        """The maps alone, [N,h,w], or [N,T,h,w] for a target int64 [N,T]; without a graph."""
+        """Return maps only, [N,h,w], or [N,T,h,w] for a target int64 [N,T], without a graph."""
         with self._gradients(not self.closed_form):
             return self._maps(self.watch(images), outside_inference_mode(target), create_graph=False).detach()
 
@@ -172,7 +172,7 @@ class Attributor:
     ) -> object:
         with ExitStack() as stack:
             if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
-                # Compiled, a model cannot be differentiated twice, and does not tell what its inner layers give.
+                # A compiled model cannot be differentiated twice, and hides the outputs of its inner layers.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not self.closed_form:
                 stack.enter_context(constant_statistics(unwrap(model), record=record, replay=replay))
@@ -245,7 +245,7 @@ class Attributor:
                 return path(self._head(seen, layout, detach=not create_graph), feature, target)
             head = self._head(seen, layout, detach=False)
             maps = []
-            for i in range(len(feature)):  # one image goes along its path, the others stay where they are
+            for i in range(len(feature)):  # one image moves along its path, the others do not change
 
                 def alone(point: Tensor, i: int = i) -> Tensor:
                     return head(torch.cat([feature[:i], point, feature[i + 1 :]]))[i : i + 1]
@@ -274,7 +274,7 @@ class Attributor:
             if layer is None:
                 return run(feature)
             raw = layout.from_map(feature)
-            if layout.prefix:  # tokens that are no part of the map stay what they were
+            if layout.prefix:  # tokens outside the map are unchanged
                 raw = torch.cat([seen.raw[:, : layout.prefix], raw[:, layout.prefix :]], 1)
             handle = layer.register_forward_hook(lambda module, arguments, output: raw)
             try:

@@ -1,8 +1,8 @@
-"""Whether nothing but global average pooling and one linear layer lies between a feature map and the logits.
+"""Detect whether only global average pooling and one linear layer follow a feature map.
 
-Seen from the graph of one forward pass, not from values: weights that are zero, or a norm that is still the identity,
-look like a closed form in values and stop to be one as soon as they are trained. What a graph does not tell, which
-positions a pooling weighs how, is tried with random numbers and does not depend on any weight.
+The test uses the graph of one forward pass, not values: zero weights, or a norm that is still the identity, look like a
+closed form in values until they are trained. The graph does not show how a pooling weights positions; that is tested
+with random numbers and does not depend on any weight.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def scaled_gradients(
 
     Args:
         logits, feature, target, create_graph: as `input_x_gradient`.
-        alone: one backward pass an image, through the batch's statistics: the reference that holds nothing constant.
+        alone: one backward pass per image, through the batch's statistics: the reference that holds nothing constant.
     """
     checks.rank("logits", checks.floating("logits", logits), "[N,K]")
     checks.shape("logits", logits, "[N,K]", [len(feature), logits.shape[1]])

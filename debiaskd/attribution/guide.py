@@ -1,6 +1,6 @@
-"""Model guidance: a model's attributions are pulled into the objects' boxes while it learns (Rao et al. 2023).
+"""Model guidance: train a model's attributions to lie inside object boxes (Rao et al. 2023).
 
-    L = L_cls + weight · L_loc(attribution of one class an image, that class's boxes)
+    L = L_cls + weight · L_loc(attribution of one class per image, boxes of that class)
 
 `attributor.py` computes the attribution; the loss is that of `debiaskd.ops.localization`.
 """
@@ -23,8 +23,8 @@ class Guided(NamedTuple):
     """What a guided step gives.
 
     logits: [N,K], for the loss of the task.
-    loss: scalar, to be added to it; the guide's weight is in it.
-    attribution: [N,h,w] of the layer's own size, raw, as it entered the loss.
+    loss: scalar, to be added to it; includes the guide's weight.
+    attribution: [N,h,w] raw map of the layer's size, as used in the loss.
     """
 
     logits: Tensor
@@ -33,28 +33,27 @@ class Guided(NamedTuple):
 
 
 class Guide(Attributor):
-    """Guides a model's attributions into boxes.
+    """Compute a model's logits together with a guidance loss that moves its attributions into boxes.
 
     Args:
-        model: any module from images [N,3,H,W] to logits [N,K]; inside of DistributedDataParallel, too. It is used, not
-            copied.
+        model: any module from images [N,3,H,W] to logits [N,K]; also inside DistributedDataParallel. It is not copied.
         layer: "Input", "Mid1", "Mid2", "Mid3", "Final", or the name of a module whose output is a feature map
             [N,C,H,W], [N,H,W,C] or a grid of tokens [N,L,C].
         attribution: "input_x_gradient", "grad_cam", "bcos" or "integrated_gradients".
         loss: "energy", "l1", "ppce" or "rrr", as `dk.localization_loss`.
-        weight: of the localization loss, λ ≥ 0.
+        weight: weight of the localization loss, λ ≥ 0.
         reduction: "mean" over annotated images, or "sum", as the public code of the paper has it.
-        steps: of integrated gradients.
+        steps: number of steps of integrated gradients.
         statistics: "constant": an image's map is the gradient of its own logit with the batch's normalization
-            statistics held constant. "own": through the statistics, by one backward pass an image, as the public code
-            of the paper has it; a slow reference, from which the first differs by O(1/N).
+            statistics held constant. "own": the gradient also flows through the statistics, with one backward pass per
+            image, as in the public code of the paper; a slow reference, from which the first differs by O(1/N).
 
-    B-cos and integrated gradients run the model again, with batch norm's statistics left alone. Random layers (dropout)
-    draw anew then.
+    B-cos and integrated gradients run the model again without updating batch norm's statistics; dropout then draws new
+    numbers.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, no such layer; with the first batch, a layer whose input ×
-            gradient is 0 everywhere.
+        TypeError, ValueError: invalid arguments, no such layer; with the first batch, a layer whose input × gradient is
+            0 everywhere.
 
     Example:
         >>> import torch, debiaskd as dk
@@ -87,7 +86,7 @@ class Guide(Attributor):
         self.kind, self.weight, self.reduction = loss, checks.number("weight", weight, minimum=0), reduction
 
     def __call__(self, images: Tensor, target: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Guided:
-        """One step: the model runs once, its logits come back together with the guidance loss.
+        """Run the model once and return its logits together with the guidance loss.
 
         Args:
             images: [N,3,H,W].
@@ -95,8 +94,8 @@ class Guide(Attributor):
             boxes: of N images, in pixels of the images. With labels, those of the target's class count; an annotated
                 image whose target has no box has an empty mask. Images that are not annotated contribute nothing.
             ignore: areas whose pixels count neither as inside nor as outside, as in `dk.localization_loss`; with
-                labels, those of the target's class count. Images that hold nothing of their target but such areas
-                contribute nothing.
+                labels, those of the target's class count. Images with only such areas of their target contribute
+                nothing.
         """
         wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with self._gradients(wanted or not self.closed_form):  # a gradient makes the map, wanted or not
@@ -104,7 +103,7 @@ class Guide(Attributor):
         return step if wanted else Guided(*(part.detach() for part in step))
 
     def guide(self, seen: Seen, target: Tensor, boxes: Boxes, ignore: Boxes | None = None) -> Guided:
-        """The guidance loss of what was seen; arguments as in a call."""
+        """Compute the guidance loss from the result of `watch`; arguments as in a call."""
         return self._guide(seen, target, boxes, ignore, create_graph=torch.is_grad_enabled())
 
     def _guide(self, seen: Seen, target: Tensor, boxes: Boxes, ignore: Boxes | None, create_graph: bool) -> Guided:

@@ -1,4 +1,4 @@
-"""Where in the picture a class score comes from, in maps that one can train through.
+"""Differentiable attribution maps: which positions contribute to a class score.
 
 For a layer with feature map `A` and the gradient `G = ∂logit_k/∂A` of class k's logit:
 
@@ -14,8 +14,8 @@ Each image's map is of its own logit, with the batch's normalization statistics 
 training mode, run the model within `debiaskd.models.batch_statistics.constant_statistics(model)`, as `dk.Guide` does:
 outside of it PyTorch's batch norm mixes all other images' logits into an image's map.
 
-All of it is batched, one class an image or several, and runs where the tensors lie. `create_graph=True` keeps the graph
-that training through a map needs, as in `torch.autograd.grad`.
+All functions are batched, with one or several classes per image, and run on the tensors' device. `create_graph=True`
+keeps the graph that training through a map needs, as in `torch.autograd.grad`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from debiaskd.utils import checks
 
 
 def input_x_gradient(logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Input × gradient of a class score at a feature map, `Σ_c (∂logit_k/∂A)_c A_c`.
+    """Compute input × gradient of a class score at a feature map, `Σ_c (∂logit_k/∂A)_c A_c`.
 
     Args:
         logits: [N,K], computed from `feature`.
@@ -58,7 +58,7 @@ def input_x_gradient(logits: Tensor, feature: Tensor, target: Tensor, *, create_
 
 
 def grad_cam(logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Grad-CAM, `relu(Σ_c mean_hw(∂logit_k/∂A)_c A_c)`; arguments, shapes and errors as `input_x_gradient`.
+    """Compute Grad-CAM, `relu(Σ_c mean_hw(∂logit_k/∂A)_c A_c)`; arguments and errors as `input_x_gradient`.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ def integrated_gradients(
     create_graph: bool = False,
     alone: bool = False,
 ) -> Tensor:
-    """Integrated gradients along the straight path from a baseline, by the midpoint rule.
+    """Compute integrated gradients along the straight path from a baseline, by the midpoint rule.
 
     Summed over positions, a map approaches logit_k(feature) - logit_k(baseline) as `steps` grow.
 
@@ -90,10 +90,11 @@ def integrated_gradients(
         head: from features [N,C,H,W] to logits [N,K]; for the images themselves, the model.
         feature: [N,C,H,W].
         target: int64 [N] or [N,T], classes in [0,K).
-        baseline: where paths begin: a number, or a tensor that broadcasts to `feature`.
+        baseline: start of the paths: a number, or a tensor that broadcasts to `feature`.
         steps: points on the path, ≥ 1; `head` runs once for each.
         create_graph: keep the graph of the map itself, to train through it.
-        alone: through the batch's statistics, by one backward pass an image, instead of holding them constant.
+        alone: differentiate through the batch's statistics, with one backward pass per image, instead of holding them
+            constant.
 
     Returns:
         [N,H,W], or [N,T,H,W].
@@ -131,9 +132,9 @@ def integrated_gradients(
 
 
 def final_layer_map(feature: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The attribution of a class at the last feature map, in closed form.
+    """Compute the attribution of a class at the last feature map in closed form.
 
-    Holds where the logits are `W · mean_hw(A) + b`. Summed over positions it gives the target's logit without bias.
+    Valid if the logits are `W · mean_hw(A) + b`. Its sum over positions is the target's logit without bias.
 
     Args:
         feature: [N,C,H,W] map before global average pooling.
@@ -167,9 +168,9 @@ def final_layer_map(feature: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 @contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the dynamic weights of B-cos layers count as constants: outputs stay, gradients become linear maps.
+    """Context in which the dynamic weights of B-cos layers are constants: gradients become linear maps.
 
-    For every module that has `set_explanation_mode`, as those of the `bcos` package do.
+    Applies to every module with `set_explanation_mode`, as in the `bcos` package. Outputs do not change.
 
     Raises:
         ValueError: the model has no such module.
@@ -190,12 +191,12 @@ def explanation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def draw_target(labels: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
-    """One class an image, uniformly from its positive labels.
+    """Draw one class per image uniformly from its positive labels.
 
     Args:
         labels: [N,K], bool or 0 and 1.
-        generator: of random numbers, on the device of `labels`; None: the global one.
-        noise: [N,K] uniform in [0,1), to be used instead of drawing any.
+        generator: random generator on the device of `labels`; None: the global one.
+        noise: [N,K] uniform in [0,1), used instead of random numbers.
 
     Returns:
         int64 [N]; -1 for an image without a positive label.
@@ -210,7 +211,7 @@ def draw_target(labels: Tensor, generator: torch.Generator | None = None, *, noi
         tensor([ 1, -1])
     """
     checks.rank("labels", checks.tensor("labels", labels), "[N,K]")
-    # The largest of uniform numbers lies anywhere with the same probability. One draw, and no wait for a device.
+    # The position of the largest of uniform numbers is uniform. One draw, without synchronisation.
     if noise is None:
         noise = torch.rand(labels.shape, generator=generator, device=labels.device)
     else:

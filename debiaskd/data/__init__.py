@@ -1,8 +1,8 @@
-"""Data sets: pictures with boxes, read fast.
+"""Data sets of images with boxes: preparation, loading, augmentation.
 
-`prepare` decodes a data set once; `PackedDataset` (or, through LitData, `ChunkedDataset` by number and
-`StreamedDataset` from beginning to end) reads what it wrote, `loader` makes batches of it, and `Augment` moves pixels
-and boxes on the device. `digits` draws its own pictures.
+`prepare` decodes a data set once. `PackedDataset` reads the result (or, for LitData's chunks, `ChunkedDataset` by
+number and `StreamedDataset` sequentially), `loader` makes batches, and `Augment` transforms pixels and boxes on the
+device.
 """
 
 from debiaskd.data.augment import Augment

@@ -1,7 +1,7 @@
-"""Augmentation of a whole batch where it lies, boxes with pixels, without waiting for the device.
+"""Augmentation of a whole batch on its device, boxes with pixels, without synchronisation.
 
-A crop is a window of whole pixels, so that a box's place in it is exact before it is resized; what a box loses by
-rounding is at most half a pixel of the result on each side.
+A crop is a window of whole pixels, so that the position of a box in it is exact before resizing; rounding changes a box
+by at most half a pixel of the result on each side.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Random: TypeAlias = Callable[[tuple[int, ...], torch.device], Tensor]
 
 
 class Augment:
-    """Random resized crop, flip, resize and normalisation of a `Batch` of uint8 pictures, on their device.
+    """Apply random resized crops, flips, resizing and normalisation to a `Batch` of uint8 images on its device.
 
     Args:
-        size: side of the result in pixels, or (height, width); None: pictures that are not cropped keep their size.
-        flip: mirror each picture left to right with probability one half.
-        crop_scale: smallest and largest share of the picture's area that a random crop takes, such as (0.08, 1);
+        size: side of the result in pixels, or (height, width); None: images that are not cropped keep their size.
+        flip: mirror each image left to right with probability 0.5.
+        crop_scale: smallest and largest share of the image's area that a random crop takes, such as (0.08, 1);
             None: no crop.
         crop_ratio: smallest and largest width / height of the crop.
-        mean, std: of the pixels in 0..1, one number a channel: (pixel / 255 - mean) / std. None: leave 0..1.
-        dtype: of the result.
-        generator: whose device draws the random numbers; None: that device's own. A generator on the CPU draws the
-            same crops for every device.
-        interpolation: of a picture of another size that is not cropped: "nearest", "bilinear" or "bicubic", the latter
+        mean, std: of the pixels in 0..1, one number per channel: (pixel / 255 - mean) / std. None: keep 0..1.
+        dtype: dtype of the result.
+        generator: random generator; None: the device's own. A generator on the CPU gives the same crops on every
+            device.
+        interpolation: for an image of another size that is not cropped: "nearest", "bilinear" or "bicubic", the latter
             two with antialiasing.
-        box_size: (height, width) whose pixels the result's boxes are in; None: those of the result.
+        box_size: (height, width) that the resulting boxes refer to; None: the size of the result.
 
-    Crops are interpolated bilinearly. Memory order stays.
+    Crops are interpolated bilinearly. The memory format is kept.
 
     Raises:
         TypeError, ValueError: arguments out of range.
@@ -92,14 +92,14 @@ class Augment:
         self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, batch: Batch, random: Random | None = None) -> Batch:
-        """The batch with images of `dtype` [N,3,*size], and boxes that moved with them.
+        """Return the batch with images of `dtype` [N,3,*size] and the transformed boxes.
 
         Args:
             batch: see above.
-            random: (shape, device) to uniform numbers in [0,1), to be asked instead of the generator.
+            random: function of (shape, device) that returns uniform numbers in [0,1); used instead of the generator.
 
         Raises:
-            TypeError: `batch` is no `Batch`, or its images are not uint8.
+            TypeError: `batch` is not a `Batch`, or its images are not uint8.
             ValueError: their shape is not [N,C,H,W].
         """
         if not isinstance(batch, Batch):
@@ -150,8 +150,9 @@ class Augment:
         return torch.rand(shape, generator=self.generator, device=drawn_on).to(device, non_blocking=True)
 
     def _windows(self, drawn: Tensor, height: int, width: int) -> Tensor:
-        """int64 [N,4], rows (x0, y0, x1, y1). Of ten sizes drawn the first that fits, else the largest in the middle
-        whose shape is allowed."""
+        """int64 [N,4], rows (x0, y0, x1, y1). The first of ten random sizes that fits, else the largest central window
+        with an allowed ratio.
+        """
         assert self.crop_scale is not None
         (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
         area = height * width * (low + (high - low) * drawn[:, :_TRIES])
@@ -171,11 +172,11 @@ class Augment:
 
 
 def crop_resize(images: Tensor, windows: Tensor, size: tuple[int, int], flipped: Tensor | None = None) -> Tensor:
-    """Every picture's window, resized bilinearly and, where `flipped`, mirrored.
+    """Crop a window of every image, resize it bilinearly and, where `flipped`, mirror it.
 
     Args:
         images: floating point [N,C,H,W].
-        windows: integers [N,4], rows (x0, y0, x1, y1) within the picture, at least a pixel large.
+        windows: integers [N,4], rows (x0, y0, x1, y1) within the image, at least a pixel large.
         size: (height, width) of the result.
         flipped: bool [N], or None.
 
@@ -186,7 +187,7 @@ def crop_resize(images: Tensor, windows: Tensor, size: tuple[int, int], flipped:
     (x, left), (y, top) = (_samples(windows, axis, size[1 - axis]) for axis in (0, 1))
     if flipped is not None:
         x = torch.where(flipped[:, None], x.flip(1), x)
-    # A window's edge is where the picture ends: what lies beyond must not shine in.
+    # Pixels outside the window must not contribute to its edge.
     x = x.clamp(left[0][:, None] + 0.5, left[1][:, None] - 0.5) * (2 / width) - 1
     y = y.clamp(top[0][:, None] + 0.5, top[1][:, None] - 0.5) * (2 / height) - 1
     grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], -1)
@@ -200,17 +201,17 @@ def _samples(windows: Tensor, axis: int, steps: int) -> tuple[Tensor, tuple[Tens
 
 
 def crop_resize_boxes(boxes: Boxes, windows: Tensor, size: tuple[int, int]) -> Boxes:
-    """The boxes as `crop_resize` shows them: clipped to the window, and gone where they lie outside of it.
+    """Transform boxes like `crop_resize`: clip them to the window, and remove those outside it.
 
-    On an accelerator they become empty rather than being taken out, as by `Boxes.crop`. A box that covers some of the
-    window keeps at least a pixel.
+    On an accelerator they become empty instead of being removed, as in `Boxes.crop`. A box that covers part of the
+    window keeps at least one pixel.
 
     Args:
-        boxes: of N pictures.
+        boxes: of N images.
         windows, size: as for `crop_resize`.
 
     Raises:
-        ValueError: not one window a picture.
+        ValueError: not one window per image.
     """
     checks.shape("windows", windows, "[N,4]", [len(boxes), 4])
     mine = windows[boxes.image_ids()].long()
@@ -220,14 +221,14 @@ def crop_resize_boxes(boxes: Boxes, windows: Tensor, size: tuple[int, int]) -> B
     end = (coords[:, 2:] - begin).clamp(min=0).minimum(extent)
     seen = (end > start).all(1)
     target = torch.tensor([size[1], size[0]], device=coords.device)
-    # Rounded to the nearest edge in whole numbers: exact, and alike on every device.
+    # Rounded to the nearest edge with integers: exact, and equal on every device.
     first = torch.div(2 * start * target + extent, 2 * extent, rounding_mode="floor").minimum(target - 1)
     last = torch.div(2 * end * target + extent, 2 * extent, rounding_mode="floor").maximum(first + 1)
     return _kept(boxes, torch.cat([first, last], 1).to(torch.int32), seen)
 
 
 def flip_boxes(boxes: Boxes, flipped: Tensor, width: int) -> Boxes:
-    """Mirrored in pictures `width` pixels wide where `flipped`, bool [N]."""
+    """Mirror boxes in images `width` pixels wide where `flipped`, bool [N]."""
     checks.shape("flipped", flipped, "[N]", [len(boxes)])
     x0, y0, x1, y1 = boxes.coords.unbind(1)
     mirrored = torch.stack([width - x1, y0, width - x0, y1], 1)
@@ -236,7 +237,7 @@ def flip_boxes(boxes: Boxes, flipped: Tensor, width: int) -> Boxes:
 
 
 def _kept(boxes: Boxes, coords: Tensor, keep: Tensor) -> Boxes:
-    if coords.device.type != "cpu":  # counting what remains would wait for the device
+    if coords.device.type != "cpu":  # counting the remaining boxes would synchronise with the device
         return Boxes(coords * keep[:, None], boxes.offsets, boxes.labels, boxes.annotated)
     before = torch.cat([boxes.offsets.new_zeros(1), keep.cumsum(0)])
     labels = None if boxes.labels is None else boxes.labels[keep]

@@ -1,4 +1,4 @@
-"""A batch of pictures with all that is known about them, and how one is put together."""
+"""A batch of images with their annotations, and its collate function."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from debiaskd.utils import checks
 
 @dataclass(frozen=True)
 class Batch:
-    """N pictures.
+    """N images with their annotations.
 
     Attributes:
-        images: [N,3,H,W], uint8 as they are stored, or what augmentation made of them. In the memory order
-            channels-last where they come from prepared data.
-        target: int64 [N], or uint8 [N,K] where a picture may show several classes.
-        boxes: of N pictures, in pixels of `images`.
+        images: [N,3,H,W], uint8 as stored, or augmented. channels_last if they come from prepared data.
+        target: int64 [N], or uint8 [N,K] for multi-label data.
+        boxes: boxes of N images, in pixels of `images`.
         groups: int64 [N], or None where there are none.
-        index: int64 [N], each picture's number in its data set, or None.
-        ignore: areas to be left out of any judgement of where the model looks (crowds under `--crowd mask`), or None.
-        teacher_images: [N,C,H,W], the same pictures as the teacher reads them; None: it reads `images`.
+        index: int64 [N], the index of each image in its data set, or None.
+        ignore: areas that count neither as inside nor as outside (crowds with `--crowd mask`), or None.
+        teacher_images: [N,C,H,W], the same images as the teacher's input; None: it reads `images`.
 
     Example:
         >>> batch = collate([(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, [[0, 0, 4, 4]])] * 2)
@@ -48,7 +47,7 @@ class Batch:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Also what a DataLoader calls under `pin_memory=True`. Tensors that are pinned already stay as they are."""
+        """Pin all tensors (called by a DataLoader with `pin_memory=True`). Pinned tensors are kept."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Any) -> Batch:
@@ -57,13 +56,14 @@ class Batch:
 
 
 def collate(samples: Batch | Sequence[Any]) -> Batch:
-    """`collate_fn` of a DataLoader: what is a `Batch` already passes; else one of samples (image, target, boxes).
+    """Collate samples (image, target, boxes) into a `Batch` (`collate_fn` of a DataLoader); a `Batch` is returned as it
+    is.
 
-    An image is a tensor [3,H,W], the same size in each; a target is an integer, or a tensor [K]; boxes are `Boxes` of
-    one picture, rows (x0, y0, x1, y1) in whole pixels, or None where they are not known.
+    An image is a tensor [3,H,W], of the same size in all samples; a target is an integer, or a tensor [K]; boxes are
+    `Boxes` of one image, rows (x0, y0, x1, y1) in whole pixels, or None if they are unknown.
 
     Raises:
-        TypeError, ValueError: a sample is something else; names it.
+        TypeError, ValueError: a sample is something else; the error names it.
     """
     if isinstance(samples, Batch):
         return samples

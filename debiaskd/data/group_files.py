@@ -47,7 +47,7 @@ def read_groups(whole: PackedDataset, file: Path) -> tuple[Tensor | None, tuple[
     those below the folder of the split's images; one way in the whole file.
 
     Args:
-        whole: the split, of one class an image.
+        whole: the split, of one class per image.
         file: for example the `bias.csv` of `debiaskd discover`; further columns are not read.
 
     Returns:

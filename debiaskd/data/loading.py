@@ -1,4 +1,4 @@
-"""DataLoaders for training: which rank reads what, in which order, and how to go on where a run was interrupted."""
+"""DataLoaders for training: sharding over ranks, order, and resuming within an epoch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from debiaskd.utils import checks
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """torch's `DistributedSampler` such that no two ranks get the same picture, and an epoch can be gone on with.
+    """A `DistributedSampler` whose ranks never share an image, and that can resume within an epoch.
 
-    The order of an epoch depends on `seed` and the epoch (`set_epoch`) alone. Ranks take turns in it. Shuffled, all
-    ranks get equally many, so that up to `world_size - 1` pictures, others in every epoch, are left out; in order,
-    every picture is read exactly once and some ranks may get one fewer.
+    The order of an epoch depends only on `seed` and the epoch (`set_epoch`). Ranks take turns. With shuffling, all
+    ranks get equally many images, so that up to `world_size - 1` images, different ones in every epoch, are left out;
+    without, every image is read exactly once and some ranks may get one fewer.
 
     Args:
-        dataset: of which only the length counts.
+        dataset: only its length is used.
         shuffle, seed: see above.
-        rank, world_size: who reads, and of how many.
-        weights: [N] >= 0 and not all 0; shuffled, an epoch then draws N pictures with replacement, each as often as its
-            weight says. None: each picture once.
+        rank, world_size: this process, and the number of processes.
+        weights: [N] >= 0 and not all 0; with shuffling, an epoch then draws N images with replacement, with
+            probabilities proportional to the weights. None: each image once.
 
     Raises:
         TypeError, ValueError: arguments out of range.
@@ -62,10 +62,10 @@ class EpochSampler(DistributedSampler[Any]):
         self.certain = False
 
     def set_epoch(self, epoch: int) -> None:
-        """torch's, before each epoch; Lightning Fabric's loaders call it by themselves, counting from 0.
+        """Set the epoch, as in torch; Lightning Fabric's loaders call it automatically, counting from 0.
 
-        Since they know nothing of a state that was loaded, an epoch before that of the state is refused when the
-        iteration begins. `debiaskd.data.set_epoch` and `start_at` say it for certain.
+        Because they ignore a loaded state, an epoch before that of the state is refused when the iteration begins.
+        `debiaskd.data.set_epoch` and `start_at` override the loaded state.
         """
         super().set_epoch(epoch)
         self.certain = self.certain and epoch == self.wanted
@@ -77,7 +77,7 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         self.position, self.start = self.start, 0
-        # Where torch fills up with pictures of other ranks, what is too much is at the end.
+        # Where torch fills up with images of other ranks, what is too much is at the end.
         for index in self._order()[self.position : len(self)]:
             self.position += 1
             yield index
@@ -90,8 +90,9 @@ class EpochSampler(DistributedSampler[Any]):
         return drawn[self.rank :: self.num_replicas].tolist()
 
     def start_at(self, epoch: int, position: int) -> None:
-        """The next iteration reads `epoch`, without the first `position` pictures of this rank, whatever state was
-        loaded for another epoch."""
+        """Start the next iteration at `position` images of this rank in `epoch`; overrides a loaded state of another
+        epoch.
+        """
         self.set_epoch(epoch)
         self.certain = True
         self.position = self.start = position
@@ -100,11 +101,11 @@ class EpochSampler(DistributedSampler[Any]):
         return {**self._identity(), "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, unless another epoch was asked for.
+        """Resume where `state` was taken, unless another epoch was set.
 
         Raises:
-            ValueError: it is of another order: seed, number of pictures or ranks differ; or of a later epoch than
-                torch's `set_epoch` asked for.
+            ValueError: the state is of another order (seed, number of images or ranks differ), or of a later epoch than
+                the one that torch's `set_epoch` set.
         """
         for key, value in self._identity().items():
             if state.get(key) != value:
@@ -140,25 +141,25 @@ def loader(
     weights: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Batches of a data set: a `PackedDataset`, a `StreamedDataset`, or any that yields (image, target, boxes).
+    """Make a DataLoader for a `PackedDataset`, a `StreamedDataset`, or any data set of (image, target, boxes).
 
-    Call `set_epoch(batches, epoch)` before each epoch; the order depends on seed and epoch alone. `state_dict()` and
-    `load_state_dict()` carry the place within an epoch: the next iteration reads what was left of it or, if another
-    epoch was set, all of that. A `PackedDataset` wants no workers: reading it is copying.
+    Call `set_epoch(batches, epoch)` before each epoch; the order depends only on seed and epoch. `state_dict()` and
+    `load_state_dict()` contain the position within an epoch: the next iteration reads the rest of it or, if another
+    epoch was set, all of that one. A `PackedDataset` needs no workers, because reading it is copying.
 
-    Lightning Fabric's `setup_dataloaders` keeps the sampler; `set_epoch`, `Fabric.save` and `Fabric.load` take what it
-    returns. Make the loader after `launch()`, or give `rank` and `world_size`. Without `set_epoch` Fabric counts epochs
-    from 0, and going on with the state of a later one is refused.
+    Lightning Fabric's `setup_dataloaders` keeps the sampler; `set_epoch`, `Fabric.save` and `Fabric.load` work with the
+    result. Make the loader after `launch()`, or pass `rank` and `world_size`. Without `set_epoch` Fabric counts epochs
+    from 0, and resuming from the state of a later one is refused.
 
     For a `StreamedDataset` LitData takes the rank from torch.distributed, and the order depends on the numbers of ranks
     and workers as well.
 
     Args:
-        dataset: see above; one without `__getitem__` but the streamed one is refused.
-        batch_size: pictures in a batch.
+        dataset: see above; only a `StreamedDataset` may lack `__getitem__`.
+        batch_size: images per batch.
         shuffle, seed, rank, world_size: see `EpochSampler`; None: those of torch.distributed if it is initialised.
-        workers: processes that read.
-        drop_last: leave out a last batch that is smaller.
+        workers: number of processes that read.
+        drop_last: drop an incomplete last batch.
         pin_memory: None: if there is a CUDA device.
         weights: see `EpochSampler`; not for a `StreamedDataset`.
         **options: further ones of torchdata's `StatefulDataLoader` (LitData's `StreamingDataLoader`).
@@ -211,11 +212,11 @@ def loader(
 
 
 def open_dataset(path: Path | str, split: str | None = None, **options: Any) -> PackedDataset | StreamedDataset:
-    """What `debiaskd prepare` wrote into `path`, by whichever class reads its format.
+    """Open a prepared data set with the class for its format.
 
     Args:
         path, split: see `PackedDataset`.
-        **options: those of the class; annotated_fraction, seed and dilate are the same for both.
+        **options: options of the class; annotated_fraction, seed and dilate are common to both.
 
     Raises:
         DataError: as for `PackedDataset`.
@@ -225,13 +226,13 @@ def open_dataset(path: Path | str, split: str | None = None, **options: Any) -> 
 
 
 def set_epoch(batches: Any, epoch: int) -> None:
-    """Say which epoch the next iteration of what `loader` returned is, counted from 0.
+    """Set the epoch, counted from 0, of the next iteration of a DataLoader that `loader` returned.
 
-    One that was loaded with `load_state_dict` goes on if it is of this epoch, and else begins it. What
-    `Fabric.setup_dataloaders` made of such a loader may be given as well: by itself it counts its own iterations.
+    After `load_state_dict` with a state of this epoch the iteration resumes; otherwise it starts from the beginning.
+    The result of `Fabric.setup_dataloaders` is accepted too; without `set_epoch` it counts its own iterations.
 
     Raises:
-        TypeError, ValueError: the epoch is no integer >= 0, or the loader is not one of `loader`'s.
+        TypeError, ValueError: the epoch is not an integer >= 0, or the DataLoader was not made by `loader`.
     """
     if checks.integer("epoch", epoch) < 0:
         raise ValueError(f"epoch must be an integer >= 0, got {epoch}")

@@ -1,7 +1,7 @@
-"""Picture files to uint8 RGB of one size, and their boxes with them.
+"""Decode image files to uint8 RGB of one size, and transform their boxes.
 
-Pixels are taken as they are stored: an EXIF orientation is not applied, since the boxes of COCO, VOC and CUB refer to
-the stored pixels. Transparency is ignored, as torchvision's loaders do. 16-bit grey levels are scaled, not cut.
+An EXIF orientation is not applied, because the boxes of COCO, VOC and CUB refer to stored pixels. Transparency is
+ignored, as in torchvision's loaders. 16-bit grey levels are scaled, not clipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FITS = ("squash", "pad")
 
 
 class UnreadableError(Exception):
-    """`kind` says what is wrong with the file, as the summary names it; the text gives the reason."""
+    """An image file cannot be decoded. `kind` is the category in the summary; the text is the reason."""
 
     def __init__(self, kind: str, reason: object) -> None:
         super().__init__(" ".join(str(reason).split()))
@@ -32,11 +32,11 @@ class UnreadableError(Exception):
 
 
 def decode(path: Path) -> Image.Image:
-    """The picture as RGB.
+    """The image as RGB.
 
     Raises:
-        UnreadableError: the file is missing, is no picture, is truncated or larger than pillow decodes, or has pixels
-            that do not convert to RGB.
+        UnreadableError: the file is missing, is not an image, is truncated or larger than pillow decodes, or cannot be
+            converted to RGB.
     """
     from PIL import Image
 
@@ -56,7 +56,7 @@ def decode(path: Path) -> Image.Image:
 
 
 def from_array(pixels: NDArray[np.uint8]) -> Image.Image:
-    """The picture that is uint8 [H,W,3], RGB, already."""
+    """The image that is uint8 [H,W,3], RGB, already."""
     from PIL import Image
 
     return Image.fromarray(pixels)
@@ -83,7 +83,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def fit(image: Image.Image, size: int, how: str) -> tuple[NDArray[np.uint8], tuple[int, int], tuple[int, int]]:
     """Resized by antialiased bilinear interpolation to [size,size,3].
 
-    Also gives the (height, width) that the picture itself takes and its (top, left): all and (0, 0) for "squash"; for
+    Also gives the (height, width) that the image itself takes and its (top, left): all and (0, 0) for "squash"; for
     "pad" its shape is kept, and it is centred on black.
     """
     from PIL import Image
@@ -101,10 +101,10 @@ def fit(image: Image.Image, size: int, how: str) -> tuple[NDArray[np.uint8], tup
 
 
 def to_pixels(coords: NDArray[np.float64], height: int, width: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Clipped to the picture and rounded to pixel edges; what covers anything keeps at least a pixel.
+    """Clipped to the image and rounded to pixel edges; what covers anything keeps at least a pixel.
 
     Returns:
-        int32 [k,4], and bool [k]: which boxes lie in the picture at all. The others' rows mean nothing.
+        int32 [k,4], and bool [k]: which boxes lie in the image at all. The others' rows mean nothing.
     """
     limit = np.array([width, height] * 2, np.float64)
     clipped = coords.clip(0, limit)
@@ -122,7 +122,7 @@ def fit_boxes(
     placed: tuple[int, int],
     corner: tuple[int, int],
 ) -> NDArray[np.int32]:
-    """int32 [k,4] in a picture of `old` (height, width) to where `fit` put it. Every box stays."""
+    """int32 [k,4] in an image of `old` (height, width) to where `fit` put it. Every box stays."""
     boxes = Boxes(torch.from_numpy(coords), torch.tensor([0, len(coords)])).resize(old, placed)
     if corner != (0, 0):
         boxes = boxes.crop(-corner[0], -corner[1], size, size)

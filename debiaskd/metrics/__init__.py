@@ -1,15 +1,14 @@
-"""What is measured, always: accuracies over groups, and how much of an attribution lies on the object.
+"""Metrics: accuracies over groups, and how much of an attribution lies on the object.
 
-Functions that take a batch: `group_accuracy`; `energy_in_box`, `energy_pointing_game`, `iou_with_boxes`,
-`box_coverage`, `box_size_bins`; `worst_group_interval`, `paired_difference`, `calibration_error`,
-`group_calibration_error`, `deletion`.
+Functions of one batch: `group_accuracy`; `energy_in_box`, `energy_pointing_game`, `iou_with_boxes`, `box_coverage`,
+`box_size_bins`; `worst_group_interval`, `paired_difference`, `calibration_error`, `group_calibration_error`,
+`deletion`.
 
-Metrics that add up batches and ranks, on torchmetrics, which the `train` extra brings and which is imported only when
-one of them is asked for: `EnergyPointingGame`, `BoxIoU`, `MultilabelF1`, `MultilabelMeanAveragePrecision`,
-`GroupAccuracy`.
+Metrics that accumulate over batches and ranks (torchmetrics, part of the `train` extra, imported on first use):
+`EnergyPointingGame`, `BoxIoU`, `MultilabelF1`, `MultilabelMeanAveragePrecision`, `GroupAccuracy`.
 
-Accuracies over groups are in percent, 0 to 100. Everything else is a fraction, 0 to 1, as in torchmetrics and as
-`debiaskd.training.pareto` takes it.
+Accuracies over groups are in percent, 0 to 100. Everything else is a fraction, 0 to 1, as in torchmetrics and
+`debiaskd.training.pareto`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The metrics over many batches and all ranks, as `torchmetrics.Metric`s.
+"""Metrics that accumulate over batches and ranks, as `torchmetrics.Metric`s.
 
-States are sums, added over ranks. A sum of float32 shares in float64 hardly ever rounds, so that one process and many
-agree. Those of multi-label classification are in `debiaskd.metrics.multilabel`.
+States are sums, added over ranks. Sums of float32 values in float64 rarely round, so that one and several processes
+agree. Multi-label metrics are in `debiaskd.metrics.multilabel`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from debiaskd.metrics.merging import Mergeable
 from debiaskd.ops.box_overlap import check_thresholds
 from debiaskd.utils import checks
 
-#: Where `BoxIoU` looks for a threshold: 0.05, 0.10, …, 0.95.
+#: Default thresholds of `BoxIoU`: 0.05, 0.10, …, 0.95.
 GRID = tuple(step / 20 for step in range(1, 20))
 
 
 class EnergyPointingGame(Mergeable):
-    """Mean of `energy_pointing_game` over all maps of annotated images.
+    """Compute the mean energy pointing game over all maps of annotated images.
 
     Args:
-        bins: K rising edges for `box_size_bins`; None: no bins.
+        bins: K increasing edges for `box_size_bins`; None: no bins.
         size: (height, width) that the boxes refer to; None: each map's own.
 
     `update(attribution, boxes, ignore=None)` takes [N,H,W], the boxes of N images, and the areas to be left out of them
@@ -63,7 +63,7 @@ class EnergyPointingGame(Mergeable):
         super().__init__(**kwargs)
         self.edges = None if bins is None else check_edges("bins", bins)
         self.size = None if size is None else checks.size("size", size)
-        # One place for each bin, and the last for images that belong to none.
+        # One entry for each bin, and one for images outside all bins.
         places = 1 if self.edges is None else len(self.edges) + 2
         self.add_state("shares", torch.zeros(places, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros(places, dtype=torch.int64), dist_reduce_fx="sum")
@@ -78,7 +78,7 @@ class EnergyPointingGame(Mergeable):
             places = torch.zeros(len(boxes), dtype=torch.int64, device=share.device)
         else:
             places = box_size_bins(boxes, self.size or (attribution.shape[1], attribution.shape[2]), self.edges)
-        # Each place's own sum, by comparison: adding to indices is not reproducible on a GPU.
+        # Summed by comparison: index_add is not reproducible on a GPU.
         chosen = places.remainder(len(self.shares)) == torch.arange(len(self.shares), device=share.device)[:, None]
         self.shares += torch.where(chosen & boxes.annotated, share.double(), 0).sum(1)
         self.images += (chosen & boxes.annotated).sum(1)
@@ -99,14 +99,14 @@ class EnergyPointingGame(Mergeable):
 
 
 class BoxIoU(Mergeable):
-    """Mean of `iou_with_boxes` over all maps of annotated images, at a fixed threshold or at the best of a grid.
+    """Compute the mean IoU with the boxes over all maps of annotated images, at a fixed or a selected threshold.
 
-    On validation, leave `threshold` to be chosen; for the test, fix what `best_threshold()` gave. Chosen on the test
-    set itself, the IoU is no longer one of unseen images.
+    On validation data, select the threshold with `best_threshold()`; on test data, pass it as `threshold`. A threshold
+    that is selected on the test set makes the IoU too optimistic.
 
     Args:
         threshold: in [0,1); None: the one of `grid` with the highest mean, the lowest such in a tie.
-        grid: thresholds to choose from, in [0,1).
+        grid: candidate thresholds, in [0,1).
         size: (height, width) that the boxes refer to; None: each map's own.
 
     `update(attribution, boxes, ignore=None)` takes [N,H,W], the boxes of N images, and the areas to be left out of them
@@ -155,16 +155,16 @@ class BoxIoU(Mergeable):
         means = self.ious / self.images
         best = means.argmax()
         thresholds = torch.tensor(self.grid, dtype=torch.float64, device=means.device)
-        # None of the grid is the best where there was nothing to choose by.
+        # Without any map no threshold is the best.
         threshold = torch.where(means[best].isnan() & self.chosen, torch.nan, thresholds[best])
         found = {"iou": means[best], "threshold": threshold}
         return found | {"iou_grid": means} if self.chosen else found
 
     def best_threshold(self) -> float:
-        """Over everything seen so far, on all ranks.
+        """Return the best threshold over all updates on all ranks.
 
         Raises:
-            ValueError: no map was seen, or one that holds NaN.
+            ValueError: no map was added, or one that contains NaN.
         """
         found = self.compute()
         if not bool(found["iou"].isfinite()):
@@ -173,11 +173,11 @@ class BoxIoU(Mergeable):
 
 
 class GroupAccuracy(Mergeable):
-    """`group_accuracy` over many batches.
+    """Compute `group_accuracy` over many batches.
 
     Args:
         training_groups: int64 [M], the groups of the training set; None: not known, `adjusted` is NaN.
-        num_groups: G, where there are groups that training has no sample of; None: the largest of training + 1.
+        num_groups: G, if there are groups without training samples; None: the largest training group + 1.
 
     `update(correct, groups)` takes bool [N] and int64 [N] in [0,G). `compute()` gives a dict, in percent: `average`,
     `worst_group`, `unbiased`, `adjusted` (NaN where no group is in training, too), and `groups` [G], NaN for a group

@@ -10,20 +10,20 @@ from debiaskd.utils import checks
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> float:
-    """Expected calibration error (ECE) in [0,1], over bins that hold as many images each.
+    """Compute the expected calibration error (ECE) in [0,1], over bins of equal mass.
 
         Σ_b n_b / N · |mean of correct in b − mean of confidence in b|
 
-    Bins of equal mass rather than of equal width: a network is mostly sure, and of equal width all but one bin would be
+    Bins have equal mass instead of equal width: most confidences are high, so that most bins of equal width would be
     nearly empty.
 
     Args:
         confidence: [N] in [0,1], the probability of the predicted class.
         correct: bool [N].
-        bins: at most; with fewer images there is one for each.
+        bins: maximum number of bins; with fewer images, one for each image.
 
     Returns:
-        The error; NaN without images.
+        The error as a float; NaN without images.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -48,7 +48,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) ->
     low, high = float(sure.min()), float(sure.max())
     if not (low >= 0 and high <= 1 + 1e-6):
         raise ValueError(f"confidence must lie in [0, 1], got values in [{low:g}, {high:g}]")
-    # Images of equal confidence are not to be told apart by their order: each counts as their mean.
+    # Images of equal confidence count as their mean, so that their order does not matter.
     _, place, count = sure.unique(return_inverse=True, return_counts=True)
     right = torch.zeros_like(count, dtype=torch.float64).index_add(0, place, correct.double()) / count
     order = sure.argsort(stable=True)
@@ -58,7 +58,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) ->
 
 
 def group_calibration_error(confidence: Tensor, correct: Tensor, groups: Tensor, *, bins: int = 15) -> dict[int, float]:
-    """`calibration_error` of each group that occurs, by its number.
+    """Compute the `calibration_error` of each group that occurs, by group id.
 
     Args:
         confidence, correct, bins: as `calibration_error`.

@@ -1,4 +1,4 @@
-"""Whether an attribution map names the pixels that a model decides by: the deletion curve (Petsiuk et al. 2018)."""
+"""Faithfulness of attribution maps: the deletion curve (Petsiuk et al. 2018)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from debiaskd.utils import checks
 class Deletion(NamedTuple):
     """Areas under the curve of the target class's probability as pixels are blanked, [N] each, in [0,1].
 
-    by_map: the pixels of the largest attribution first. at_random: in a random order. A map is faithful where the
-        first is clearly below the second.
+    by_map: the pixels of the largest attribution first. at_random: in a random order. A map is faithful if the first is
+        clearly below the second.
     """
 
     by_map: Tensor
@@ -34,16 +34,16 @@ def deletion(
     blank: float | Tensor = 0.0,
     seed: int = 0,
 ) -> Deletion:
-    """Blank the images step by step, in the order of their maps and at random, and integrate the target's probability.
+    """Blank pixels in the order of the maps and in random order, and integrate the target's probability.
 
     Args:
         model: images [N,C,H,W] to logits [N,K], in evaluation mode.
-        images: [N,C,H,W], as the model reads them.
-        maps: [N,h,w] attributions of the target class; brought to H,W bilinearly.
+        images: [N,C,H,W], as the model expects them.
+        maps: [N,h,w] attributions of the target class; resized bilinearly to H,W.
         target: int64 [N], the class of each map.
-        steps: number of times that as many pixels again are blanked; 2 · steps + 1 forward passes.
-        blank: what a blanked pixel becomes, a number or [C]; 0 is the mean colour of images normalised by their mean.
-        seed: of the random order, which is the same for all images.
+        steps: number of steps, each of which blanks equally many pixels; 2 · steps + 1 forward passes.
+        blank: value of a blanked pixel, a number or [C]; 0 is the mean colour of images normalised by their mean.
+        seed: seed of the random order, which is the same for all images.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

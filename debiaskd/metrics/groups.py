@@ -15,14 +15,13 @@ class GroupAccuracies:
     """Accuracies in percent.
 
     Attributes:
-        average: over all samples.
-        groups: one for each group id, NaN for an id that no sample has.
+        average: accuracy over all samples.
+        groups: accuracy of each group id, NaN for an id without samples.
         worst_group: the lowest of `groups`.
-        unbiased: the mean of `groups`, each counting alike.
-        adjusted: the mean of `groups` weighted by their share of the training set, what a test set distributed like
-            the training set would give. NaN where it is undefined: no group is in both, or nothing is known of the
-            training set.
-        smallest: number of samples of the smallest group that has any; how far `worst_group` can be trusted.
+        unbiased: the unweighted mean of `groups`.
+        adjusted: the mean of `groups` weighted by their share of the training set: the accuracy on a test set
+            distributed like the training set. NaN if no group is in both, or the training groups are unknown.
+        smallest: number of samples of the smallest non-empty group, which limits how far `worst_group` can be trusted.
     """
 
     average: float
@@ -34,19 +33,19 @@ class GroupAccuracies:
 
 
 def group_accuracy(correct: Tensor, groups: Tensor, training_groups: Tensor | None = None) -> GroupAccuracies:
-    """Average, per-group, worst-group, unbiased and adjusted accuracy.
+    """Compute average, per-group, worst-group, unbiased and adjusted accuracy.
 
-    Groups without samples among `groups` count nowhere; the training shares of the others are scaled to sum to 1. A
-    group without training samples has a share of 0; without a group in common the adjusted accuracy is NaN.
+    Groups without samples in `groups` are ignored; the training shares of the others are scaled to sum to 1. A group
+    without training samples has a share of 0. Without a common group the adjusted accuracy is NaN.
 
     Args:
-        correct: bool [N], whether each sample is predicted rightly.
+        correct: bool [N], whether each sample is predicted correctly.
         groups: int64 [N], each sample's group ≥ 0.
-        training_groups: int64 [M], the groups of the training set; None: not known, `adjusted` is NaN.
+        training_groups: int64 [M], the groups of the training set; None: unknown, `adjusted` is NaN.
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: shapes that do not fit, no sample, or a negative group.
+        ValueError: shapes that do not match, no sample, or a negative group.
 
     Example:
         >>> import torch

@@ -1,9 +1,9 @@
 """Confidence intervals for accuracies over groups, and for the difference between two methods on the same images.
 
-A bootstrap over images within groups: every resample has as many images of each group as there are, so that the
-smallest group decides how wide the interval of the worst group is. Images are right or wrong, so a resample of a group
-is a binomial draw (a multinomial one for two methods at once), and no image has to be looked at again. The minimum over
-groups is taken inside each resample: the group that is worst is not known beforehand.
+The bootstrap resamples images within groups: every resample has the same number of images of each group, so that the
+smallest group determines the width of the worst group's interval. Predictions are correct or incorrect, so a resample
+of a group is a binomial draw (multinomial for two methods). The minimum over groups is taken inside each resample,
+because the worst group is not known in advance.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from debiaskd.utils import checks
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a confidence interval, as fractions in [-1,1].
+    """An estimate with its confidence interval, as fractions in [-1,1].
 
     Attributes:
-        value: on the images themselves.
+        value: the estimate on the images.
         low, high: percentiles of the resamples.
         smallest: images of the smallest group.
     """
@@ -38,17 +38,17 @@ class Interval:
 def worst_group_interval(
     correct: Tensor, groups: Tensor, *, level: float = 0.95, resamples: int = 10000, seed: int = 0
 ) -> Interval:
-    """Worst-group accuracy with a bootstrap interval.
+    """Compute the worst-group accuracy with a bootstrap interval.
 
-    The minimum of noisy accuracies lies below the accuracy of any group, so that the value on the images is biased
-    downwards, and the resamples are once more: the interval reaches further down than up.
+    The minimum of noisy accuracies is biased downwards, and in the resamples once more: the interval extends further
+    down than up.
 
     Args:
         correct: bool [N], whether each image is predicted rightly.
-        groups: int64 [N] ≥ 0. Ids that no image has count nowhere.
-        level: of confidence, in (0,1).
-        resamples: of the bootstrap.
-        seed: of its random numbers.
+        groups: int64 [N] ≥ 0. Ids without images are ignored.
+        level: confidence level, in (0,1).
+        resamples: number of bootstrap resamples.
+        seed: seed of the resamples.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -79,13 +79,14 @@ def paired_difference(
     resamples: int = 10000,
     seed: int = 0,
 ) -> Interval:
-    """The worst-group accuracy of `first` less that of `second`, both on the same images, with a paired bootstrap.
+    """Compute the difference of two worst-group accuracies on the same images, with a paired bootstrap.
 
-    Images that both methods get right, or both wrong, move no resample's difference within a group: a difference can be
-    sure where neither accuracy is. If the interval lies above 0, the first method is better at this level.
+    The value is that of `first` minus that of `second`. Images that both methods classify correctly, or both
+    incorrectly, do not widen the interval within a group, so that a difference can be certain although neither accuracy
+    is. If the interval lies above 0, the first method is better at this confidence level.
 
     Args:
-        first, second: bool [N], whether each image is predicted rightly by either.
+        first, second: bool [N], whether each method predicts each image correctly.
         groups, level, resamples, seed: as `worst_group_interval`.
 
     Example:

@@ -1,16 +1,16 @@
-"""How much of an attribution map lies on the object: energy pointing game, IoU, and how large the object's boxes are.
+"""Localization metrics of attribution maps: energy pointing game, IoU with boxes, and box coverage.
 
-With a map `a` [H,W], its positive part `a⁺`, and the union `M` of its image's boxes:
+For a map `a` [H,W], its positive part `a⁺`, and the union `M` of its image's boxes:
 
     EPG       sum(M a⁺) / sum(a⁺)
     IoU       |B ∩ M| / |B ∪ M|     B = { (a⁺ - min a⁺) / (max a⁺ - min a⁺) > threshold }
     coverage  |M| / HW
 
-EPG and the coverage go through one fused op, `1 - energy`, which reads a map once and never makes a mask: for EPG the
-map itself, for the coverage a constant map. The IoU has an op of its own, `box_overlap`.
+EPG and coverage use one fused op, `1 - energy`, which reads a map once and makes no mask: for EPG the map itself, for
+the coverage a constant map. The IoU has its own op, `box_overlap`.
 
-Pixels of ignored areas I that do not lie in M count neither as inside nor as outside: their sum is taken from sum(a⁺),
-which is that over I and M together less that over M.
+Pixels of ignored areas I outside M count neither as inside nor as outside: their sum, which is that over the union of I
+and M minus that over M, is subtracted from sum(a⁺).
 
 Sources: Wang et al. 2020, "Score-CAM"; Rao et al. 2023, arXiv 2303.11932.
 """
@@ -41,7 +41,7 @@ EXACT_PIXELS = 1 << 22
 def energy_in_box(
     attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None = None, ignore: Boxes | None = None
 ) -> Tensor:
-    """The energy pointing game (Wang et al. 2020, Score-CAM; Rao et al. 2023): `Σ M a⁺ / Σ a⁺` for each map.
+    """Compute the energy pointing game `Σ M a⁺ / Σ a⁺` of each map (Wang et al. 2020, Score-CAM; Rao et al. 2023).
 
     `a⁺` is the positive part of the map after bilinear upsampling (align_corners=False), `M` the union of its boxes.
 
@@ -53,8 +53,7 @@ def energy_in_box(
             lie in one of the boxes too; None: no such areas, as for an image that `ignore` says is not annotated.
 
     Returns:
-        float32 [N] in [0,1]; 0 where a map has no positive value, NaN where it holds NaN or where the image is not
-        annotated.
+        float32 [N] in [0,1]; 0 if a map has no positive value, NaN if it contains NaN or the image is not annotated.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -73,10 +72,10 @@ def energy_in_box(
 def energy_pointing_game(
     attribution: Tensor, boxes: Boxes, size: tuple[int, int] | None = None, ignore: Boxes | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`energy_in_box`, and for which maps it is defined.
+    """Compute `energy_in_box`, and for which maps it is defined.
 
-    A map without a positive value, or of an image that is not annotated, has no share: one that lies wholly outside of
-    the boxes has the share 0.
+    It is undefined for a map without a positive value, or of an image that is not annotated. A map wholly outside the
+    boxes has the defined value 0.
 
     Args:
         attribution, boxes, size, ignore: as for `energy_in_box`.
@@ -125,21 +124,22 @@ def iou_with_boxes(
     size: tuple[int, int] | None = None,
     ignore: Boxes | None = None,
 ) -> Tensor:
-    """Intersection over union of the boxes with where the map, brought to [0,1], is above a threshold.
+    """Compute the IoU of the boxes with the region where the map, scaled to [0,1], is above a threshold.
 
-    The positive part after bilinear upsampling (align_corners=False) is brought to [0,1] by its smallest and largest
-    value. A map of one positive value becomes 1 everywhere, a map without a positive value 0 everywhere.
+    The positive part after bilinear upsampling (align_corners=False) is scaled to [0,1] by its smallest and largest
+    value. A constant positive map becomes 1 everywhere, a map without a positive value 0 everywhere.
 
     Args:
         attribution: [N,H,W], raw; any floating dtype, any strides.
         boxes: of N images, in pixels of `size`.
-        threshold: in [0,1), or several, which cost less together.
+        threshold: in [0,1), or several, which are cheaper together.
         size: (height, width) of the images; None: the map's own.
-        ignore: as for `energy_in_box`; its pixels are in neither set, nor do they set the smallest and largest value.
+        ignore: as for `energy_in_box`; its pixels are in neither set and are not used for the smallest and largest
+            value.
 
     Returns:
-        float32 [N], or [N,T] for T thresholds, in [0,1]; 0 where both sets are empty, NaN where a map holds NaN or
-        infinity or where the image is not annotated.
+        float32 [N], or [N,T] for T thresholds, in [0,1]; 0 if both sets are empty, NaN if a map contains NaN or
+        infinity or the image is not annotated.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -162,14 +162,14 @@ def iou_with_boxes(
 
 
 def box_coverage(boxes: Boxes, size: tuple[int, int]) -> Tensor:
-    """The fraction of each image that its boxes cover together.
+    """Compute the fraction of each image that its boxes cover together.
 
     Args:
         boxes: of N images, in pixels of `size`.
         size: (height, width) of the images.
 
     Returns:
-        float64 [N] in [0,1]; NaN where the image is not annotated.
+        float64 [N] in [0,1]; NaN if the image is not annotated.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -186,12 +186,12 @@ def box_coverage(boxes: Boxes, size: tuple[int, int]) -> Tensor:
 
 
 def box_size_bins(boxes: Boxes, size: tuple[int, int], edges: Sequence[float]) -> Tensor:
-    """Which images have small boxes, and which large ones: bin `k` is `edges[k-1] <= coverage < edges[k]`.
+    """Assign images to bins by the coverage of their boxes: bin `k` is `edges[k-1] <= coverage < edges[k]`.
 
     Args:
         boxes: of N images, in pixels of `size`.
         size: (height, width) of the images.
-        edges: K rising fractions of the image between 0 and 1, both excluded; they make K + 1 bins.
+        edges: K increasing fractions of the image between 0 and 1, both excluded, for K + 1 bins.
 
     Returns:
         int64 [N] in [0,K]; -1 for an image without a covered pixel or one that is not annotated.

@@ -1,4 +1,4 @@
-"""What torchmetrics' base class leaves to its metrics: results that are never those of an earlier state."""
+"""A torchmetrics base class whose results are never those of an earlier state."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torchmetrics import Metric
 
 
 class Mergeable(Metric):
-    """A `torchmetrics.Metric` whose `compute()` is of the state that it has.
+    """A `torchmetrics.Metric` whose `compute()` always uses the current state.
 
-    torchmetrics keeps what `compute()` gave until the next `update`: after `merge_state`, `load_state_dict` or
-    `sync` it would be what it was before them. And `merge_state` adds up whatever has a shape that broadcasts, also
-    metrics with other settings.
+    torchmetrics caches the result of `compute()` until the next `update`, so that it is stale after `merge_state`,
+    `load_state_dict` or `sync`. Its `merge_state` also adds states of metrics with other settings if their shapes
+    broadcast.
     """
 
     def settings(self) -> dict[str, Any]:
-        """What two metrics must have in common for their states to be added."""
+        """The settings that two metrics must share for their states to be added."""
         return {}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric of the same settings has seen, or its `metric_state`.
+        """Add the state of another metric with the same settings, or its `metric_state`.
 
         Raises:
-            ValueError: the other is of another class, of other settings, or has states of other shapes.
+            ValueError: the other metric has another class, other settings, or states of other shapes.
         """
         if isinstance(incoming_state, Mergeable) and isinstance(incoming_state, type(self)):
             other = incoming_state.settings()

@@ -1,4 +1,4 @@
-"""Multi-label F1 and mean average precision of logits, over many batches and all ranks, as `torchmetrics.Metric`s."""
+"""Multi-label F1 and mean average precision of logits, over batches and ranks, as `torchmetrics.Metric`s."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from debiaskd.utils import checks
 
 
 class MultilabelF1(Mergeable, MultilabelF1Score):
-    """torchmetrics' `MultilabelF1Score` of logits, where a label counts as predicted at `logit >= threshold`.
+    """Compute torchmetrics' `MultilabelF1Score` of logits; a label is predicted if `logit >= threshold`.
 
-    torchmetrics itself takes logits for probabilities in any batch whose logits all lie in [0,1], compares with >, and
-    gives 0 where there is no F1: for a class that no sample has and that is predicted for none.
+    torchmetrics treats logits as probabilities in any batch whose logits all lie in [0,1], compares with >, and returns
+    0 where F1 is undefined: for a class that no sample has and that is never predicted.
 
     Args:
         num_labels: K >= 2.
         average: "micro" (over all decisions), "macro" (over the classes that have an F1), "weighted" (by their positive
-            samples), or "none" for one F1 a class [K].
-        threshold: of the logits.
+            samples), or "none" for one F1 per class [K].
+        threshold: threshold of the logits.
 
     `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions; NaN
     where 2 TP + FP + FN is 0, and for "weighted" without a positive sample.
@@ -45,7 +45,7 @@ class MultilabelF1(Mergeable, MultilabelF1Score):
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         targets = _targets(logits, targets, self.num_labels)
-        if len(targets):  # torchmetrics cannot reshape a batch of none, such as a rank's share may be
+        if len(targets):  # torchmetrics cannot reshape an empty batch, which a rank may have
             super().update((logits >= self.logit_threshold).long(), targets)
 
     def settings(self) -> dict[str, Any]:
@@ -65,11 +65,12 @@ class MultilabelF1(Mergeable, MultilabelF1Score):
 
 
 class MultilabelMeanAveragePrecision(Mergeable, MultilabelAveragePrecision):
-    """torchmetrics' `MultilabelAveragePrecision` of logits, exact: the mean of the classes' average precision (mAP).
+    """Compute the exact mean over classes of the average precision of logits (mAP).
 
-    A class without a positive sample has no average precision: it is left out of the mean, and `classes()` says how
-    many are in it. torchmetrics itself counts such a class as 0. It applies the sigmoid only to batches with a logit
-    outside of [0,1], which mixes two scales; and in float32, where logits above 17 are ties.
+    A class without a positive sample has no average precision: it is excluded from the mean, and `classes()` returns
+    the number of the others. torchmetrics' `MultilabelAveragePrecision` counts such a class as 0. It also applies the
+    sigmoid only to batches with a logit outside [0,1], which mixes two scales, and in float32, where logits above 17
+    are ties.
 
     Args:
         num_labels: K >= 2.
@@ -77,7 +78,7 @@ class MultilabelMeanAveragePrecision(Mergeable, MultilabelAveragePrecision):
             positive samples), or "none" for [K], NaN for a class without a positive sample.
 
     `update(logits, targets)` takes floating [N,K], and [N,K] of 0 and 1 of any dtype. `compute()` gives fractions, NaN
-    without a positive sample. Every score is kept: 16 bytes a sample and class.
+    without a positive sample. Every score is kept: 16 bytes per sample and class.
 
     Example:
         >>> import torch
@@ -124,12 +125,12 @@ class MultilabelMeanAveragePrecision(Mergeable, MultilabelAveragePrecision):
         return found
 
     def classes(self) -> int:
-        """How many classes have a positive sample, over everything seen so far, on all ranks."""
+        """Return the number of classes with a positive sample, over all updates on all ranks."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
             return int((self.positives > 0).sum())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        # A rank without a sample would send a tensor of another dtype and shape, which gathering does not survive.
+        # A rank without samples would send a tensor of another dtype and shape, which breaks gathering.
         if not self.preds and torch.distributed.is_available() and torch.distributed.is_initialized():
             self.preds.append(torch.zeros(0, self.num_labels, dtype=torch.float64, device=self.device))
             self.target.append(torch.zeros(0, self.num_labels, dtype=torch.int64, device=self.device))
@@ -146,7 +147,7 @@ def _targets(logits: Tensor, targets: Tensor, num_labels: int) -> Tensor:
     checks.rank("logits", checks.floating("logits", logits), "[N,K]")
     checks.shape("logits", logits, "[N,K]", [len(logits), num_labels])
     checks.shape("targets", checks.tensor("targets", targets), "[N,K]", list(logits.shape))
-    if logits.device.type == "cpu":  # elsewhere, looking at values would wait for the device
+    if logits.device.type == "cpu":  # elsewhere, reading values would synchronise with the device
         if bool(logits.isnan().any()):
             raise ValueError("logits must not hold NaN, got NaN")
         if not bool(((targets == 0) | (targets == 1)).all()):

@@ -1,4 +1,4 @@
-"""Networks: by name, with their weights, what they read, and cut into body and head."""
+"""Networks: registry, weights, input contracts, and the split into body and head."""
 
 from debiaskd.models.zoo.small import CifarResNet, SmallNet
 

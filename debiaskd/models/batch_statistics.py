@@ -1,4 +1,4 @@
-"""Batch statistics that an attribution holds constant.
+"""Hold batch normalization statistics constant in attributions.
 
 In training mode batch norm computes its mean and variance from the whole batch, so the gradient of one image's logit
 reaches every other image. An attribution is the gradient of the image's own logit with the statistics held constant:
@@ -49,15 +49,15 @@ class Statistics:
 def constant_statistics(
     model: nn.Module, *, record: Statistics | None = None, replay: Iterator[tuple[Tensor, ...]] | None = None
 ) -> Iterator[None]:
-    """Run `model` within it, and attributions of the result hold its batch statistics constant.
+    """Context in which attributions of the model's output hold its batch statistics constant.
 
-    Outputs, running statistics and every other gradient are those of the model as it is. Attention runs PyTorch's plain
-    kernel, the only one that can be differentiated twice, and biases that a model caches are computed anew.
+    Outputs, running statistics and all other gradients are unchanged. Attention uses PyTorch's plain kernel, the only
+    one that can be differentiated twice, and cached attention biases are recomputed.
 
     Args:
-        model: the module that will run.
-        record: gets the statistics.
-        replay: statistics of an earlier pass, to be used instead of this batch's own.
+        model: the module that runs in the context.
+        record: receives the statistics.
+        replay: statistics of an earlier pass, used instead of those of this batch.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The B-cos networks of their authors' package `bcos`, with the layers that its configurations give them."""
+"""B-cos networks of the `bcos` package, with the layers of its configurations."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A model in two pieces: its body, up to the last feature map before global pooling, and its head behind that map.
+"""Cut a model into its body, up to the last feature map before global pooling, and its head.
 
-A model that speaks timm's protocol (`forward_features`, `forward_head`, `get_classifier`) is cut where the protocol
-cuts it. Any other module is cut at a named layer: the whole forward runs, the layer's output is caught, and layers
-that only matter behind it are taken out of the copy. Nothing is traced, so control flow and train/eval behaviour
-stay the model's own, and `torch.export` and `torch.compile` see ordinary Python.
+A model with timm's protocol (`forward_features`, `forward_head`, `get_classifier`) is cut where the protocol
+cuts it. Any other module is cut at a named layer: the whole forward runs, the layer's output is captured, and layers
+that are only used after it are removed from the copy. Nothing is traced, so control flow and train/eval behaviour are
+unchanged, and `torch.export` and `torch.compile` see ordinary Python.
 
-Every cut is tried on one small input when it is made: in eval mode, without gradients, on a copy that shares the
-tensors, with random numbers of its own. The model that came in keeps its mode, buffers and gradients.
+Every cut is tested on one small input: in eval mode, without gradients, on a copy that shares the tensors, with its own
+random numbers. The original model keeps its mode, buffers and gradients.
 """
 
 from __future__ import annotations

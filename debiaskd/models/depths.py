@@ -1,4 +1,4 @@
-"""The layers at which a model is looked at: by name, or as Input, Mid1, Mid2, Mid3 and Final.
+"""Find layers for attributions: by module name, or as Input, Mid1, Mid2, Mid3 and Final.
 
 For a ResNet these are the image and the outputs of its four stages. For others they are found on one small run:
 

@@ -13,14 +13,14 @@ from debiaskd.models.teacher_source import Level, find_source
 
 
 class FrozenTeacher(Frozen):
-    """A teacher as a source of targets: `forward(images)` gives (its features, logits [N,K]).
+    """A frozen copy of a teacher that computes targets: `forward(images)` returns (features, logits [N,K]).
 
-    The features are what a student is matched with: the last feature map [N,C_t,H,W] where the logits follow from it,
-    and at token level the vector [N,D] that the last layers read (a class token, say).
+    The features are the target of feature matching: at map level the last feature map [N,C_t,H,W], at token level the
+    vector [N,D] that the last layers read (a class token, for example).
 
-    A copy of the teacher, in eval mode whatever the module around it is told, without gradients, its tensors
-    buffers: it has no parameters, so no optimiser can hold it, and its batch norm never moves. The teacher itself is
-    left as it is. It serves training and does not belong into what is saved.
+    It stays in eval mode when `train()` is called on a parent, runs without gradients, and its tensors are buffers: it
+    has no parameters to optimize, and its batch norm statistics never change. The original teacher is not changed. Do
+    not save it with the student.
 
     Args:
         teacher: as for `transplant`.

@@ -1,4 +1,4 @@
-"""Frozen heads: everything that a teacher does between what its last layers read and its logits.
+"""Frozen heads: the teacher's layers between the input of its last layers and its logits.
 
 A teacher is `x → z → logits`. Two levels of `z` can be transplanted:
 
@@ -6,12 +6,12 @@ A teacher is `x → z → logits`. Two levels of `z` can be transplanted:
     token   they do not (class token, two distilled tokens, attention pool, a hidden layer behind a named map): `z` is
             the vector that the last layers read, and the student's pooled map is matched with it
 
-Which of them holds, and which layers are needed, is not guessed from names: a head is accepted when it turns random
-inputs into the teacher's own logits. That is tried on a copy in which constant tensors (a new last layer of zeros, a
-batch norm that is still the identity) have been varied, so that the answer depends on the structure of the teacher
-and not on how far it has been trained.
+The level and the layers are not guessed from names: a head is accepted if it turns random inputs into the teacher's own
+logits. The test uses a copy in which constant tensors (a new last layer of zeros, a batch norm that is still the
+identity) are perturbed, so that the result depends on the structure of the teacher and not on how far it has been
+trained.
 
-Frozen tensors are buffers, not parameters. `parameters()` does not list them, so that no optimiser, weight decay or
+Frozen tensors are buffers, not parameters. `parameters()` does not list them, so that no optimizer, weight decay or
 `requires_grad_(True)` reaches them, while `state_dict`, `.to()`, `copy.deepcopy`, pickling and `torch.export` treat
 them like every other tensor of the model.
 """
@@ -46,7 +46,7 @@ def freeze(module: Module) -> Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Learned numbers in a model as it is deployed, each tensor once: its parameters, the frozen tensors of a
+    """Count the learned numbers of a deployed model, each tensor once: its parameters, the frozen tensors of a
     transplanted head, which are buffers, and other buffers that a module names in `learned_buffers` (CID's contexts).
 
     Example:
@@ -61,7 +61,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 class Frozen(nn.Module):
-    """Stays in eval mode, whatever the module around it is told: no dropout, no batch norm that moves."""
+    """A module that stays in eval mode when `train()` is called on a parent: no dropout, no batch norm updates."""
 
     def train(self, mode: bool = True) -> Frozen:
         super().train(False)

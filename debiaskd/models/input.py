@@ -1,4 +1,4 @@
-"""Input contracts: the channels, size, mean, std and interpolation of what a network reads.
+"""Input contracts: channels, size, mean, standard deviation and interpolation of a network's input.
 
 Where a network's contract comes from is in `debiaskd.models.input_sources`.
 """
@@ -24,12 +24,12 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 @dataclass(frozen=True)
 class InputContract:
-    """What a network reads.
+    """The input contract of a network.
 
     Attributes:
         size: (height, width) in pixels.
         mean, std: of the pixels in 0..1, one number for each of red, green, blue.
-        interpolation: how an image of another size is resized: "nearest", "bilinear", "bicubic", the latter two with
+        interpolation: interpolation for images of another size: "nearest", "bilinear", "bicubic", the latter two with
             antialiasing.
         channels: 3, or 6: the pixels, then 1 minus the pixels (B-cos networks).
 
@@ -80,13 +80,13 @@ class InputContract:
 
 
 class Preprocess(nn.Module):
-    """Turn images into what a network with this contract reads. It can be exported with the network.
+    """Convert images to the input of a network with this contract. It can be exported with the network.
 
     Args:
-        contract: see there.
+        contract: the input contract.
 
     Its input is [N,3,H,W], uint8 in 0..255 or floating point in 0..1; its output is floating point
-    [N,channels,*size]. Where H×W is the contract's size already, nothing is resized.
+    [N,channels,*size]. If H×W is the contract's size, nothing is resized.
 
     Example:
         >>> preprocess = Preprocess(InputContract((32, 32)))
@@ -158,14 +158,14 @@ def saved(file: Path, name: str) -> InputContract | None:
 
 
 def read_contract(path: Path | str) -> InputContract:
-    """The contract that `debiaskd train` saved with weights.
+    """Read the contract that `debiaskd train` saved with weights.
 
     Args:
         path: the folder of a run, for its student; a stage's folder; or a `.safetensors` file.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no safetensors file, or none that has a contract.
+        ValueError: it is not a safetensors file, or has no contract.
 
     Example:
         >>> import tempfile

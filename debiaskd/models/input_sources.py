@@ -1,4 +1,4 @@
-"""Where the input contract of a recipe's network comes from: part by part, the first of these that says something.
+"""Resolve the input contract of a recipe's network: each part comes from the first source that defines it.
 
 1. the recipe's keys (`student.input`, `teacher.input`);
 2. the weights: the contract saved in a run, the configuration beside a file, timm's `pretrained_cfg`, torchvision's

@@ -1,4 +1,4 @@
-"""What a model's last layers read: found on a run, whatever the layers are.
+"""Find the last layers of a model, and their inputs, by running it.
 
 The candidates are the layers that `get_classifier()` gives (one, or several whose outputs are averaged or weighted),
 and every module whose output is the logits, from the outermost to the innermost.

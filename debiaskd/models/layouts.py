@@ -1,4 +1,4 @@
-"""How models lay out their feature maps: [N,C,H,W], [N,H,W,C] or tokens [N,L,C], with or without class tokens."""
+"""Layouts of feature maps: [N,C,H,W], [N,H,W,C] or tokens [N,L,C], with or without class tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class LayoutError(ValueError):
-    """An output that is no feature map."""
+    """An output is not a feature map."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lays out its last features, and the way to [N,C,H,W] and back."""
+    """The layout of a model's last features, with conversion to [N,C,H,W] and back."""
 
     axes: str = "NCHW"
     prefix: int = 0

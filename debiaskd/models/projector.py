@@ -33,7 +33,7 @@ def make_projector(kind: str, inputs: int, outputs: int, *, nonnegative: bool = 
 
 
 class LastReLU(nn.Module):
-    """ReLU, or nothing where the maps to be reached are signed.
+    """ReLU, or the identity if the teacher's maps are signed.
 
     Which of them is part of the state: a model rebuilt around another teacher must compute what was trained.
     """

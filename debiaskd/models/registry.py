@@ -1,4 +1,4 @@
-"""Networks by name, as recipes give them, with their weights.
+"""Build networks by name, as in recipes, with their weights.
 
 resnet18              timm
 torchvision/resnet18  torchvision
@@ -47,17 +47,17 @@ def build(
     size: tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network with a head for `num_classes`; its random weights come from torch's global generator.
+    """Build a network with a head for `num_classes`; random weights come from torch's global generator.
 
     Args:
         name, num_classes, pretrained: see there.
-        size: (height, width) that it is to read. Networks built for one size alone (a ViT's position embeddings) are
-            built for this one. None: as they are built by default.
+        size: (height, width) of its input. Networks for a single size (a ViT's position embeddings) are built for this
+            one. None: the default size.
         options: keyword arguments of timm's `create_model`, of torchvision's builder, or of the user's callable.
 
     Raises:
-        NetworkError: no such network, or none that has pretrained weights; they could not be fetched; it cannot be
-            built for images of this size, or with these options.
+        NetworkError: no such network, or no pretrained weights for it; they could not be downloaded; it cannot be built
+            for images of this size, or with these options.
         ModuleNotFoundError: the package that has it is not installed.
     """
     family, slash, rest = name.partition("/")
@@ -226,7 +226,7 @@ def pretrained_classes(name: str, model: nn.Module) -> int:
 
 
 def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False, classes: int | None = None) -> nn.Module:
-    """Tries the network on what it `reads` before anything is trained.
+    """Test a network on its input before training.
 
     Args:
         model: made bias-free with `x_dnn`.

@@ -26,7 +26,7 @@ Names: TypeAlias = "str | tuple[str | None, str | None] | None"
 
 
 class Transplanted(nn.Module):
-    """What `transplant` returns. It speaks timm's protocol.
+    """Student made by `transplant`. It has timm's protocol.
 
     Attributes:
         body: the student up to its last feature map, trained.
@@ -45,17 +45,19 @@ class Transplanted(nn.Module):
         self.num_classes = head.num_classes
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The projected map `P(f_s(x))`, [N,C_t,H,W]: what `match_spatial` fits to the teacher's features."""
+        """Return the projected map `P(f_s(x))`, [N,C_t,H,W], for `match_spatial` with the teacher's features."""
         feature: Tensor = self.projector(self.body(images))
         return feature
 
     def forward_head(self, feature: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [N,K] of a map [N,C_t,H,W]; with `pre_logits` the pooled features that the last layer reads."""
+        """Return logits [N,K] of a map [N,C_t,H,W]; with `pre_logits` the pooled features that the last layer reads."""
         output: Tensor = self.head(feature, pre_logits=pre_logits)
         return output
 
     def get_classifier(self) -> Any:
-        """The teacher's last layer, its tensors as buffers; a `ModuleList` where its logits come from several."""
+        """Return the teacher's last layer, its tensors as buffers; a `ModuleList` if its logits come from several
+        layers.
+        """
         return self.head.get_classifier()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,33 +73,35 @@ def transplant(
     head: Names = None,
     example: Tensor | None = None,
 ) -> Transplanted:
-    """Put the teacher's last layer, frozen, on the student's body behind a projector that is trained.
+    """Build a student from a trained body, a trained projector and the teacher's frozen head.
 
-    Both models are copied; neither they nor the random state change, but for the projector's initialisation. The
-    student's own classifier is left out. The result is on the student's device, in its dtype and its mode.
+    Both models are copied and not changed; the random state is only used to initialise the projector. The student's own
+    classifier is dropped. The result has the student's device, dtype and mode.
 
     Args:
         teacher: the debiased model, [N,...] images to [N,K] logits; or its `FrozenTeacher`, which needs no names.
-        student: the model whose body is used, whatever its own classifier.
+        student: the model whose body is used; its classifier is ignored.
         projector: hidden width C_t // 2, batch norm and ReLU after each convolution, for the first two:
             "depthwise" 1×1, 3×3 depthwise, 1×1 convolutions; "dense" the same with a full 3×3 (SimKD's code);
-            "linear" one 1×1 convolution with bias, nothing else; "identity" nothing, for equal widths. Where the
-            teacher's map takes negative values, the last ReLU is left out, because it could not reach them.
+            "linear" one 1×1 convolution with bias; "identity" no layers, for equal widths. If the teacher's map has
+            negative values, the last ReLU is left out, because it could not reach them.
         layer: the layer whose output is the last feature map before global pooling. One name for both models, or
             (teacher's, student's). None, also within the pair: timm's protocol (`forward_features`, ...), else the last
-            map that a module gives.
+            map that a module outputs.
         head: the teacher's last layer, likewise. None: `get_classifier()`, else the layers whose outputs are the
-            logits. The student's is checked where a pair names it, and needed nowhere.
+            logits. The student's head is checked if a pair names it, but not used.
         example: a batch of input [N,...] for the trial run, for models that run on no common image size (64×64,
             the model's own, 224×224, 32×32 or 28×28 pixels, with the channels of its first convolution).
 
     Returns:
-        An ordinary module: `forward_features(x)` the projected map, `forward_head(map)` logits, `forward(x)` both.
+        A `Transplanted` module: `forward_features(x)` returns the projected map, `forward_head(map)` its logits,
+            `forward(x)` the logits of images.
 
     Raises:
         TypeError: a model that is not a module, names that are not strings, a teacher without a last layer.
         ValueError: an unknown projector or name, an output that is no feature map, "identity" for different widths,
-            a teacher whose logits follow neither from its feature map nor from vectors that its last layers read.
+            a teacher whose logits can be computed neither from its feature map nor from vectors that its last layers
+            read.
 
     Example:
         >>> import torch
@@ -161,10 +165,10 @@ def _pair(argument: str, names: object) -> tuple[str | None, str | None]:
 
 
 def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the student's feature map and the teacher's features to one size, to be compared.
+    """Pool the student's feature map and the teacher's features to a common size.
 
-    Two maps: the larger is adaptively average-pooled to the smaller. Height and width are compared one by one; a map
-    that fits already is returned as it is. A teacher at token level gives a vector: the student's map is averaged.
+    Two maps: the larger is adaptively average-pooled to the smaller. Height and width are compared separately; a map of
+    the right size is returned unchanged. A teacher at token level gives a vector: the student's map is averaged.
 
     Args:
         student: [N,C,H,W].
@@ -175,7 +179,7 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: not floating tensors.
-        ValueError: of other dimensions, or different N.
+        ValueError: other dimensions, or different N.
 
     Example:
         >>> import torch

@@ -1,9 +1,9 @@
-"""Weight files of the usual training scripts, read without running any code that they may hold.
+"""Load weight files of common training scripts without executing code from them.
 
 A file is a set of named tensors (`.safetensors`, its shards with an index, a state dict) or a checkpoint that has one
-below a key, beside options, metrics and optimiser state. Names may carry the prefixes of the wrappers that a network
-was trained in. What is taken is what fits the network; where a moving average of the weights lies beside them, it comes
-first, because it is what such scripts evaluate (timm's `load_checkpoint` does the same).
+below a key, beside options, metrics and optimizer state. Names may carry the prefixes of the wrappers that a network
+was trained in. The state dict that matches the network is loaded; a moving average of the weights takes precedence,
+because such scripts evaluate it (timm's `load_checkpoint` does the same).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRACKED = ".num_batches_tracked"
 
 
 class LastLayerWarning(UserWarning):
-    """Weights are of other classes: the last layer begins anew."""
+    """The class counts differ, so that the last layer is re-initialised."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,20 @@ class Candidate:
 
 
 def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) -> str:
-    """Load all of a network's weights from a file, without running any code that the file may hold.
+    """Load all of a network's weights from a file without executing code from it.
 
     Args:
-        model: the network, changed in place once everything fits.
+        model: the network, changed in place once all tensors match.
         path: a `.safetensors` file; the index of a sharded one (`model.safetensors.index.json`); a state dict or a
             checkpoint that `torch.save` wrote; a folder with one of them, or the folder of a finished run.
-        to_train: if nothing but the last layer's number of classes differs, that layer stays as it is in `model`.
+        to_train: if only the last layer's number of classes differs, keep that layer of `model`.
 
     Returns:
-        What was taken from the file, in one line: the key, the prefix that was taken off, the moving average. "" for a
-        file that holds these tensors alone, under the network's own names.
+        One line about what was loaded: the key, the prefix that was taken off, the moving average. "" for a file that
+        holds these tensors alone, under the network's own names.
 
     Warns:
-        LastLayerWarning: the last layer stays as it is.
+        LastLayerWarning: the last layer is not loaded.
 
     Raises:
         NetworkError: missing, damaged, or of another network; names the first tensors that do not fit, or the object

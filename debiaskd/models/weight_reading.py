@@ -1,4 +1,4 @@
-"""What lies in a file of weights, read without running its code: safetensors, their shards, what torch.save wrote."""
+"""Read weight files without executing code from them: safetensors, their shards, files of torch.save."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX = ".safetensors.index.json"
 
 
 class NetworkError(ValueError):
-    """A name or weights that no network can be made of."""
+    """A network cannot be built from a name or from weights."""
 
 
 def one_line(error: BaseException | str) -> str:

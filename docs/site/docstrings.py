@@ -1,7 +1,7 @@
 """Docstrings as the API reference reads them.
 
-`Example:` becomes `Examples:`, the section that griffe shows as doctests. An entry of `Args:` that describes several
-parameters (`mean, std: …`) is repeated for each of them, since griffe knows one name an entry.
+`Example:` becomes `Examples:`, the section that griffe shows as doctests. An entry of `Args:` or `Attributes:` that
+describes several names (`mean, std: …`) is repeated for each of them, since griffe knows one name per entry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 EXAMPLE = re.compile(r"^(\s*)Example:[ \t]*$", re.MULTILINE)
-ARGUMENTS = re.compile(r"^([ \t]*)Args:[ \t]*\n((?:\1[ \t]+.*\n?|[ \t]*\n)+)", re.MULTILINE)
+ARGUMENTS = re.compile(r"^([ \t]*)(Args|Attributes):[ \t]*\n((?:\1[ \t]+.*\n?|[ \t]*\n)+)", re.MULTILINE)
 SHARED = re.compile(r"(\w+(?:, \w+)+):(.*)", re.DOTALL)
 
 
@@ -25,7 +25,7 @@ class Docstrings(griffe.Extension):
 
 
 def one_name_an_entry(section: re.Match[str]) -> str:
-    return f"{section[1]}Args:\n" + "".join(separate(section[2]))
+    return f"{section[1]}{section[2]}:\n" + "".join(separate(section[3]))
 
 
 def separate(body: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"<code>[^<]*</code>")
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".cpp": "cpp", ".h": "cpp", ".cu": "cpp"}
 
@@ -39,6 +40,11 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     uri = page.file.src_uri
     return markdown if page.file.generated_by else rewritten(markdown, f"docs/{uri}", uri)
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Show `\\|`, which code in a table needs in Markdown, as the bar that is meant."""
+    return CODE.sub(lambda match: match[0].replace(r"\|", "|"), html)
 
 
 def outside(text: str, source: str) -> set[str]:

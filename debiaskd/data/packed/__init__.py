@@ -1,1 +1,1 @@
-"""Prepared data: decoded once, written in shards, read by mapping."""
+"""Prepared data: decoded once, written in shards, memory-mapped for reading."""

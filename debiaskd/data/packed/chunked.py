@@ -1,4 +1,4 @@
-"""Prepared pictures in LitData's chunks, read by number: in any order, and a part of them, and the same one twice."""
+"""Prepared images in LitData's chunks, read by index in any order."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ FETCHES = 8
 
 
 class ChunkedDataset(PackedDataset):
-    """A split that `debiaskd prepare --format litdata` wrote, read by number; what recipes train on.
+    """A split written by `debiaskd prepare --format litdata`, read by index. Recipes use it.
 
-    Whatever holds of a `PackedDataset` holds of it: the same pictures have the same numbers, targets, groups and boxes,
-    samplers and DataLoaders choose the order, and memory holds none of the pixels. `StreamedDataset` reads the same
-    files from beginning to end, in an order of LitData's.
+    It behaves like a `PackedDataset`: the same images have the same indices, targets, groups and boxes, samplers and
+    DataLoaders choose the order, and pixels stay on the disk. `StreamedDataset` reads the same files sequentially, in
+    LitData's order.
 
     Args:
         path: the folder that was prepared.
         split, annotated_fraction, seed, dilate, verify, pin_memory: as for `PackedDataset`.
-        url: where the split's chunks lie, if they are not all below `path`: whatever LitData can read, such as
-            "s3://bucket/coco-224/train2017". All but `chunk-*.bin` has to be below `path`. A chunk that is not is
-            fetched when a picture of it is first asked for, compared with its checksum, and kept there; of several
-            processes that want it one fetches it.
+        url: where the split's chunks are, if they are not all below `path`: any location that LitData reads, such as
+            "s3://bucket/coco-224/train2017". All files but `chunk-*.bin` must be below `path`. A missing chunk is
+            downloaded when an image of it is first requested, compared with its checksum, and kept there; only one of
+            several processes downloads it.
 
     Raises:
         ModuleNotFoundError: LitData is not installed (`pip install 'debiaskd[data]'`).
-        DataError: as for `PackedDataset`; prepared by a version that wrote no columns; no room for what is to be
-            fetched; or, later, a chunk cannot be fetched or is another one.
+        DataError: as for `PackedDataset`; prepared by a version that wrote no annotation arrays; no disk space for the
+            chunks; or, later, a chunk cannot be downloaded or has another checksum.
         TypeError, ValueError: arguments out of range.
 
     Example:
@@ -61,7 +61,7 @@ class ChunkedDataset(PackedDataset):
         verify: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        import litdata  # noqa: F401  # before hours of training rather than at their first picture
+        import litdata  # noqa: F401  # before hours of training rather than at their first image
 
         if url is not None and (not isinstance(url, str) or not url):
             raise ValueError(f"url must be None or say where the chunks lie, got {url!r}")
@@ -130,7 +130,7 @@ class ChunkedDataset(PackedDataset):
         if self._reader is None or self._reader[0] != os.getpid():
             import litdata
 
-            # One picture is decoded for one that is asked for, and every chunk stays mapped as far as memory allows:
+            # One image is decoded for one that is asked for, and every chunk stays mapped as far as memory allows:
             # by itself LitData decodes hundreds, and closes a chunk as soon as another is read.
             options = {"batch_decode": 0, "max_pre_download": max(2, len(self._chunks))}
             self._reader = os.getpid(), litdata.StreamingDataset(str(self.path / self.split), **options)

@@ -1,4 +1,4 @@
-"""Whether enough of a data set is left to be prepared, or so much was passed over that something else must be wrong."""
+"""Check that enough of a data set can be used, and refuse it if too much was skipped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _Facts = dict[tuple[str, int], dict[str, Any]]
 
 
 def check_annotations(source: Source, problems: Problems) -> None:
-    """Judges what the reader has read, before any picture is opened.
+    """Judges what the reader has read, before any image is opened.
 
     Raises:
-        DataError: more than 90 % of something was passed over, a split has no pictures, or all boxes of a split lie in
-            the first pixel, as shares of the picture do. With `problems.lenient`: no split has pictures.
+        DataError: more than 90 % of something was passed over, a split has no images, or all boxes of a split lie in
+            the first pixel, as shares of the image do. With `problems.lenient`: no split has images.
     """
     problems.check(source.splits)
     for name, split in source.splits.items():
@@ -35,7 +35,7 @@ def check_annotations(source: Source, problems: Problems) -> None:
 
 
 def _note_shared(source: Source, problems: Problems) -> None:
-    """Takes a note of pictures that are in several splits."""
+    """Takes a note of images that are in several splits."""
     where: dict[Any, str] = {}
     for name, split in source.splits.items() if len(source.splits) > 1 else ():
         if split.pictures is None:
@@ -51,18 +51,18 @@ def _are_shares(split: Split) -> bool:
 
 
 def _counts(split: Split) -> NDArray[np.int64]:
-    """Boxes of each picture."""
+    """Boxes of each image."""
     offsets: NDArray[np.int64] = np.frombuffer(split.offsets, np.int64)
     return offsets[1:] - offsets[:-1]
 
 
 def _of_annotated(split: Split) -> NDArray[np.bool_]:
-    """Which boxes are those of annotated pictures; those of others are placeholders."""
+    """Which boxes are those of annotated images; those of others are placeholders."""
     return np.repeat(np.frombuffer(split.annotated, np.bool_), _counts(split))
 
 
 def check_decoded(source: Source, whole: _Facts, problems: Problems) -> None:
-    """Judges what is left when pictures have been opened.
+    """Judges what is left when images have been opened.
 
     Args:
         source: as it was read.

@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared data set holds. Written when all else lies on the disk."""
+"""Read and write manifest.json, the contents of a prepared data set. It is written last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make(
     whole: dict[tuple[str, int], dict[str, Any]],
     problems: Problems,
 ) -> dict[str, Any]:
-    """The manifest of what lies in `out`; of each split it has the number of pictures by class and by group."""
+    """Make the manifest of the shards in `out`, with the number of images by class and by group for each split."""
     splits: dict[str, Any] = {}
     for name in source.splits:
         mine = [(index, facts) for (split, index), facts in sorted(whole.items()) if split == name]
@@ -49,7 +49,7 @@ def make(
 
 
 def _counts(folder: Path, shards: list[str], source: Source) -> dict[str, Any]:
-    """Pictures by class, by group, and annotated ones."""
+    """Images by class, by group, and annotated ones."""
     classes, groups = np.zeros(len(source.classes), np.int64), np.zeros(len(source.groups), np.int64)
     annotated = 0
     for name in shards:
@@ -83,7 +83,7 @@ def write(
 
 
 def read(path: Path, format: str | None = None) -> dict[str, Any]:
-    """The manifest of a prepared data set, of `format` if it is given.
+    """Read the manifest of a prepared data set, and check its `format` if given.
 
     Raises:
         DataError: there is none, or it is damaged, of another version or format.
@@ -117,5 +117,5 @@ def choose_split(path: Path, manifest: dict[str, Any], split: str | None) -> tup
 
 
 def has_ignored(manifest: dict[str, Any]) -> bool:
-    """Whether crowds or difficult objects were marked as areas to be ignored."""
+    """Return whether crowds or difficult objects are marked as areas to ignore."""
     return "mask" in (manifest["options"].get("crowd"), manifest["options"].get("difficult"))

@@ -1,4 +1,4 @@
-"""Prepared pictures, mapped into memory: reading a batch is copying its bytes."""
+"""Prepared images, mapped into memory: reading a batch copies its bytes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from debiaskd.utils import checks
 
 
 class PackedDataset(Dataset[Any]):
-    """A split that `debiaskd prepare --format npy` wrote. Of torch's samplers and DataLoaders all work; see `loader`.
+    """A split written by `debiaskd prepare --format npy`. It works with all of torch's samplers and DataLoaders; see
+    `loader`.
 
-    Pixels stay in the files until they are asked for; all else, some tens of bytes a picture and a box, is in memory.
+    Pixels stay in the files until they are read; annotations, some tens of bytes per image and box, are in memory.
 
     Args:
         path: the folder that was prepared.
-        split: one of its splits; may be left out if there is but one.
-        annotated_fraction: this share of the pictures, in (0, 1] and at least one, keeps its boxes; those of the
-            others count as not annotated. Which ones depends on `seed` and the number of pictures alone.
-        seed: see there.
-        dilate: boxes are made larger by this share of their width and height on every side, clipped to the picture.
+        split: one of its splits; may be omitted if there is only one.
+        annotated_fraction: this share of the images, in (0, 1] and at least one image, keeps its boxes; the others
+            count as not annotated. The choice depends only on `seed` and the number of images.
+        seed: see `annotated_fraction`.
+        dilate: boxes are enlarged by this share of their width and height on every side, clipped to the image.
         verify: read all of the split's files and compare checksums.
-        pin_memory: batches come in pinned memory, into which they are copied straight from the files. Not in worker
-            processes, which cannot: there let the DataLoader pin.
+        pin_memory: copy batches from the files directly into pinned memory. Not possible in worker processes; there use
+            the DataLoader's `pin_memory`.
 
     Attributes:
-        classes, groups: names; `groups` is empty where there are none.
+        classes, groups: names; `groups` is empty if there are none.
         multi_label: whether targets are uint8 [N,K] instead of int64 [N].
-        size: (height, width) of every picture.
-        boxes: of all pictures. `target`, `group_ids`, `sizes` (height and width before): likewise.
+        size: (height, width) of every image.
+        boxes: boxes of all images. `target`, `group_ids`, `sizes` (original height and width): likewise.
 
     Raises:
         DataError: not prepared, not finished, of another version, without the split, or damaged.
@@ -94,15 +95,15 @@ class PackedDataset(Dataset[Any]):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Boxes]:
-        """(image uint8 [3,H,W], target, boxes) of one picture."""
+        """Return (image uint8 [3,H,W], target, boxes) of one image."""
         batch = self.__getitems__([index])
         return batch.images[0], batch.target[0], batch.boxes
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
-        """The pictures of these numbers, in this order; what a DataLoader calls for a batch.
+        """Return the images of these indices, in this order, as a `Batch`; a DataLoader calls it for a batch.
 
         Raises:
-            IndexError: there is no such picture.
+            IndexError: there is no such image.
         """
         index = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
         numbers = index.numpy()
@@ -117,10 +118,10 @@ class PackedDataset(Dataset[Any]):
         return rest.pin_memory() if self.pin_memory else rest
 
     def number_among(self, classes: Sequence[str]) -> None:
-        """Number labels by the places of their classes' names in `classes`, of which those of this data set are some.
+        """Renumber labels by the positions of their class names in `classes`, which contains those of this data set.
 
         Raises:
-            ValueError: a class is none of them.
+            ValueError: a class is not among them.
         """
         strangers = [name for name in self.classes if name not in classes]
         if strangers:
@@ -136,7 +137,7 @@ class PackedDataset(Dataset[Any]):
         self.classes = tuple(classes)
 
     def regroup(self, group_ids: Tensor | None, groups: Sequence[str]) -> None:
-        """Put other groups in place of those that the data was prepared with.
+        """Replace the groups that the data was prepared with.
 
         Args:
             group_ids: int64 [N] in [0, len(groups)), the group of each image; None: there are none.
@@ -149,7 +150,7 @@ class PackedDataset(Dataset[Any]):
         self.group_ids, self.groups = group_ids, tuple(groups)
 
     def paths(self) -> list[str]:
-        """Where each picture came from, below the folder of its split's pictures."""
+        """Return the original path of each image, relative to the folder of its split's images."""
         return [str(name) for folder in self._folders for name in load(folder / "path.npy")]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class PackedDataset(Dataset[Any]):
             inspect(folder, shard["files"], verify, folder)
 
     def _read(self, rows: NDArray[np.uint8], numbers: NDArray[np.int64]) -> None:
-        """Into `rows` the pixels of these pictures."""
+        """Into `rows` the pixels of these images."""
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         for row, shard, place in zip(rows, shard_of.tolist(), (numbers - self._starts[shard_of]).tolist()):
             row[...] = self._shard(shard)[place]
@@ -180,7 +181,7 @@ class PackedDataset(Dataset[Any]):
         return torch.from_numpy(np.concatenate(used))
 
     def _boxes(self, annotated: Tensor) -> tuple[Boxes, Boxes | None]:
-        """The boxes of annotated pictures, and apart from them those of areas to be ignored."""
+        """The boxes of annotated images, and apart from them those of areas to be ignored."""
         counts = torch.cat([torch.from_numpy(load(folder / "offsets.npy")).diff() for folder in self._folders])
         image = torch.repeat_interleave(torch.arange(self.count), counts)
         flags = self._column("flags")
@@ -194,7 +195,7 @@ def _renumbered(boxes: Boxes, places: Tensor) -> Boxes:
 
 
 def gather(boxes: Boxes, numbers: NDArray[np.int64]) -> Boxes:
-    """The boxes of a few of very many pictures; `boxes[numbers]` would look at all of them, and wake up threads."""
+    """Select the boxes of a few of very many images; `boxes[numbers]` would read all of them and start threads."""
     offsets = boxes.offsets.numpy()
     starts = offsets[numbers]
     counts = offsets[numbers + 1] - starts
@@ -208,8 +209,9 @@ def gather(boxes: Boxes, numbers: NDArray[np.int64]) -> Boxes:
 def select_boxes(
     coords: Tensor, labels: Tensor, flags: Tensor, image: Tensor, annotated: Tensor, has_ignored: bool
 ) -> tuple[Boxes, Boxes | None]:
-    """Boxes that may guide and those of areas to be ignored (None without `has_ignored`), from packed rows and the
-    number of each row's picture; of pictures that are not annotated neither."""
+    """Make the boxes, and the areas to ignore (None without `has_ignored`), from packed rows and the image index of
+    each row; none of either for images that are not annotated.
+    """
     ignored = (flags & IGNORE) != 0
 
     def chosen(keep: Tensor) -> Boxes:
@@ -222,7 +224,7 @@ def select_boxes(
 
 
 def annotated_choice(count: int, fraction: float, seed: int) -> Tensor:
-    """bool [count]: `fraction` of the pictures, at least one."""
+    """bool [count]: `fraction` of the images, at least one."""
     if not 0 < checks.number("annotated_fraction", fraction) <= 1:
         raise ValueError(f"annotated_fraction must be a share in (0, 1], got {fraction!r}")
     if checks.integer("seed", seed) < 0:

@@ -1,4 +1,4 @@
-"""The folder that a data set is prepared in: ours alone while it is written, and one data set's for good."""
+"""The output folder of a data set: locked while it is written, and never shared by two data sets."""
 
 from __future__ import annotations
 

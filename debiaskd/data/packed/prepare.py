@@ -1,7 +1,7 @@
-"""Decode a data set once, so that training reads pixels (`debiaskd prepare`).
+"""Decode a data set once for training (`debiaskd prepare`).
 
-What comes out depends on the source and the options alone, not on the number of processes. A run that was interrupted
-goes on where it was; shards that are whole are never written again; nothing unfinished looks whole (see `shards`).
+The result depends only on the source and the options, not on the number of processes. An interrupted run can be
+resumed; complete shards are never written again; incomplete shards are never read (see `shards`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from debiaskd.utils import checks
 
 @dataclass(frozen=True)
 class Reader:
-    """A data set's `read`, the side at which its pictures are stored unless another is asked for, and whether it draws
+    """A data set's `read`, the side at which its images are stored unless another is asked for, and whether it draws
     them, and so has to be told."""
 
     read: Callable[..., Source]
@@ -46,18 +46,18 @@ READERS = {
     "cifar": Reader(cifar.read, size=32),
     "mnist_on_cifar": Reader(mnist_on_cifar.read, size=64, draws=True),
 }
-#: Pictures in a shard: at 224 pixels 77 MB, what object stores like to be asked for at once.
+#: Images in a shard: at 224 pixels 77 MB, what object stores like to be asked for at once.
 SHARD_SIZE = 512
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did.
+    """Result of `prepare`.
 
     Attributes:
         manifest: the content of OUT/manifest.json.
-        problems: what was passed over, by kind, in the order of the pictures.
-        written, reused: how many shards were made, and how many were there already.
+        problems: what was skipped, by kind, in the order of the images.
+        written, reused: number of shards that were written, and of those that existed.
     """
 
     manifest: dict[str, Any]
@@ -82,33 +82,33 @@ def prepare(
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
 ) -> Prepared:
-    """Decode `src` into shards below `out`.
+    """Decode a data set into shards below `out`.
 
-    Memory does not grow with the number of pictures, but for their annotations: a picture a process for "npy", a shard
-    a process for "litdata".
+    Memory does not grow with the number of images, except for their annotations: one image per process for "npy", one
+    shard per process for "litdata".
 
     Args:
         kind: "coco", "voc", "waterbirds", "celeba", "folder", "cifar" or "mnist_on_cifar".
         src: the data set as it is distributed; see the reader of that name.
-        out: folder, made if need be; empty, or what an earlier run with the same options began.
-        size: side of the stored pictures in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
-        fit: "squash" to the square, or "pad": keep the shape, centred on black.
+        out: output folder, created if needed; empty, or from an earlier run with the same options.
+        size: side of the stored images in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
+        fit: "squash" to a square, or "pad": keep the aspect ratio, centred on black.
         format: "npy" for `PackedDataset`, "litdata" for `ChunkedDataset` and `StreamedDataset`.
-        workers: processes that decode. They do not import the script that calls this, which needs no main guard.
-        splits: which; None: see the reader.
-        strict: raise at the first thing that is wrong instead of passing it over.
-        lenient: go on where more than 90 % of a split's pictures or boxes, or of a list's rows, were passed over, or a
-            split has no pictures. Neither `strict` nor `lenient` changes what is written: a run that was refused goes
-            on with `lenient`.
-        shard_size: pictures in a shard.
-        progress: called with (split, share of all that is done).
+        workers: number of processes that decode. They do not import the calling script, which needs no main guard.
+        splits: names of the splits to read; None: see the reader.
+        strict: raise at the first error instead of skipping the entry.
+        lenient: continue if more than 90 % of a split's images or boxes, or of a list's rows, were skipped, or a split
+            has no images. Neither `strict` nor `lenient` changes what is written: a refused run can be continued with
+            `lenient`.
+        shard_size: images per shard.
+        progress: called with (split, share of the total that is done).
         **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
             folder, target and bias for celeba, labels for cifar, and for mnist_on_cifar agreement, seed, train, val
             and test.
 
     Raises:
-        DataError: the source cannot be used, nothing or almost nothing of it is left and `lenient` is False, `strict`
-            met something wrong, or `out` holds something else.
+        DataError: the source cannot be used, almost nothing of it is left and `lenient` is False, `strict` found an
+            error, or `out` has other content.
         OSError: `src` cannot be read, or `out` cannot be written or is full.
         TypeError, ValueError: arguments out of range.
         ModuleNotFoundError: pillow, or for "litdata" LitData, is not installed.
@@ -124,7 +124,7 @@ def prepare(
         >>> prepared.manifest["classes"], prepared.manifest["splits"]["train"]["count"]
         (['cat'], 1)
     """
-    import PIL  # noqa: F401  # here rather than once for every picture
+    import PIL  # noqa: F401  # here rather than once for every image
 
     checks.option("kind", kind, tuple(READERS))
     reader = READERS[kind]
@@ -216,7 +216,7 @@ def _run(
 
 
 def _made(jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Jobs and what came of them, in order; as few as keep the workers busy are under way at a time."""
+    """Run jobs and yield their results in order, with only as many in flight as keep the workers busy."""
     if workers <= 1:
         for job in jobs:
             yield job, making.make(job)

@@ -1,12 +1,12 @@
-"""The files that a prepared data set consists of, and how they come to be whole.
+"""The files of a prepared data set, and how they are written atomically.
 
     OUT/prepare.json            written first: what is being made, of what
     OUT/train/00000/*.npy       one shard: `shard.json` in it has the length and SHA-256 of each file
     OUT/manifest.json           written last: counts, names, splits, shards
 
-A shard is built in a folder of another name, brought to the disk, and renamed: a folder with a shard's name is whole.
-For LitData a shard is `OUT/train/chunk-0-0.bin`, `OUT/train/00000/*.npy` without the pictures and, written when both
-are whole, `OUT/train/00000.json`; `OUT/train/index.json` comes last.
+A shard is written in a folder with a temporary name, synchronised to the disk, and renamed: a folder with a shard's
+name is complete. For LitData a shard is `OUT/train/chunk-0-0.bin`, `OUT/train/00000/*.npy` without the images and,
+written when both are whole, `OUT/train/00000.json`; `OUT/train/index.json` comes last.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMATS = ("npy", "litdata")
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as it is stored: pixels uint8 [S,S,3], boxes int32 [k,4] with labels and flags, target int64 or
+    """One image as it is stored: pixels uint8 [S,S,3], boxes int32 [k,4] with labels and flags, target int64 or
     uint8 [K], its place in the split as annotated, and the original (height, width)."""
 
     image: NDArray[np.uint8]
@@ -58,7 +58,7 @@ class Writer(Protocol):
 
 
 class NpyWriter:
-    """Files of one shard in `folder`. Pictures go to the disk one by one, so that memory holds one at a time."""
+    """Files of one shard in `folder`. Images go to the disk one by one, so that memory holds one at a time."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
@@ -91,7 +91,7 @@ class NpyWriter:
 
 
 class ColumnWriter:
-    """All of a shard but its pictures: what is looked up by number, before anything is read."""
+    """All of a shard but its images: what is looked up by number, before anything is read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -145,7 +145,7 @@ class LitdataWriter:
         pass
 
 
-#: Of each column beside the pictures: dtype (None: text), shape of a row, whether rows are joined end to end.
+#: Of each column beside the images: dtype (None: text), shape of a row, whether rows are joined end to end.
 COLUMNS: dict[str, tuple[Any, tuple[int, ...], bool]] = {
     "coords": (np.int32, (4,), True),
     "labels": (np.int64, (), True),

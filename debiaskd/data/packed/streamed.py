@@ -1,4 +1,4 @@
-"""Prepared pictures read through LitData, which knows object stores, caches and clusters."""
+"""Prepared images streamed by LitData, with object stores, caching and sharding."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from debiaskd.utils import checks
 
 
 class StreamedDataset(IterableDataset[Any]):
-    """A split that `debiaskd prepare --format litdata` wrote, read by `litdata.StreamingDataset`; see `loader`.
+    """A split written by `debiaskd prepare --format litdata`, streamed by `litdata.StreamingDataset`; see `loader`.
 
     Args:
-        path: the folder that was prepared, with its manifest.
-        split, annotated_fraction, seed, dilate: as for `PackedDataset`, which chooses the same pictures.
-        url: where the split's files lie, if not below `path`: such as "s3://bucket/coco-224/train2017". The manifest
-            is small: keep a copy at `path`.
+        path: the prepared folder with its manifest.
+        split, annotated_fraction, seed, dilate: as for `PackedDataset`, with the same choice of images.
+        url: where the split's files are, if not below `path`, such as "s3://bucket/coco-224/train2017". The manifest is
+            small: keep a copy at `path`.
         **options: further ones of `litdata.StreamingDataset`, such as cache_dir and max_cache_size.
 
     Raises:
@@ -82,7 +82,7 @@ class StreamedDataset(IterableDataset[Any]):
         return self.count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Boxes]]:
-        """(image uint8 [3,H,W], target, boxes) of each picture."""
+        """(image uint8 [3,H,W], target, boxes) of each image."""
         for sample in self.stream:
             batch = self.collate([sample])
             yield batch.images[0], batch.target[0], batch.boxes
@@ -90,7 +90,7 @@ class StreamedDataset(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class StreamCollate:
-    """Stored samples to a `Batch`."""
+    """Collate stored samples into a `Batch`."""
 
     size: tuple[int, int]
     grouped: bool

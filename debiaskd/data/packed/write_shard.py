@@ -1,4 +1,4 @@
-"""One shard: pictures decoded, fitted, and written with their boxes. Runs in whichever process is asked to."""
+"""Write one shard: decode and resize images, and write them with their boxes. Runs in worker processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from debiaskd.data.packed import shards
 from debiaskd.data.packed.shards import Sample, Writer
 from debiaskd.data.sources.records import DataError, Part, Problems
 
-#: Kinds of problems that cost boxes, not pictures.
+#: Kinds of problems that cost boxes, not images.
 OUTSIDE = "box outside of its picture"
 OTHER_SIZE = "picture of another size than annotated, its boxes not used"
 
@@ -28,7 +28,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a process has to know to make one shard. `classes` counts them where a picture may show several."""
+    """What a process has to know to make one shard. `classes` counts them where an image may show several."""
 
     part: Part
     folder: Path
@@ -139,7 +139,7 @@ def _place_chunk(job: Job, unfinished: Path, facts: dict[str, Any]) -> dict[str,
 
 
 def _samples(job: Job, problems: Problems) -> Iterator[tuple[int, Sample | None]]:
-    """Each picture's place in the split and its sample, None where the file is bad."""
+    """Each image's place in the split and its sample, None where the file is bad."""
     for i, name in enumerate(job.part.paths):
         position = job.part.start + i
         try:

@@ -1,1 +1,1 @@
-"""Readers of data sets as they are distributed: annotations first, pictures when they are decoded."""
+"""Readers of data sets in their published formats: annotations first, images when they are decoded."""

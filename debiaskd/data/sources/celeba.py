@@ -27,20 +27,20 @@ def read(
     target: str = "Blond_Hair",
     bias: str = "Male",
 ) -> Source:
-    """The aligned pictures of CelebA: one attribute is to be told, and another one goes along with it.
+    """The aligned images of CelebA: one attribute is to be told, and another one goes along with it.
 
-    Class 1 has the attribute `target`, class 0 does not; the group is 2 * class + `bias`. No picture is annotated:
-    CelebA's boxes lie in the pictures as they were before they were aligned.
+    Class 1 has the attribute `target`, class 0 does not; the group is 2 * class + `bias`. No image is annotated:
+    CelebA's boxes lie in the images as they were before they were aligned.
 
     Args:
         path: the folder that holds the lists and `img_align_celeba/`. They may lie in its folders Anno, Eval and Img,
-            and the pictures, as Kaggle has them, in another folder img_align_celeba within that one.
+            and the images, as Kaggle has them, in another folder img_align_celeba within that one.
         problems: collects what is passed over.
         splits: among "train", "val" and "test", which the partition calls 0, 1 and 2; None: all that occur.
         target, bias: two attributes, by their names in the list.
 
     Raises:
-        DataError: a list or the pictures are not there, or another list is; `target` or `bias` is no attribute; a path
+        DataError: a list or the images are not there, or another list is; `target` or `bias` is no attribute; a path
             that climbs out of the folder.
     """
     if target == bias:
@@ -105,7 +105,7 @@ def _pictures(path: Path) -> Path:
 
 
 def _read_attributes(file: Path, target: str, bias: str, problems: Problems) -> dict[str, int | None]:
-    """By picture 2 * target + bias; None where a value is neither 1 nor -1. A list without any -1 says 0 instead."""
+    """By image 2 * target + bias; None where a value is neither 1 nor -1. A list without any -1 says 0 instead."""
     read: dict[str, tuple[int | None, ...]] = {}
     places: dict[str, int] = {}
     stated: list[int] = []
@@ -138,7 +138,7 @@ def _value(text: str) -> int | None:
 
 
 def _rows(file: Path, wanted: list[str], stated: list[int] | None) -> Iterator[tuple[int, str, list[str]]]:
-    """Number of the line, picture, and the `wanted` values of each row.
+    """Number of the line, image, and the `wanted` values of each row.
 
     A text file of attributes says in its first line how many rows there are, which `stated` takes, and their names in
     its second; that of the partition (`stated` None) begins with the first row. CSV has its names in the first line.

@@ -68,7 +68,7 @@ LAYOUTS = (
 
 
 def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None, labels: str | None = None) -> Source:
-    """CIFAR-10 or CIFAR-100. No picture is annotated.
+    """CIFAR-10 or CIFAR-100. No image is annotated.
 
     Args:
         path: the folder that holds the files, or the one that the archive was unpacked in. Binary version

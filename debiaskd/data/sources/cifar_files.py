@@ -1,4 +1,4 @@
-"""The files that CIFAR is distributed in: labels at once, pictures when they are asked for."""
+"""The files of CIFAR: labels are read at once, images on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Batch:
-    """One file: `labels` int64 [n] by name, `pixels` the pictures of some rows, uint8 [m,32,32,3], and the names of its
+    """One file: `labels` int64 [n] by name, `pixels` the images of some rows, uint8 [m,32,32,3], and the names of its
     classes where it says them itself."""
 
     file: Path
@@ -32,7 +32,7 @@ class Batch:
 
 
 class Images:
-    """The pictures of a split: each is a row of one of its batches."""
+    """The images of a split: each is a row of one of its batches."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -43,7 +43,7 @@ class Images:
         self._row.append(row)
 
     def take(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pictures by their numbers in the split: uint8 [n,32,32,3].
+        """Images by their numbers in the split: uint8 [n,32,32,3].
 
         Raises:
             DataError, OSError: a file can be read no more.

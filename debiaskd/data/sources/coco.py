@@ -1,4 +1,4 @@
-"""COCO as it is distributed: `SRC/annotations/instances_train2017.json`, and the pictures in `SRC/train2017/`
+"""COCO as it is distributed: `SRC/annotations/instances_train2017.json`, and the images in `SRC/train2017/`
 or `SRC/images/train2017/`."""
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _Box = tuple[tuple[float, ...], int, int]
 def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None, crowd: str = "keep") -> Source:
     """The instances of COCO 2014, 2017 or any data set in their layout.
 
-    Category ids become classes 0, 1, … in the order of the ids. A picture's target are the classes of its boxes. Ids
+    Category ids become classes 0, 1, … in the order of the ids. An image's target are the classes of its boxes. Ids
     may be written as text or floats. An annotation without `bbox` has the bounds of its segmentation (polygons or
     run-length encoded). Annotations of equal image, category, box and crowd flag are duplicates, whatever their ids.
 
-    A picture that is listed without annotations holds nothing, unless the file has no annotations at all: then its
-    pictures are not annotated. Nor is a picture all of whose annotations were passed over; it keeps the classes of
+    An image that is listed without annotations holds nothing, unless the file has no annotations at all: then its
+    images are not annotated. Nor is an image all of whose annotations were passed over; it keeps the classes of
     those whose box alone was wrong.
 
     Args:
         path: the folder that holds `annotations/`.
         problems: collects what is passed over.
-        splits: such as ["train2017"]; None: every `instances_*.json` whose pictures are there.
+        splits: such as ["train2017"]; None: every `instances_*.json` whose images are there.
         crowd: what becomes of a box around a crowd. "keep": a box like others, flagged. "drop": as if it had not
             been annotated: neither box nor class. "mask": its class counts, and its area is to be ignored, neither
-            inside nor outside of a box.
+            inside nor outside a box.
 
     Raises:
         DataError: no annotations; not JSON, or not COCO's; a path that climbs out of the folder; an id that two
-            pictures or two categories share; splits with different categories.
+            images or two categories share; splits with different categories.
     """
     checks.option("crowd", crowd, OPTIONS)
     folder = path / "annotations"
@@ -89,7 +89,7 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
 
 
 def _pictures(path: Path, name: str) -> Path | None:
-    """The folder of a split's pictures, also in another case."""
+    """The folder of a split's images, also in another case."""
     for above in (path, path / "images"):
         if (above / name).is_dir():
             return above / name
@@ -175,7 +175,7 @@ _Aliases = dict[int | str, int | str]
 def _images(
     entries: list[Any], file: Path, path: Path, root: Path, problems: Problems, tally: Tally
 ) -> tuple[_Images, _Aliases]:
-    """Pictures by id, and further ids of a picture with the one by which it is there."""
+    """Images by id, and further ids of an image with the one by which it is there."""
     images: _Images = {}
     aliases: _Aliases = {}
     first: dict[str, int | str] = {}

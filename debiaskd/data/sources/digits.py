@@ -1,4 +1,4 @@
-"""Handwritten digits on photographs: real pictures with a known shortcut, exact boxes and nothing to download.
+"""Handwritten digits on photographs: real images with a known shortcut and exact boxes, without downloads.
 
 The digits of scikit-learn's `load_digits` (8×8 grey levels, UCI ML repository) are pasted at random places and sizes
 on crops of its two photographs (`load_sample_images`). The label says whether the digit is drawn with a closed loop,
@@ -27,7 +27,7 @@ OPEN, CLOSED = (1, 4, 7), (0, 6, 8, 9)
 
 #: Which share of the digits' handwriting each split gets; no digit image is in two of them.
 SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
-# The side of a digit's 8×8 grid, as a share of the picture's; its blurred edge reaches half a cell further.
+# The side of a digit's 8×8 grid, as a share of the image's; its blurred edge reaches half a cell further.
 SMALLEST, LARGEST = 0.42, 0.67
 FAINTEST = 0.15  # ink below this is the blur around a stroke: too weak to see, so it is left out of digit and box
 OPACITY = (0.7, 1.0)
@@ -38,7 +38,7 @@ ENLARGED, DARKENED = 2.0, 0.6
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split of N pictures.
+    """One split of N images.
 
     Attributes:
         images: uint8 [N,3,S,S], RGB.
@@ -46,7 +46,7 @@ class Pictures:
         photographs: int64 [N], index into `PHOTOGRAPHS`.
         groups: int64 [N], `2 * label + photograph`, index into `GROUPS`.
         digits: int64 [N], which image of `load_digits` was pasted.
-        boxes: one for each picture, the tightest around the pixels that the digit reaches.
+        boxes: one for each image, the tightest around the pixels that the digit reaches.
         backgrounds: uint8 [N,3,S,S], the crops before anything was pasted; None unless asked for.
     """
 
@@ -81,13 +81,13 @@ def load(
     agreement: float = 0.95,
     backgrounds: bool = False,
 ) -> Digits:
-    """Draw the data set. The same arguments give the same pictures.
+    """Draw the data set. The same arguments give the same images.
 
     Args:
-        seed: decides which digits go into which split, and everything about each picture.
-        train, validation, test: number of pictures in each split, ≥ 4. Half of each split has either label.
-        size: side of the pictures in pixels, ≥ 16.
-        agreement: share, in [0, 1], of the training pictures whose photograph agrees with the label, met exactly up
+        seed: decides which digits go into which split, and everything about each image.
+        train, validation, test: number of images in each split, ≥ 4. Half of each split has either label.
+        size: side of the images in pixels, ≥ 16.
+        agreement: share, in [0, 1], of the training images whose photograph agrees with the label, met exactly up
             to rounding within either label. In validation and test it is one half.
         backgrounds: keep the crops without digits too.
 
@@ -96,7 +96,7 @@ def load(
         TypeError, ValueError: arguments out of range.
 
     Example:
-        >>> from debiaskd.data import digits
+        >>> from debiaskd.data.sources import digits
         >>> data = digits.load(0, train=40, validation=8, test=8)
         >>> data.train.images.shape, data.train.groups.bincount().tolist()
         (torch.Size([40, 3, 48, 48]), [19, 1, 1, 19])
@@ -169,7 +169,7 @@ def _crop(photographs: list[Tensor], which: Tensor, size: int, generator: torch.
 
 
 def _paste(ink: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Ink [N,8,8], each at a random size and place inside an empty picture: [N,1,size,size] in [0,1]."""
+    """Ink [N,8,8], each at a random size and place inside an empty image: [N,1,size,size] in [0,1]."""
     count = len(ink)
     low, high = round(SMALLEST * size), round(LARGEST * size)
     side = torch.randint(low, high + 1, (count,), generator=generator)
@@ -185,7 +185,7 @@ def _paste(ink: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _bounds(touched: Tensor) -> Tensor:
-    """The tightest box, int32 [N,4], around the true pixels of [N,H,W]; every picture has some."""
+    """The tightest box, int32 [N,4], around the true pixels of [N,H,W]; every image has some."""
     edges = []
     for axis in (1, 2):  # over rows: which columns are touched; over columns: which rows
         line = touched.any(axis).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""A folder of folders, one for each class, and CSV files with boxes and with what goes along with the classes."""
+"""A folder with one subfolder for each class, and CSV files with boxes and bias attributes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(
 ) -> Source:
     """`SRC/CLASS/*.jpg`, or `SRC/train/CLASS/*.jpg`, `SRC/val/CLASS/*.jpg`, … as torchvision's `ImageFolder` reads it.
 
-    Splits are known whatever their case, "training" and "testing" too. A class is a folder with a picture in some
+    Splits are known whatever their case, "training" and "testing" too. A class is a folder with an image in some
     split; classes that differ in case alone are one, unless a split has both. Folders that are hidden or belong to a
     tool ("__MACOSX", "@eaDir") are passed over.
 
@@ -37,16 +37,16 @@ def read(
         problems: collects what is passed over.
         splits: among train, val, valid, validation and test; a folder without such splits is one, "train".
         boxes: CSV file with the columns path (from SRC on), x0, y0, x1, y1 (half-open pixels, fractions allowed) and,
-            if wanted, label (a class; without it a box has its picture's). A picture with several boxes has several
-            rows; one row without coordinates says that there is no box. Pictures without a row, or none of whose rows
+            if wanted, label (a class; without it a box has its image's). An image with several boxes has several
+            rows; one row without coordinates says that there is no box. Images without a row, or none of whose rows
             can be used, are not annotated. None: `SRC/boxes.csv`, if it is there.
-        bias: CSV file with the columns path and bias: the name of what goes along with the class in that picture,
+        bias: CSV file with the columns path and bias: the name of what goes along with the class in that image,
             "water". The group is class * number of biases + bias, both sorted by name over all splits that there are;
-            pictures without a bias are left out. None: `SRC/bias.csv`, if it is there; without it there are no groups.
+            images without a bias are left out. None: `SRC/bias.csv`, if it is there; without it there are no groups.
 
     Raises:
-        DataError: no classes; no pictures; splits below the classes, or the data set in a folder of its own below
-            `path`; another CSV; fewer than two biases, or none of a picture that is read; a path that climbs out of
+        DataError: no classes; no images; splits below the classes, or the data set in a folder of its own below
+            `path`; another CSV; fewer than two biases, or none of an image that is read; a path that climbs out of
             the folder.
     """
     parts = _parts(path, problems)
@@ -89,23 +89,23 @@ def read(
 
 @dataclass(frozen=True)
 class _Found:
-    """The folders of the splits and, relative to them, their pictures."""
+    """The folders of the splits and, relative to them, their images."""
 
     path: Path
     parts: Mapping[str, Path]
     pictures: Mapping[str, Sequence[str]]
 
     def prefix(self, split: str) -> str:
-        """What its pictures' paths begin with, seen from SRC."""
+        """What its images' paths begin with, seen from SRC."""
         return "" if self.parts[split] == self.path else f"{self.parts[split].name}/"
 
     def all(self) -> Iterator[str]:
-        """Every picture, seen from SRC."""
+        """Every image, seen from SRC."""
         return (self.prefix(name) + picture for name, found in self.pictures.items() for picture in found)
 
 
 def _parts(path: Path, problems: Problems) -> dict[str, Path]:
-    """The folders of the splits. "train" may be the name of a class, too: a split holds folders with pictures."""
+    """The folders of the splits. "train" may be the name of a class, too: a split holds folders with images."""
     here = _folders(path)
     words = [e.name for e in here if split_name(e.name) and next(_pictures(path / e.name), None) is not None]
     written = named_splits(words, path, problems)
@@ -125,7 +125,7 @@ def _odd_folders(found: _Found, names: Mapping[str, str], problems: Problems) ->
     if list(found.parts.values()) != [found.path]:
         return
     (pictures,) = found.pictures.values()
-    below: dict[str, set[str]] = {}  # of each class: the folders of its pictures, "" where they lie in none
+    below: dict[str, set[str]] = {}  # of each class: the folders of its images, "" where they lie in none
     for picture in pictures:
         first, *between = picture.split("/")[:-1]
         below.setdefault(first, set()).add(between[0] if between else "")
@@ -178,7 +178,7 @@ def _class(picture: str) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row with coordinates: `label` is a class, -1 for the picture's; `fault` is why it cannot be used."""
+    """A row with coordinates: `label` is a class, -1 for the image's; `fault` is why it cannot be used."""
 
     coords: tuple[float, ...]
     label: int
@@ -187,7 +187,7 @@ class _Row:
 
 
 def _boxes(file: Path, found: _Found, index: Mapping[str, int], problems: Problems) -> dict[str, list[_Row]]:
-    """By picture that has a row."""
+    """By image that has a row."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; boxes must be a CSV file with the columns {', '.join(_COLUMNS)}")
     folded: dict[str, set[int]] = {}
@@ -229,7 +229,7 @@ def _usable(
 
 
 def _biases(file: Path, found: _Found, problems: Problems) -> dict[str, str]:
-    """By picture that is there and has one: the name of its bias. Two of them or more."""
+    """By image that is there and has one: the name of its bias. Two of them or more."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; bias must be a CSV file with the columns {', '.join(_BIAS_COLUMNS)}")
     rows: dict[str, list[str]] = {}
@@ -256,7 +256,7 @@ def _biases(file: Path, found: _Found, problems: Problems) -> dict[str, str]:
 
 
 def _placed(rows: dict[str, list[_T]], found: _Found, file: Path, problems: Problems) -> dict[str, list[_T]]:
-    """`rows` by pictures that are there, whose paths may be written in another case or from the folder above on."""
+    """`rows` by images that are there, whose paths may be written in another case or from the folder above on."""
     unknown = set(rows)
     unknown.difference_update(found.all())
     renamed = match_paths(unknown, found.all(), found.path.resolve().name) if unknown else {}

@@ -32,7 +32,7 @@ SPLITS = ("train", "val", "test")
 #: digits or photographs, that becomes training and validation where the test set is another.
 SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 SHARES_OF_TRAINING = {"train": 0.8, "val": 0.2}
-SMALLEST = 32  # side of the pictures; in smaller ones strokes get lost
+SMALLEST = 32  # side of the images; in smaller ones strokes get lost
 
 
 def read(
@@ -51,19 +51,19 @@ def read(
 
     Photographs of CIFAR-10's training set are dealt between training and validation, those of its test set are for the
     test. So are MNIST's digits, if both of its sets are there; one alone is dealt between all three. Within a split
-    digits and photographs are drawn with replacement; none is in two of them. Every picture has one box, the tightest
+    digits and photographs are drawn with replacement; none is in two of them. Every image has one box, the tightest
     around the digit's ink.
 
     Args:
         path: the folder that holds `mnist/` (IDX files) and `cifar10/` (whatever the source "cifar" reads).
         problems: collects what is passed over.
-        splits: among "train", "val" and "test"; None: all. The others' pictures do not depend on it.
-        size: side of the pictures in pixels, >= 32, at which they are drawn.
+        splits: among "train", "val" and "test"; None: all. The others' images do not depend on it.
+        size: side of the images in pixels, >= 32, at which they are drawn.
         seed: in 0..2^32 - 1; decides which digits and photographs go into which split, and everything about each
-            picture.
-        agreement: share, in [0, 1], of the training pictures whose photograph agrees with the class, met up to
+            image.
+        agreement: share, in [0, 1], of the training images whose photograph agrees with the class, met up to
             rounding within either class. In validation and test it is one half: four groups of the same size.
-        train, val, test: number of pictures, >= 4. Half of each split has either class.
+        train, val, test: number of images, >= 4. Half of each split has either class.
 
     Raises:
         DataError: MNIST or CIFAR-10 is not there or damaged, or too small; arguments out of range.
@@ -178,7 +178,7 @@ def _deal(train: list[Tensor], test: list[Tensor] | None, what: str, folder: Pat
 
 @dataclass(frozen=True)
 class _Drawing:
-    """What the pictures of a split are drawn of; columns as `pasting.Sheet` has them."""
+    """What the images of a split are drawn of; columns as `pasting.Sheet` has them."""
 
     digits: _Digits
     members: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Names and numbers as other tools write them: splits, classes that differ in case, paths, integers."""
+"""Tolerant parsing of names and numbers of other tools: splits, class names, paths, integers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-# Folders that operating systems and tools leave among pictures. Some hold pictures: thumbnails.
+# Folders that operating systems and tools leave among images. Some hold images: thumbnails.
 _OF_TOOLS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
 _WHOLE = re.compile(r"([+-]?[0-9]{1,40})(?:\.0*)?")
 

@@ -1,4 +1,4 @@
-"""Digits drawn onto photographs, in whole numbers: the same bytes on every machine."""
+"""Draw digits onto photographs with integer arithmetic: the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from debiaskd.data import pixels
 
-# The side of a digit's 28×28 grid, as a share of the picture's; its ink takes 20 of the 28.
+# The side of a digit's 28×28 grid, as a share of the image's; its ink takes 20 of the 28.
 SMALLEST, LARGEST = 0.55, 0.95
 FAINTEST = 0.15  # ink below this share of the darkest is the blur around a stroke: left out of digit and box
 FRACTIONS = 1 << 16  # places between the edges are drawn as whole numbers below this
@@ -19,15 +19,15 @@ _CORNERS = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Some pictures before they are drawn; `sheet[i]` draws one, uint8 [size,size,3].
+    """Some images before they are drawn; `sheet[i]` draws one, uint8 [size,size,3].
 
     Attributes:
         photographs: uint8 [n,H,W,3].
         digits: uint8 [n,28,28], ink 255.
-        sides: int64 [n], of the digits' grids in the picture.
+        sides: int64 [n], of the digits' grids in the image.
         places: int64 [n,2], x and y as fractions of `FRACTIONS`.
         tints: int64 [n,3] in 0..`TINTS` - 1.
-        size: side of the pictures.
+        size: side of the images.
     """
 
     photographs: NDArray[np.uint8]
@@ -57,7 +57,7 @@ def scaled_ink(digit: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def box(ink: NDArray[np.uint8], place: NDArray[np.int64], size: int) -> tuple[int, int, int, int]:
-    """Where the ink lies, (x0, y0, x1, y1): at any place within the picture alike."""
+    """Where the ink lies, (x0, y0, x1, y1): at any place within the image alike."""
     height, width = ink.shape
     x0, y0 = (int(p) * (size - side + 1) // FRACTIONS for p, side in zip(place, (width, height)))
     return x0, y0, x0 + width, y0 + height

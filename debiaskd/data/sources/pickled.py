@@ -1,8 +1,8 @@
-"""Pickles of plain values and uint8 arrays, read without running anything that they name.
+"""Read pickles of plain values and uint8 arrays without executing code from them.
 
-A pickle is a program: it may name any function of any module and have it called. Here it may name the three of numpy's
-that an array takes, and even they are not called: what stands for them remembers its arguments, and the array is made
-of these afterwards, if it is one of bytes.
+A pickle can call any function of any module. Here only the three numpy functions of an array are allowed, and even
+these are not called: a placeholder records their arguments, and the array is made from these afterwards if it is of
+bytes.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Problems of a data set: what was passed over and why, what was read with a correction, and whether enough is left."""
+"""Problems of a data set: what was skipped and why, what was corrected, and whether enough is left."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-#: `prepare` refuses a split when a larger share of its pictures or boxes, or of a list's rows, was passed over.
+#: `prepare` refuses a split when a larger share of its images or boxes, or of a list's rows, was passed over.
 LIMIT = 0.9
 
 
 class DataError(ValueError):
-    """A data set, or a folder made of one, that cannot be used as it is. The message is one line."""
+    """A data set, or a prepared folder, cannot be used. The message is one line."""
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Tally:
 
     Attributes:
         where: a split, or the name of a file (`of_file`) whose rows belong to no split yet.
-        what: plural noun, "pictures", "boxes" or "rows".
+        what: plural noun, "images", "boxes" or "rows".
         total: entries, those passed over included.
         reasons: number of entries passed over and the first of them, by reason.
     """

@@ -1,6 +1,6 @@
-"""What the annotations of a data set say, before any picture is opened: one `Split` for each part of it.
+"""Annotations of a data set, read before any image is opened: one `Split` for each part.
 
-Kept in packed columns, some hundred bytes a picture beside its path, so that a million of them fit anywhere.
+Stored in packed columns, about a hundred bytes per image besides its path.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CROWD, DIFFICULT, IGNORE = 1, 2, 4
 
 
 class Pictures(Protocol):
-    """The pixels of a split whose pictures are not files of their own."""
+    """The pixels of a split whose images are not files of their own."""
 
     def part(self, start: int, stop: int) -> Pixels:
-        """Those of the pictures `start` to `stop`, light enough to be sent to another process.
+        """Those of the images `start` to `stop`, light enough to be sent to another process.
 
         Raises:
             DataError, OSError: they cannot be read any more.
@@ -36,17 +36,17 @@ class Pictures(Protocol):
 
 
 class Pixels(Protocol):
-    """Pictures by number, each uint8 [H,W,3], RGB: an array, or what makes them one by one."""
+    """Images by number, each uint8 [H,W,3], RGB: an array, or what makes them one by one."""
 
     def __getitem__(self, i: int, /) -> NDArray[np.uint8]: ...
 
 
 class Split:
-    """One part of a data set: where each picture lies and what is known about it.
+    """One part of a data set: where each image lies and what is known about it.
 
     Columns grow by `add`: paths (relative to `root`; with `pictures`, which then have the pixels, names alone), class
     or -1 where the boxes tell, group or -1, recorded size (height, width) or zeros, whether the boxes are known, and
-    the boxes themselves as float64 (x0, y0, x1, y1) in half-open pixels of the stored picture, with label and flags.
+    the boxes themselves as float64 (x0, y0, x1, y1) in half-open pixels of the stored image, with label and flags.
     """
 
     def __init__(self, root: Path, pictures: Pictures | None = None) -> None:
@@ -83,7 +83,7 @@ class Split:
         self.offsets.append(len(self.labels))
 
     def part(self, start: int, stop: int) -> Part:
-        """The pictures `start` to `stop`, light enough to be sent to another process."""
+        """The images `start` to `stop`, light enough to be sent to another process."""
         low, high = self.offsets[start], self.offsets[stop]
         return Part(
             self.root,
@@ -111,7 +111,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive pictures of a `Split`, as arrays; `start` is the place of the first one in the split."""
+    """Consecutive images of a `Split`, as arrays; `start` is the place of the first one in the split."""
 
     root: Path
     start: int
@@ -138,7 +138,7 @@ class Source:
         kind: the name of its reader, such as "coco".
         path: where it lies.
         classes: their names.
-        multi_label: whether a picture may show several classes: its target is then the set of its boxes' labels.
+        multi_label: whether an image may show several classes: its target is then the set of its boxes' labels.
         groups: their names, or () where there are none.
         splits: by name.
         options: those of the source that change what is read.
@@ -162,12 +162,12 @@ class Source:
 
 
 def side_length(value: Any) -> int:
-    """The recorded width or height of a picture; 0 where it is not known, or cannot be true."""
+    """The recorded width or height of an image; 0 where it is not known, or cannot be true."""
     return value if isinstance(value, int) and 0 < value < 1 << 31 else 0
 
 
 def box_fault(coords: Sequence[float]) -> str | None:
-    """What is wrong with (x0, y0, x1, y1), or None. That a box lies in its picture is checked with the pixels."""
+    """What is wrong with (x0, y0, x1, y1), or None. That a box lies in its image is checked with the pixels."""
     if not all(map(math.isfinite, coords)):
         return "box that is not finite"
     x0, y0, x1, y1 = coords
@@ -177,7 +177,7 @@ def box_fault(coords: Sequence[float]) -> str | None:
 
 
 def placeholder(classes: Iterable[int]) -> list[tuple[tuple[float, ...], int, int]]:
-    """For a picture that is not annotated: what makes it keep `classes`. Its boxes are never stored."""
+    """For an image that is not annotated: what makes it keep `classes`. Its boxes are never stored."""
     return [((0.0, 0.0, 1.0, 1.0), label, 0) for label in sorted(classes)]
 
 

@@ -1,4 +1,4 @@
-"""Two classes, two kinds of backgrounds, and how often they agree: what data sets with a shortcut are made by."""
+"""Labels and backgrounds of data sets with a shortcut of chosen strength."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def deal(kinds: Sequence[Tensor], shares: Mapping[str, float]) -> dict[str, list
 def draw(
     count: int, agreement: float, pool: Sequence[Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels 0 and 1, the backgrounds' kinds 0 and 1, and for each picture one of its label's `pool`.
+    """Labels 0 and 1, the backgrounds' kinds 0 and 1, and for each image one of its label's `pool`.
 
-    Half of the pictures have either label. Within either one the share `agreement`, up to rounding, has the background
+    Half of the images have either label. Within either one the share `agreement`, up to rounding, has the background
     of its own number. Members of the pools are drawn with replacement.
 
     Returns:

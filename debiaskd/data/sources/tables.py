@@ -1,4 +1,4 @@
-"""Tables of comma-separated values as people and spreadsheets write them."""
+"""Tolerant reading of CSV files."""
 
 from __future__ import annotations
 

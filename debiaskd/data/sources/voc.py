@@ -1,4 +1,4 @@
-"""Pascal VOC as it is distributed, `VOCdevkit/VOC2007` or `VOC2012` with one XML file a picture, and pictures of one's
+"""Pascal VOC as it is distributed, `VOCdevkit/VOC2007` or `VOC2012` with one XML file an image, and images of one's
 own in its format."""
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None, difficult: str = "keep") -> Source:
-    """VOC 2007 or 2012, or pictures of one's own in their format.
+    """VOC 2007 or 2012, or images of one's own in their format.
 
     Coordinates in the XML count from 1 and include the last pixel: (xmin, xmax) becomes the half-open xmin - 1, xmax.
-    A picture's target are the classes of its boxes.
+    An image's target are the classes of its boxes.
 
     The classes are VOC's twenty where every object has one of their names, whatever its case. Otherwise they are the
     names that occur in train, val, test and trainval, whichever splits are read, in the order of the alphabet.
 
-    A picture all of whose objects were passed over is not annotated; it keeps the classes of those whose box alone was
+    An image all of whose objects were passed over is not annotated; it keeps the classes of those whose box alone was
     wrong.
 
     Args:
@@ -183,7 +183,7 @@ class _Reader:
         )
 
     def _picture(self, folder: Path, name: str, root: ElementTree.Element) -> str:
-        """VOC's pictures end with .jpg; others may end otherwise, or be called what the annotation says."""
+        """VOC's images end with .jpg; others may end otherwise, or be called what the annotation says."""
         usual = f"{name}.jpg"
         if (folder / usual).is_file():
             return usual

@@ -1,4 +1,4 @@
-"""Waterbirds as it is distributed: `metadata.csv` beside its pictures, and CUB-200-2011's boxes if they are there."""
+"""Waterbirds as it is distributed: `metadata.csv` beside its images, and CUB-200-2011's boxes if they are there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
         path: the folder that holds `metadata.csv`.
         problems: collects what is passed over.
         splits: among "train", "val" and "test"; None: all that occur.
-        boxes: folder with CUB's `bounding_boxes.txt`; None: `path`, if it is there. Without it no picture is annotated;
+        boxes: folder with CUB's `bounding_boxes.txt`; None: `path`, if it is there. Without it no image is annotated;
             with it, those that have a box. Its ids are `img_id` of `metadata.csv`, which are CUB's, or, where CUB's
             `images.txt` lies beside it, those of the names there.
 
@@ -71,7 +71,7 @@ class _Row:
 
 
 def _rows(file: Path, problems: Problems) -> dict[str, _Row]:
-    """By picture."""
+    """By image."""
     made: dict[str, _Row] = {}
     tally = problems.tally(file.name, "rows", of_file=True)
     for number, row in read_csv(file, _COLUMNS, ("img_id",)):
@@ -93,7 +93,7 @@ def _rows(file: Path, problems: Problems) -> dict[str, _Row]:
 
 @dataclass
 class _Birds:
-    """Boxes by picture, and why some have none: reason and example."""
+    """Boxes by image, and why some have none: reason and example."""
 
     found: dict[str, _Box] = field(default_factory=dict)
     faults: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -145,10 +145,10 @@ def _birds(
 
 
 def _names(file: Path, metadata: Path, rows: Mapping[str, _Row], problems: Problems) -> dict[int, str]:
-    """Names of pictures by CUB's id: those of `images.txt`, or else of the metadata.
+    """Names of images by CUB's id: those of `images.txt`, or else of the metadata.
 
     Raises:
-        DataError: there is neither, two pictures have one id, or the two files contradict each other.
+        DataError: there is neither, two images have one id, or the two files contradict each other.
     """
     own: dict[int, str] = {}
     for name, row in rows.items():

@@ -1,1 +1,1 @@
-"""Networks that come with debiaskd: small, of the distillation papers on CIFAR, and without biases."""
+"""Networks that come with debiaskd: small ones, those of the CIFAR distillation papers, and bias-free ones."""

@@ -57,7 +57,7 @@ class BiasFreeBatchNorm2d(nn.Module):
 
 
 def bias_free(model: nn.Module, example: Tensor) -> nn.Module:
-    """`model` without biases, and with batch norms that only scale; the model itself, changed in place.
+    """Remove a model's biases and make its batch norms scale only, in place; returns the model.
 
     Args:
         model: convolutions, linear layers, ReLU, pooling, batch norm; ResNets, say.

@@ -1,7 +1,7 @@
 """CIFAR networks of the distillation papers, in timm's protocol, built by name in `debiaskd.models.registry`.
 
 Wide ResNets (Zagoruyko & Komodakis 2016), VGG (Simonyan & Zisserman 2015) of 8 layers, a ResNet-50 (He et al. 2016) and
-a MobileNetV2 (Sandler et al. 2018) of half width, both with a first layer that does not shrink the picture.
+a MobileNetV2 (Sandler et al. 2018) of half width, both with a first layer that does not shrink the image.
 `debiaskd.models.CifarResNet` are the ResNets of depth 6n + 2.
 """
 

@@ -1,4 +1,4 @@
-"""Small convolutional networks that speak timm's protocol, so that nothing needs to be told their layers' names."""
+"""Small convolutional networks with timm's protocol."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class SmallNet(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The ResNets for 32×32 pictures of He et al. 2016, depth 6n + 2, shortcuts that pad with zeros (their option A).
+    """The ResNets for 32×32 images of He et al. 2016, depth 6n + 2, shortcuts that pad with zeros (their option A).
 
     Args:
         depth: 20, 32, 44, 56, …
