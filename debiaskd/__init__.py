@@ -32,6 +32,8 @@ from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
 from debiaskd.recipe import Recipe
 from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
+from debiaskd.terms import State, Term, TermOptions
+from debiaskd.terms.state import Setting
 from debiaskd.version import __version__
 
 __all__ = [
@@ -51,6 +53,10 @@ __all__ = [
     "LocalizationLoss",
     "Recipe",
     "Run",
+    "Setting",
+    "State",
+    "Term",
+    "TermOptions",
     "Transplanted",
     "__version__",
     "backdoor_logits",

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 from debiaskd.models.weight_reading import NetworkError, one_line
+from debiaskd.utils.imports import imported
 
 _Builder = TypeVar("_Builder", bound=Callable[..., nn.Module])
 
@@ -93,7 +91,7 @@ def build_own(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Mod
     """
     if name.startswith(GIVEN):
         return _copied(name, options)
-    builder = _registered[name] if name in _registered else find(name, NetworkError)
+    builder = _registered[name] if name in _registered else imported(name, NetworkError)
     if not callable(builder):
         raise NetworkError(f"{name}: must be a function or a class, got {type(builder).__name__}")
     if isinstance(builder, nn.Module):
@@ -108,33 +106,6 @@ def build_own(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Mod
     if not isinstance(made, nn.Module):
         raise NetworkError(f"{name}: must return an nn.Module, got {type(made).__name__}")
     return made
-
-
-def find(name: str, error: type[Exception]) -> Any:
-    """The object that "package.module:name" names; the working directory is searched, too.
-
-    Raises:
-        `error`: there is none; says which part is missing.
-    """
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
-        raise error(f"{name}: must be package.module:name")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # a console script has its own folder there instead
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        of_its_own = missing.name is not None and not f"{module}.".startswith(f"{missing.name}.")
-        what = f"it imports {missing.name}, which is missing" if of_its_own else f"there is no module {missing.name}"
-        raise error(f"{name}: {what}; searched the Python path and {here}") from None
-    except Exception as failed:  # whatever the user's module raises
-        raise error(f"{name}: importing {module} failed: {type(failed).__name__}: {one_line(failed)}") from failed
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise error(f"{name}: {getattr(found, '__file__', None) or module} has no {part}")
-        found = getattr(found, part)
-    return found
 
 
 def _parameters(builder: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

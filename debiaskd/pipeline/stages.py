@@ -18,7 +18,7 @@ from debiaskd.pipeline.head_probe import probed
 from debiaskd.pipeline.teachers import check_dfr, last_layer, student_selection, teacher_terms, trained_teacher
 from debiaskd.pipeline.weights import read_weights, sample_weights
 from debiaskd.recipe import Recipe, Teacher
-from debiaskd.terms import TERMS, SupervisedOptions, TermOptions
+from debiaskd.terms import SupervisedOptions, TermOptions
 from debiaskd.training.fit import Trainer
 from debiaskd.training.head_weights import check as check_probe
 from debiaskd.training.rebuild import frozen, observed, transplanted
@@ -95,12 +95,11 @@ class Pipeline(StageContext):
         self.trainer.dry_run(model, self._terms(), recipe.schedule, teacher=taught, run=run)
 
     def _terms(self) -> dict[str, TermOptions]:
-        return {name: options for name, options in vars(self.recipe.terms).items() if options is not None}
+        return self.recipe.terms.given()
 
     def _required_outputs(self) -> set[str]:
         """What the terms need of the teacher."""
-        needs = {need for name in self._terms() for need in TERMS[name].needs}
-        return {need.partition(".")[2] for need in needs if need.startswith("teacher.")}
+        return {need.partition(".")[2] for need in self.recipe.terms.needs() if need.startswith("teacher.")}
 
     def _freeze_teacher(self, source: nn.Module, options: Teacher) -> FrozenTeacher | FrozenExtractor:
         """The teacher, frozen; cut in two only where its head is transplanted."""

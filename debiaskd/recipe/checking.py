@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 
 from debiaskd.models.input import inverse_added
 from debiaskd.recipe.options import Input, Network, Recipe, Schedule, Teacher
@@ -85,9 +86,10 @@ def _number(name: str, value: float | None, *, zero: bool = False) -> Iterator[s
 
 
 def _terms(recipe: Recipe) -> Iterator[str]:
-    terms = {name: options for name, options in vars(recipe.terms).items() if options is not None}
+    terms = recipe.terms.given()
     if not terms:
-        yield f"terms: at least one is needed, of {', '.join(vars(recipe.terms))}"
+        names = [field.name for field in fields(recipe.terms) if field.init]
+        yield f"terms: at least one is needed, of {', '.join(names)}"
     for name, options in terms.items():
         yield from _term(f"terms.{name}", options)
         if options.start >= recipe.schedule.epochs:
@@ -123,6 +125,9 @@ def _term(name: str, options: TermOptions) -> Iterator[str]:
 
 def _teacher(recipe: Recipe) -> Iterator[str]:
     asking = [name for name in OF_TEACHER if getattr(recipe.terms, name) is not None]
+    asking += [
+        name for name, term in recipe.terms.own.items() if any(need.startswith("teacher.") for need in term.needs)
+    ]
     teacher = recipe.teacher
     if teacher is None:
         if asking or recipe.transplant is not None:
@@ -168,7 +173,7 @@ def _method(teacher: Teacher) -> Iterator[str]:
 
 def _weights(recipe: Recipe) -> Iterator[str]:
     weights = recipe.weights
-    used = [name for name, options in vars(recipe.terms).items() if getattr(options, "weighted", False)]
+    used = [name for name, options in recipe.terms.given().items() if getattr(options, "weighted", False)]
     if weights is None:
         for name in used:
             if name != "match":  # which is SimKD without weights

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from debiaskd.recipe.checking import RecipeError
 from debiaskd.recipe.keys import expected, free, keys, nullable, section
-from debiaskd.recipe.options import Recipe
+from debiaskd.recipe.options import Recipe, Terms
 
 
 def refuse_unknown(
@@ -33,9 +34,11 @@ def refuse_unknown(
     Raises:
         RecipeError: names the keys that are close to it.
     """
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in document.items():
         name = f"{prefix}{key}"
+        if key not in hints and cls is Terms and isinstance(value, Mapping) and value:
+            continue  # perhaps a term of the user's own: see `own_terms`
         if key not in hints:
             near = difflib.get_close_matches(str(key), [*hints, *more], 3) or list(hints)
             raise RecipeError(
@@ -50,6 +53,12 @@ def refuse_unknown(
             raise RecipeError(f"{where}{shown}: no such key; did you mean {name}?")
         elif inner is not None and value is not None:
             raise RecipeError(f"{where}{name}: must be a mapping of keys, got {value!r}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a section's keys."""
+    found = get_type_hints(cls)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def _refuse_no_names(value: Any, where: str) -> None:
@@ -72,8 +81,10 @@ def refuse_null(document: Mapping[str, Any], where: str, *, cls: type = Recipe, 
     Raises:
         RecipeError: says what was expected.
     """
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in document.items():
+        if key not in hints:
+            continue
         inner = section(hints[key])
         if value is None and not nullable(hints[key]):
             raise RecipeError(f"{where}{prefix}{key}: must be {expected(hints[key])}, got null")

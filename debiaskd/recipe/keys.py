@@ -49,6 +49,8 @@ def keys(cls: type = Recipe, prefix: str = "") -> tuple[Key, ...]:
 def _keys(cls: type, prefix: str) -> Iterator[Key]:
     hints, meanings = get_type_hints(cls), described(cls)[1]
     for field in dataclasses.fields(cls):
+        if not field.init:  # not of the YAML file
+            continue
         kind, inner = hints[field.name], section(hints[field.name])
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         summary = "" if inner is None else described(inner)[0]

@@ -6,12 +6,13 @@ is refused (`debiaskd.recipe.checking`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from debiaskd.recipe.bias_options import Discovery
 from debiaskd.recipe.compute_options import Compute
 from debiaskd.terms import (
+    TERMS,
     BackdoorOptions,
     GuideOptions,
     KdOptions,
@@ -19,7 +20,10 @@ from debiaskd.terms import (
     RelationOptions,
     SampleOptions,
     SupervisedOptions,
+    Term,
+    TermOptions,
 )
+from debiaskd.terms.own import OwnTerm
 
 
 @dataclass
@@ -222,7 +226,10 @@ class Weights:
 
 @dataclass
 class Terms:
-    """The loss: a sum of terms, each with its weight, the first epoch that it counts in, and a ramp."""
+    """The loss: a sum of terms, each with its weight, the first epoch that it counts in, and a ramp.
+
+    A term of your own has a name of your choice, and `of`, the import path of its class ("package.module:MyTerm").
+    """
 
     supervised: SupervisedOptions | None = None
     match: MatchOptions | None = None
@@ -231,6 +238,31 @@ class Terms:
     relation: RelationOptions | None = None
     backdoor: BackdoorOptions | None = None
     guide: GuideOptions | None = None
+    own: dict[str, OwnTerm] = field(default_factory=dict, init=False)
+
+    def given(self) -> dict[str, TermOptions]:
+        """The options of all terms that there are, by name."""
+        known = [(item.name, getattr(self, item.name)) for item in fields(self) if item.init]
+        found = {name: options for name, options in known if options is not None}
+        return found | {name: term.options for name, term in self.own.items()}
+
+    def kind(self, name: str) -> type[Term]:
+        """The class of a term.
+
+        Raises:
+            ValueError: it is one of the user's, and the recipe was read without it.
+        """
+        if name not in self.own:
+            return TERMS[name]
+        kind = self.own[name].kind
+        if kind is None:
+            raise ValueError(f"terms.{name}: the recipe was read without {self.own[name].of}")
+        return kind
+
+    def needs(self) -> set[str]:
+        """What all of them need of a step."""
+        built_in = {need for name in self.given() if name not in self.own for need in TERMS[name].needs}
+        return built_in.union(*(term.needs for term in self.own.values()))
 
 
 @dataclass

@@ -90,7 +90,7 @@ def _kind(key: str) -> Any:
     found = {known.name: known.kind for known in keys()}
     while key not in found:
         key = key.rpartition(".")[0]
-        if free(found.get(key)):
+        if free(found.get(key)) or key == "terms":  # the latter with terms of the user's own
             return Any
     return found[key]
 

@@ -14,13 +14,19 @@ from debiaskd.recipe.checking import RecipeError, check
 from debiaskd.recipe.keys import expected, keys, shown
 from debiaskd.recipe.options import Recipe
 from debiaskd.recipe.overrides import checked, parse, put
+from debiaskd.recipe.own_terms import take_own_terms
 from debiaskd.recipe.sources import document as merged
 from debiaskd.recipe.sources import from_mapping, names
 
 __all__ = ["RecipeError", "names", "read", "to_dict"]
 
 
-def read(path: Path | str | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+def read(
+    path: Path | str | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    resolve: bool = True,
+) -> Recipe:
     """The recipe in a YAML file, or in a dict of the same keys, with overrides.
 
     "~" and environment variables are expanded in the paths that it names.
@@ -31,6 +37,7 @@ def read(path: Path | str | Mapping[str, Any] | Recipe, overrides: Sequence[str]
         overrides: as typed: "--schedule.epochs", "5", "--terms.guide.loss=l1". Or values by key: {"schedule.epochs": 5,
             "terms": {"guide": {"loss": "l1"}}}. A mapping changes the keys that it names and leaves the others of its
             section; null leaves a section or an optional key out.
+        resolve: import the classes of the user's own terms; what a finished run needs to be measured needs none.
 
     Raises:
         RecipeError: no such name; a cycle of `extends`; unknown keys, keys without a value or given twice, values of
@@ -49,7 +56,10 @@ def read(path: Path | str | Mapping[str, Any] | Recipe, overrides: Sequence[str]
         put(document, key, value)
     _precision(document)
     _expand(document)
-    return check(_typed(document, list(typed), where))
+    own = take_own_terms(document, where, list(typed), resolve=resolve)
+    made = _typed(document, list(typed), where)
+    made.terms.own.update(own)
+    return check(made)
 
 
 def _plain(value: Any) -> Any:
@@ -127,6 +137,8 @@ def _parser() -> Any:
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Everything that was said and everything that was left to its default; what `read` takes again."""
     found = dataclasses.asdict(recipe)
+    del found["terms"]["own"]
+    found["terms"] |= {name: term.to_dict() for name, term in recipe.terms.own.items()}
     if found["data"]["crop_scale"] is not None:
         found["data"]["crop_scale"] = list(found["data"]["crop_scale"])
     return found

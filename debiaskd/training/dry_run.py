@@ -7,7 +7,7 @@ step of its stage: for the student, after the teacher has been trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ class DryRun:
         schedule_key: the recipe's section of its schedule, "schedule".
         schedule: of its training.
         several: whether batch norm counts the pictures of other processes as well.
+        own_terms: names of the user's terms.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class DryRun:
         schedule: Schedule,
         *,
         several: bool = False,
+        own_terms: Sequence[str] = (),
     ) -> None:
         self.fabric, self.loader, self.schedule, self.several = fabric, loader, schedule, several
+        self.own_terms = list(own_terms)
         self.name, self.key, self.schedule_key = name, key, schedule_key
         self.count: int = loader.dataloader.batch_size
 
@@ -71,6 +74,10 @@ class DryRun:
             return f"{key}: {got} {passes}, and {self.name} needs 2 in training mode {shown}"
         if "guide" in learner.names and self._error(learner, self.count, plain=True) is None:
             return f"terms.guide: cannot train {self.name} {shown}"
+        own = [f"terms.{name}" for name in self.own_terms if name in learner.names]
+        if own and self._error(learner, self.count, plain=True) is None:
+            kind = f"{type(error).__name__}: " if str(error) else ""
+            return f"{', '.join(own)}: a training step fails ({kind}{shown[1:]}"
         return f"{self.key}.name: {self.name} cannot be trained, in training mode it fails on {passes} {shown}"
 
     def _error(self, learner: Learner, count: int, *, plain: bool = False) -> Exception | None:

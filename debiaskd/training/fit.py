@@ -17,7 +17,8 @@ from debiaskd.models.input import InputContract
 from debiaskd.models.modules import has_protocol
 from debiaskd.models.registry import build, load_weights, prepare, pretrained_classes
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
-from debiaskd.terms import TERMS, GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
+from debiaskd.terms import GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
+from debiaskd.terms.own import build_term
 from debiaskd.training.batches import Split, SplitLoader, open_split
 from debiaskd.training.dry_run import DryRun
 from debiaskd.training.feature_extraction import FeatureExtractor, FeatureLayers, find_feature_layers
@@ -103,6 +104,11 @@ class Trainer:
         if split.groups is None and grouped:
             hint = "those of your own pictures come from bias.csv (`debiaskd prepare folder`)"
             raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
+        for name, term in recipe.terms.own.items():
+            if "groups" in term.needs and split.groups is None:
+                raise RecipeError(f"terms.{name}: needs groups, and the prepared data has none")
+            if "boxes" in term.needs and not len(split.boxes.coords):
+                raise RecipeError(f"terms.{name}: needs boxes, and the training pictures have none")
         if recipe.terms.guide is not None and not len(split.boxes.coords):
             raise RecipeError("terms.guide: the training pictures have no boxes")
         if recipe.selection.attributions and not has_boxes(self.validation):
@@ -203,7 +209,17 @@ class Trainer:
         loader = self.loader(self.train, network, training=True, batch=share, teacher_outputs=teacher, alone=True)
         key = "teacher" if isinstance(network, Teacher) else "student"
         several = self.recipe.compute.sync_batchnorm and self.ranks.world_size > 1
-        DryRun(self.fabric, loader, network.name, key, schedule_key, schedule, several=several).run(learner)
+        dry_run = DryRun(
+            self.fabric,
+            loader,
+            network.name,
+            key,
+            schedule_key,
+            schedule,
+            several=several,
+            own_terms=tuple(self.recipe.terms.own),
+        )
+        dry_run.run(learner)
 
     def _share(self, schedule: Schedule, key: str = "schedule") -> int:
         """Pictures of each process in a pass."""
@@ -304,7 +320,7 @@ class Trainer:
         weight: Tensor | None,
         network: Network,
     ) -> Learner:
-        kinds = {name: TERMS[name] for name in terms}
+        kinds = {name: self.recipe.terms.kind(name) for name in terms}
         wanted = {
             need.partition(".")[2] for kind in kinds.values() for need in kind.needs if need.startswith("student.")
         }
@@ -328,7 +344,7 @@ class Trainer:
                     guide = self._guide(options, model, network)
                     made[name] = GuideTerm(options, guide)
                 else:
-                    made[name] = kinds[name](options, setting)  # type: ignore[call-arg]
+                    made[name] = build_term(kinds[name], options, setting)
         return Learner(FeatureExtractor(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
 
     def _guide(self, options: GuideOptions, model: nn.Module, network: Network) -> Guide:

@@ -102,6 +102,10 @@ class Learner(nn.Module):
             number=step.number,
         )
         losses = {name: term(state) for name, term in active.items()}
+        for name, loss in losses.items():
+            if not isinstance(loss, Tensor) or loss.dim():
+                got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"terms.{name}: forward must give a scalar tensor, got {got}")
         factors = {name: term.options.factor(epoch) for name, term in active.items()}
         # One that only prepares in this epoch, such as contexts being built, gives a zero that is no loss.
         total = torch.stack([(factors[name] or 1.0) * loss.float() for name, loss in losses.items()]).sum()

@@ -194,7 +194,7 @@ def open_run(folder: Path) -> Recipe:
     if not (folder / "recipe.yaml").is_file():
         raise RunError(f"{folder}: is no run's folder, it has no recipe.yaml")
     try:
-        return read(folder / "recipe.yaml")
+        return read(folder / "recipe.yaml", resolve=False)
     except RecipeError as error:
         raise RunError(str(error)) from None
 
