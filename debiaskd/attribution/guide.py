@@ -114,8 +114,14 @@ class Guide(Attributor):
                 raise ValueError(f"{name} must be of N={len(seen.images)} images, got {len(given)}")
         checks.shape("target", checks.tensor("target", target), "[N]", [len(seen.images)])
         maps = self._maps(seen, target.clamp(min=0), create_graph)
-        boxes, ignore = judged(boxes, target, ignore)
         size = (seen.images.shape[2], seen.images.shape[3])
+        if maps.shape[1:] == (1, 1) and self.kind != "rrr":
+            raise ValueError(
+                f"layer must give a map of several positions, got {self.layer!r}, whose map is 1×1 for images of "
+                f"{size[0]}×{size[1]}: its share in the boxes is the same wherever the model looks; name an earlier "
+                "layer, or give larger images"
+            )
+        boxes, ignore = judged(boxes, target, ignore)
         loss = localization_loss(
             maps, boxes, kind=self.kind, size=size, normalize=True, reduction=self.reduction, ignore=ignore
         )

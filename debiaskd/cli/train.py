@@ -117,7 +117,8 @@ def train(options: argparse.Namespace, overrides: Sequence[str], progress: Calla
     if not fabric.is_global_zero:
         return []
     facts = stage.facts
-    lines = [f"{name}: {_number(value)}" for name, value in facts["figures"].items() if value is not None]
+    names = {f"group_{g}_accuracy": f"accuracy of {name}" for g, name in enumerate(facts["training_groups"] or {})}
+    lines = [f"{names.get(key, key)}: {_number(value)}" for key, value in facts["figures"].items() if value is not None]
     kept = f"epoch {facts['epoch'] + 1} of {facts['epochs']}, by {facts['selection']}"
     return [f"validation figures of {kept}", *lines, str(stage.model)]
 

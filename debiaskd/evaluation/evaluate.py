@@ -94,7 +94,8 @@ def evaluation_split(loaded: LoadedStage, split: str | None) -> Split:
         RunError: it has a class that the run does not know; it may lack some, and have them in another order.
     """
     data = loaded.recipe.data
-    found = open_split(dataclasses.replace(data, test=split or data.test), "test")
+    option = None if split is None else "--split"
+    found = open_split(dataclasses.replace(data, test=split or data.test), "test", option=option)
     whole = found.whole
     if not set(whole.classes) <= set(loaded.classes):
         theirs = _shorten(whole.classes)

@@ -109,9 +109,13 @@ def _shape(trial: Trial, run: ModuleRun) -> torch.Size:
 
 
 def _checked(trial: Trial, run: ModuleRun | None, name: str) -> ModuleRun:
-    if run is None or run.times > 1:
-        times = 0 if run is None else run.times
-        raise ValueError(f"layer {name!r} must run once in a forward pass and give one tensor, it did {times} times")
+    if run is None:
+        raise ValueError(
+            f"layer {name!r} must run in a forward pass and give one tensor, got a module that does not run or whose "
+            "output is a tuple, list or dict; name a module inside it"
+        )
+    if run.times > 1:
+        raise ValueError(f"layer {name!r} must run once in a forward pass, got one that runs {run.times} times")
     if run.layout is None:
         raise ValueError(
             f"layer {name!r} must give a feature map [N,C,H,W] (or [N,H,W,C], or a grid of tokens [N,L,C]), "

@@ -31,6 +31,8 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise RecipeError(f"--{key}: expected one argument")
             value = rest.pop(0)
+        elif not value:
+            raise RecipeError(f"--{key}: has no value after '='; null leaves out what may be left out")
         found[key] = _value(key, value)
         refuse_unknown(nested(key, found[key]), "--")
         refuse_null(nested(key, found[key]), "--")

@@ -63,14 +63,7 @@ class GuideTerm(Term):
     def forward(self, state: State) -> Tensor:
         assert state.seen is not None
         target = _target(state)
-        _, loss, maps = self.guide.guide(state.seen, target, state.boxes, state.ignore)
-        if maps.shape[1:] == (1, 1) and self.guide.kind != "rrr":
-            height, width = state.seen.images.shape[2:]
-            raise ValueError(
-                f"layer must give a map of several positions, got {self.guide.layer!r}, whose map is 1×1 for pictures "
-                f"of {height}×{width}: its share in the boxes is the same wherever the network looks; name an earlier "
-                "layer, or make student.input.size larger"
-            )
+        loss = self.guide.guide(state.seen, target, state.boxes, state.ignore).loss
         if self.reduction == "sum":
             return loss * state.parts  # which are averaged
         # The guide sums: how many images are annotated is a matter of the whole step.

@@ -259,13 +259,18 @@ class SplitLoader:
         return len(self.dataloader)
 
 
-def open_split(data: Data, key: str, *, training: bool = False) -> Split:
-    """A split of the recipe's data.
+def open_split(data: Data, key: str, *, training: bool = False, option: str | None = None) -> Split:
+    """Open a split of the recipe's data.
+
+    Args:
+        data, key: the recipe's, "train", "validation" or "test".
+        training: whether it is trained on.
+        option: of the command line that named the split, for the error; None: the recipe did.
 
     Raises:
-        RecipeError: there is none such; says which key.
+        RecipeError: there is no such split; names the key or the option.
     """
     try:
         return Split(data, key, training=training)
     except DataError as error:
-        raise RecipeError(f"data.{key}: {error}") from None
+        raise RecipeError(f"{option or f'data.{key}'}: {error}") from None

@@ -116,3 +116,26 @@ class Explained(SmallNet):
 
     def set_explanation_mode(self, on: bool = True) -> None:
         pass
+
+
+class Paired(nn.Module):
+    """Gives a tuple, as blocks with class tokens do."""
+
+    def forward(self, x):
+        return x, x.mean((2, 3))
+
+
+def test_a_map_of_one_position_is_refused():
+    model = SmallNet((4, 4), (4, 8), 3)
+    boxes = dk.Boxes.from_lists([[[0, 0, 9, 9]]] * 4)
+    with pytest.raises(ValueError, match=r"got 'Final', whose map is 1×1 for images of 32×32"):
+        dk.Guide(model)(normal(4, 3, 32, 32), TARGET, boxes)
+    dk.Guide(model, loss="rrr")(normal(4, 3, 32, 32), TARGET, boxes)  # which counts the map itself
+
+
+def test_a_layer_that_gives_a_tuple_is_named_as_such():
+    model = SmallNet((4, 4), (2, 2), 3)
+    model.pair = Paired()
+    model.body.register_forward_hook(lambda module, arguments, output: model.pair(output)[0])
+    with pytest.raises(ValueError, match="'pair' must run in a forward pass and give one tensor, got a module"):
+        dk.Guide(model, "pair").attribute(normal(4, 3, 32, 32), TARGET)

@@ -174,7 +174,7 @@ def test_runs_that_cannot_be_evaluated(capsys: pytest.CaptureFixture[str], run: 
     assert "nothing: is no run's folder, it has no recipe.yaml" in found
     found = failed(*command(capsys, "evaluate", run, "--stage", "teacher"))
     assert "stage 'teacher' is not finished; finished: pretraining, student" in found
-    assert "data.test: " in failed(*command(capsys, "evaluate", run, "--split", "tests"))
+    assert "--split: " in failed(*command(capsys, "evaluate", run, "--split", "tests"))
     model = run / "student" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8])
     assert "model.safetensors: missing or damaged; remove" in failed(*command(capsys, "evaluate", run))

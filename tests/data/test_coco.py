@@ -94,7 +94,7 @@ BAD_ANNOTATIONS = [
     ({**good, "bbox": [1, 1, 5, 0]}, "box without area"),
     ({**good, "bbox": [1, 1, 5]}, "box that is not four numbers"),
     ({**good, "bbox": None}, "annotation with neither a box nor a segmentation that has bounds"),
-    ({**good, "bbox": ["1", 1, 5, 5]}, "box that is not four numbers"),
+    ({**good, "bbox": ["one", 1, 5, 5]}, "box that is not four numbers"),
     ({**good, "category_id": 4}, "unknown category"),
     ({**good, "category_id": "cat"}, "unknown category"),
     ({**good, "image_id": 999}, "annotation of an image that is not listed"),
@@ -115,6 +115,13 @@ def test_coco_bad_annotations_are_named_and_passed_over(tmp_path: Path, entry: d
     assert "instances_train2017.json" in problems.found[kind][0]
     with pytest.raises(DataError, match=kind):
         coco.read(tmp_path, Problems(strict=True))
+
+
+def test_boxes_whose_numbers_are_text(tmp_path: Path) -> None:
+    problems = Problems()
+    trees.coco(tmp_path, 1, boxes=[{**good, "bbox": ["1", " 1.0", 5, "5.5"]}])
+    assert boxes_of(coco.read(tmp_path, problems).splits["train2017"], 0) == [([1, 1, 6, 6.5], 0, 0)]
+    assert not problems.found
 
 
 def test_ids_of_annotations_do_not_matter(tmp_path: Path) -> None:

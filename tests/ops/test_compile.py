@@ -9,7 +9,10 @@ from cases import KINDS, attribution, lay_out, normal, uniform, ways
 from every_loss import every_loss_every_way, every_native_loss
 
 import debiaskd as dk
-from debiaskd.ops import backend
+from debiaskd.ops import (
+    backend,
+    box_overlap,  # noqa: F401  (registers its op)
+)
 from debiaskd.ops.localization import KINDS as KIND_CODES
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "no_compiled_code"), pytest.mark.compiles]

@@ -132,7 +132,7 @@ def refused(data: Path, folder: Path, document: dict[str, Any], *overrides: str)
         (
             {"student": {"name": "small/4,4,4,4"}, "terms": {"supervised": {}, "guide": {}}},
             "terms.guide: cannot train small/4,4,4,4 (layer must give a map of several positions, got 'Final', whose "
-            "map is 1×1 for pictures of 16×16",
+            "map is 1×1 for images of 16×16",
         ),
         (
             {"student": {"name": "moody/6"}},

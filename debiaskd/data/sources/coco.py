@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from debiaskd.data.sources import segmentation
-from debiaskd.data.sources.names import named_splits, whole
+from debiaskd.data.sources.names import named_splits, number, whole
 from debiaskd.data.sources.problems import DataError, Problems, Tally
 from debiaskd.data.sources.records import (
     Source,
@@ -276,12 +276,10 @@ def _coordinates(entry: dict[str, Any]) -> tuple[tuple[float, ...], str | None]:
     box = entry.get("bbox")
     if box is None or box == []:
         return (), "annotation with neither a box nor a segmentation that has bounds"
-    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
+    numbers = [number(value) for value in box] if isinstance(box, list) else []
+    if len(numbers) != 4 or None in numbers:
         return (), "box that is not four numbers"
-    try:
-        x, y, w, h = map(float, box)
-    except OverflowError:
-        x = y = w = h = float("inf")
+    x, y, w, h = (float(value) for value in numbers if value is not None)
     coords = (x, y, x + w, y + h)
     return coords, box_fault(coords)
 

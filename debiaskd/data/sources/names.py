@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,6 +35,18 @@ def whole(value: Any) -> int | None:
         return int(value) if value.is_integer() else None
     match = _WHOLE.fullmatch(value.strip()) if isinstance(value, str) else None
     return None if match is None else int(match[1])
+
+
+def number(value: Any) -> float | None:
+    """Convert a number or its text ("12.5", "1e2"); None if it is neither, infinity if a float cannot hold it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return None
 
 
 def split_name(text: str) -> str | None:
