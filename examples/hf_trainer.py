@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
 import debiaskd as dk
-from debiaskd.cli.quickstart_loop import to_float
 
 
 class DistillingTrainer(Trainer):
@@ -41,7 +40,7 @@ def network(*hidden_sizes: int) -> ResNetForImageClassification:
 
 def samples(pictures: Any) -> list[dict[str, Tensor]]:
     """Here groups are known; where they are not, `dk.error_weights` makes the weights."""
-    columns = (to_float(pictures.images), pictures.labels, dk.group_weights(pictures.groups))
+    columns = (toy.to_float(pictures.images), pictures.labels, dk.group_weights(pictures.groups))
     return [dict(zip(("pixel_values", "labels", "weight"), row)) for row in zip(*columns)]
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import debiaskd as dk
-from debiaskd.cli.quickstart_loop import to_float
 from debiaskd.data import Batch, PackedDataset, collate
 from debiaskd.models import registry as networks
 
@@ -32,14 +31,14 @@ class Distilled(LightningModule):
         return {name: tensor for name, tensor in whole.items() if not name.startswith("teacher.")}
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
-        images = to_float(batch.images)
+        images = toy.to_float(batch.images)
         seen = self.guide.watch(images)  # runs the student once, for both losses
         feature, goal = dk.match_spatial(seen.raw, self.teacher.forward_features(images))
         guided = self.guide.guide(seen, batch.target, batch.boxes)
         return dk.feature_match_loss(feature, goal) + self.guidance * guided.loss
 
     def validation_step(self, batch: Batch, number: int) -> None:
-        guided = self.guide(to_float(batch.images), batch.target, batch.boxes)
+        guided = self.guide(toy.to_float(batch.images), batch.target, batch.boxes)
         accuracy = (guided.logits.argmax(1) == batch.target).float().mean()
         self.log_dict({"accuracy": accuracy, "energy in box": 1 - guided.loss}, batch_size=len(batch))
 

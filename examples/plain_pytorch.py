@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import debiaskd as dk
-from debiaskd.cli.quickstart_loop import to_float
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     teacher = toy.debiased(toy.large(), known)
 
     # Weights belong to pictures, so that batches have to say which pictures they hold.
-    samples = TensorDataset(to_float(known.images), known.labels, torch.arange(len(known)))
+    samples = TensorDataset(toy.to_float(known.images), known.labels, torch.arange(len(known)))
     batches = DataLoader(samples, batch_size=64, shuffle=True, drop_last=True)
 
     # Trained plainly and briefly, a network learns the shortcut: what it gets wrong afterwards contradicts that.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import debiaskd as dk
-from debiaskd.cli.quickstart_loop import to_float
 
 
 def seen_by(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
         teacher = timm.create_model(options.teacher, checkpoint_path=options.data[1], num_classes=classes)
     else:
         drawn = toy.pictures(options.pictures)
-        known, unseen = (TensorDataset(to_float(part.images), part.labels) for part in drawn)
+        known, unseen = (TensorDataset(toy.to_float(part.images), part.labels) for part in drawn)
         evenly = WeightedRandomSampler(dk.group_weights(drawn[0].groups).tolist(), len(known))
         batches, validation = DataLoader(known, 64, sampler=evenly, drop_last=True), DataLoader(unseen, 64)
         teacher = toy.debiased(timm.create_model(options.teacher, num_classes=toy.CLASSES), drawn[0])

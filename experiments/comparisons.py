@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from debiaskd.reports.quickstart_table import Figure
+from debiaskd.reports.summary import Figure
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 WORST, AVERAGE, ENERGY = "worst_group_accuracy", "accuracy", "epg"

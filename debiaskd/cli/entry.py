@@ -22,7 +22,7 @@ from debiaskd.utils.progress import shown as _progress
 from debiaskd.version import __version__
 
 if TYPE_CHECKING:
-    from debiaskd.reports.quickstart_table import Summary
+    from debiaskd.reports.summary import Summary
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -147,9 +147,9 @@ def _quickstart(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from debiaskd.cli import quickstart
-    from debiaskd.reports import quickstart_table as report
+    from debiaskd.reports import quickstart as report
 
-    with _progress(Console(stderr=True)) as progress:
+    with _usage_errors(), _progress(Console(stderr=True)) as progress:
         results = quickstart.run(options.out, options.seeds, progress=progress)
     summaries = report.summarize(results.rows)
     _print_table(summaries)
@@ -238,7 +238,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from debiaskd.reports.quickstart_table import COLUMNS
+    from debiaskd.reports.quickstart import COLUMNS
 
     table = Table("method", box=box.SIMPLE)
     columns = [(key, heading, digits) for key, heading, digits in COLUMNS if all(key in s.figures for s in summaries)]

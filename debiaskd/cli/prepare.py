@@ -21,9 +21,11 @@ _SOURCES = {
     "cifar": "CIFAR-10 or CIFAR-100: the binary or the Python version, or SRC/train*.npz and SRC/test*.npz",
     "mnist_on_cifar": "digits of SRC/mnist/ drawn on ships, trucks and horses of SRC/cifar10/: a shortcut of chosen "
     "strength, with boxes and groups",
+    "digits": "scikit-learn's digits drawn on its two photographs, as in the quickstart: a shortcut of chosen "
+    "strength, with boxes and groups, and nothing to download",
 }
 # Those whose pictures are all of one size, and square: how they are fitted makes no difference.
-_SIZES = {"cifar": "32, their own", "mnist_on_cifar": "64"}
+_SIZES = {"cifar": "32, their own", "mnist_on_cifar": "64", "digits": "48"}
 _KEEP = "keep: like any other; drop: as if it were not annotated; mask: its class counts, its area is to be ignored"
 
 
@@ -43,7 +45,8 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: argparse.ArgumentParser, source: str) -> None:
-    parser.add_argument("src", type=Path, metavar="SRC", help="the data set as it is distributed")
+    if source != "digits":
+        parser.add_argument("src", type=Path, metavar="SRC", help="the data set as it is distributed")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, empty or begun before")
     parser.add_argument(
         "--size",
@@ -103,7 +106,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         parser.add_argument(
             "--labels", choices=("fine", "coarse"), help="of CIFAR-100: 100 classes or 20; default: fine"
         )
-    if source == "mnist_on_cifar":
+    if source in ("mnist_on_cifar", "digits"):
         _drawing(parser)
 
 
@@ -131,11 +134,12 @@ def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> 
     from debiaskd.data import prepare
 
     rest = dict(vars(options))  # size, fit, … and the source's own, by their names in `prepare`
-    for name in ("command", "overrides", "source", "src", "out", "split", "workers"):
+    src = rest.pop("src", None)
+    for name in ("command", "overrides", "source", "out", "split", "workers"):
         del rest[name]
     prepared = prepare(
         options.source,
-        options.src,
+        src,
         options.out,
         splits=options.split,
         workers=options.workers or _cores(),

@@ -1,50 +1,51 @@
-"""The main job: a debiased teacher, and students distilled from it by several methods, on pictures with a shortcut.
+"""`debiaskd quickstart`: train the recipes of recipes/quickstart on images with a known shortcut, and compare them.
 
-Runs on the CPU. The same settings, seed and number of threads give the same numbers bit for bit, and a method's
-numbers do not depend on which others run.
+    OUT/data/digits-0/     the images of seed 0
+    OUT/stages/            what runs share: each seed's teacher is trained once
+    OUT/runs/dett-0/       a run, as `debiaskd train` makes one
+    OUT/results.json       the rows of the table
+    OUT/report.html        the page
+
+Runs on the CPU. The same seeds and number of threads give the same metrics bit for bit, and a method's do not depend on
+which others run. Started again in the same folder, finished runs are used again.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from debiaskd.attribution.guide import Guide
 from debiaskd.cli import doctor
-from debiaskd.cli.quickstart_loop import Fitted, fit, in_batches
-from debiaskd.cli.quickstart_methods import METHODS, Context, Method, Settings, label_loss
-from debiaskd.data.sources import digits
-from debiaskd.metrics import energy_in_box, group_accuracy
-from debiaskd.models.heads import count_parameters
-from debiaskd.reports import quickstart_table as report
-from debiaskd.reports.gallery import Gallery
-from debiaskd.reweight import group_weights
-from debiaskd.training.learner import Learner
+from debiaskd.data import prepare
+from debiaskd.recipe import Recipe, read, to_dict
+from debiaskd.recipe.sources import description
+from debiaskd.reports import quickstart as report
+from debiaskd.reports.measured import Measured, measure
+from debiaskd.training.run import STAGE, Stage
+from debiaskd.utils import files
 
-TEACHER = (
-    "The wider network that is distilled, trained on the labels and debiased by drawing the four groups of training "
-    "pictures equally often. Only its training is told the groups."
-)
+#: Methods and their recipes, in the order of the table.
+RECIPES: Mapping[str, str] = {
+    method: f"quickstart/{method}" for method in ("erm", "kd", "simkd", "dett", "guided", "cid", "dett+guided+cid")
+}
+TEACHER = "teacher"
+#: Images of each split, their side, and the share of the training images whose photograph agrees with the label.
+PICTURES: Mapping[str, Any] = {"train": 5000, "val": 1000, "test": 2000, "size": 48, "agreement": 0.95}
 SELECTION = (
-    "For the teacher and every student alike: the epoch with the best worst-group accuracy on the validation pictures, "
-    "whose groups are known, and the later of equals. Test pictures decide nothing."
+    "For the teacher and every student: the epoch with the best worst-group accuracy on the validation pictures, whose "
+    "groups are known, and the later of equals. Test pictures decide nothing."
 )
-#: What an epoch costs beside a student's, so that the progress shown moves evenly.
-TEACHER_EPOCH = 3.0
+#: What the stages cost beside each other, so that the progress shown moves evenly; in the order of a run.
+COSTS = {"identification": 0.8, TEACHER: 9.0, "teacher-cache": 0.7, "student": 6.0, "measuring": 1.0}
 
 
 class Progress(Protocol):
-    """Called before each model's training and after each of its epochs.
+    """Called with what is being done ("seed 0: dett") and the share of the whole job that is over, rising from 0 to 1.
 
-    `task` says what is being trained ("seed 0: dett"); `done` is the share of the whole job that is over, rising
-    from 0 to 1. An exception that it raises stops the job.
+    An exception that it raises stops the job.
     """
 
     def __call__(self, task: str, done: float, /) -> None: ...
@@ -52,12 +53,17 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Results:
-    """What a run gives: the content of results.json, and the example pictures of its report."""
+    """What the quickstart gives.
+
+    Attributes:
+        rows, environment, settings: the content of results.json.
+        runs: the measured runs of the first seed, by method.
+    """
 
     rows: list[dict[str, Any]]
     environment: dict[str, Any]
     settings: dict[str, Any]
-    gallery: Gallery
+    runs: dict[str, Measured]
 
     def document(self) -> dict[str, Any]:
         return {"rows": self.rows, "environment": self.environment, "settings": self.settings}
@@ -67,152 +73,164 @@ def run(
     out: Path | str,
     seeds: int | Sequence[int] = 3,
     *,
-    methods: Sequence[Method] = METHODS,
-    settings: Settings | None = None,
+    recipes: Mapping[str, str | Path] = RECIPES,
+    pictures: Mapping[str, Any] = PICTURES,
     progress: Progress | None = None,
 ) -> Results:
-    """Train everything, measure it, and write `out/report.html` and `out/results.json`.
+    """Train everything, measure it on the test images, and write `out/report.html` and `out/results.json`.
 
-    Both files appear together at the end, complete or not at all; whatever stops the run leaves earlier ones alone.
+    Both files are written at the end; whatever stops the job before leaves earlier ones alone.
 
     Args:
         out: directory, made if it does not exist.
-        seeds: how many (0, 1, …), or which.
-        methods: the students to train; the teacher always is.
-        settings: None: the default ones.
+        seeds: how many (0, 1, …), or which. Each draws its own images and trains its own teacher.
+        recipes: by method, the name or the path of a recipe. Their teachers are the same: the table has one row of it.
+        pictures: options of `debiaskd prepare digits`.
         progress: see `Progress`.
 
     Raises:
         OSError: `out` cannot be written. Tried before anything is trained.
-        ValueError: no seed, or one twice.
-        ModuleNotFoundError: scikit-learn, pillow or jinja2 is not installed. Tried likewise.
+        ValueError: no seed, or one twice; no recipe.
+        RecipeError, RunError, DataError: as of `debiaskd train`.
+        ModuleNotFoundError: a package of the train extra is not installed. Tried likewise.
     """
-    settings = settings or Settings()
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds must be at least one, each once, got {seeds!r}")
-    report.require()
-    target = report.Target(Path(out))
-    started = time.perf_counter()
-    clock = _Clock(settings, len(chosen), len(methods), progress)
+    if not recipes:
+        raise ValueError("recipes must be at least one, got none")
+    _require()
+    out = Path(out)
+    for name in ("report.html", "results.json"):
+        files.probe(out / name)
+    started = perf_counter()
+    found = {method: read(path) for method, path in recipes.items()}
+    clock = _Clock(found, len(chosen), progress)
     rows: list[dict[str, Any]] = []
-    galleries = []
+    shown: list[dict[str, Measured]] = []
+    reused = 0
     for seed in chosen:
-        context = Context(settings, seed)
-        galleries.append(Gallery.choose(context.data.test, seed))
-        rows.append(_teacher(context, clock, galleries[-1]))
-        rows.extend(_student(context, method, clock, galleries[-1]) for method in methods)
-    results = Results(
-        rows,
-        {**doctor.environment(), "seconds": round(time.perf_counter() - started, 1)},
-        {
-            **asdict(settings),
-            "seeds": chosen,
-            "selection": SELECTION,
-            "methods": {"teacher": TEACHER, **{method.name: method.description for method in methods}},
-        },
-        galleries[0],
-    )
-    target.write(report.render(results.document(), results.gallery), results.document())
+        job = _Seed(out, seed, clock)
+        reused += job.train(recipes, pictures)
+        shown.append(job.measured)
+        rows.extend(job.rows)
+    environment = {**doctor.environment(), "seconds": round(perf_counter() - started, 1), "reused_runs": reused}
+    described = {method: description(path) for method, path in recipes.items()}
+    results = Results(rows, environment, _settings(found, described, chosen, pictures), shown[0])
+    files.write_text(out / "report.html", report.render(results.document(), results.runs))
+    files.write_json(out / "results.json", results.document())
     return results
 
 
-class _Clock:
-    """Counts epochs, in units of a student's, and tells the progress."""
+def _require() -> None:
+    """Import what is needed at the end, so that a missing package is known before anything is trained."""
+    import jinja2
+    import PIL
+    import sklearn
 
-    def __init__(self, settings: Settings, seeds: int, methods: int, progress: Progress | None) -> None:
-        students = methods * settings.student_schedule.epochs
-        self.total = seeds * (TEACHER_EPOCH * settings.teacher_schedule.epochs + students)
-        self.done = 0.0
-        self.progress = progress
-
-    def task(self, name: str, cost: float = 1.0) -> Callable[[], None]:
-        def tell() -> None:
-            if self.progress is not None:
-                self.progress(name, min(self.done / self.total, 1.0))
-
-        def on_epoch() -> None:
-            self.done += cost
-            tell()
-
-        tell()
-        return on_epoch
+    _ = jinja2, PIL, sklearn
 
 
-def _teacher(context: Context, clock: _Clock, gallery: Gallery) -> dict[str, Any]:
-    on_epoch = clock.task(f"seed {context.seed}: teacher", TEACHER_EPOCH)
-    started = time.perf_counter()
-    fitted = fit(
-        context.teacher,
-        context.images,
-        label_loss(context.labels),
-        context.settings.teacher_schedule,
-        generator=context.generator("order"),
-        score=lambda model: _validation_score(context, model),
-        sampling=group_weights(context.data.train.groups),
-        on_epoch=on_epoch,
-    )
-    _ = context.teacher_outputs  # here, so that its time is not counted as the first student's
-    return _row(context, "teacher", context.teacher, fitted, time.perf_counter() - started, gallery)
-
-
-def _student(context: Context, method: Method, clock: _Clock, gallery: Gallery) -> dict[str, Any]:
-    on_epoch = clock.task(f"seed {context.seed}: {method.name}")
-    started = time.perf_counter()
-    model, loss = method.build(context)
-    fitted = fit(
-        model,
-        context.images,
-        loss,
-        context.settings.student_schedule,
-        generator=context.generator("order"),
-        score=lambda trained: _validation_score(context, trained),
-        on_epoch=on_epoch,
-        epoch_ended=getattr(model, "epoch_ended", None),
-    )
-    return _row(context, method.name, model, fitted, time.perf_counter() - started, gallery)
-
-
-def _validation_score(context: Context, model: nn.Module) -> float:
-    """The selection rule: worst-group accuracy on the validation pictures."""
-    pictures = context.data.validation
-    correct = in_batches(model, context.validation_images).argmax(1) == pictures.labels
-    return group_accuracy(correct, pictures.groups, context.data.train.groups).worst_group
-
-
-def _row(
-    context: Context, name: str, model: nn.Module, fitted: Fitted, seconds: float, gallery: Gallery
+def _settings(
+    recipes: Mapping[str, Recipe], described: dict[str, str], seeds: list[int], pictures: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Measured on the test pictures; accuracies and energy in percent."""
-    model = model.deployed() if isinstance(model, Learner) else model
-    pictures, size = context.data.test, (context.settings.size, context.settings.size)
-    feature = in_batches(model.forward_features, context.test_images)  # type: ignore[arg-type]
-    with torch.no_grad():
-        logits: Tensor = model.forward_head(feature)  # type: ignore[operator]
-    maps = _maps(model, context.test_images, pictures.labels)
-    energy = energy_in_box(maps, pictures.boxes, size)
-    accuracy = group_accuracy(logits.argmax(1) == pictures.labels, pictures.groups, context.data.train.groups)
-    gallery.add(name, maps, logits)
+    found = {}
+    for method, recipe in recipes.items():
+        found[method] = to_dict(recipe)
+        del found[method]["seed"], found[method]["data"]["path"], found[method]["compute"]["stages"]
+    if any(recipe.teacher is not None for recipe in recipes.values()):
+        described = {TEACHER: description("quickstart/_taught"), **described}
     return {
-        "method": name,
-        "seed": context.seed,
-        "average_accuracy": accuracy.average,
-        "worst_group_accuracy": accuracy.worst_group,
-        "energy_in_box": 100 * float(energy.double().mean()),
-        "seconds": round(seconds, 3),
-        "parameters": count_parameters(model),
-        "unbiased_accuracy": accuracy.unbiased,
-        "adjusted_accuracy": accuracy.adjusted,
-        "group_accuracies": {
-            group: None if math.isnan(value) else value for group, value in zip(digits.GROUPS, accuracy.groups)
-        },
-        "maps_without_energy": int((maps.amax((1, 2)) <= 0).sum()),
-        "validation_worst_group_accuracy": max(fitted.scores),
-        "selected_epoch": fitted.epoch,
+        "seeds": seeds,
+        "pictures": dict(pictures),
+        "selection": SELECTION,
+        "methods": described,
+        "recipes": found,
     }
 
 
-def _maps(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Input × gradient at the last feature map: in closed form, but for logits that are adjusted for contexts."""
-    guide = Guide(model)
-    return torch.cat([guide.attribute(*part) for part in zip(images.split(500), labels.split(500))])
+class _Seed:
+    """The runs of one seed.
+
+    Attributes:
+        measured: by method, in the order of the table.
+        rows: of results.json.
+    """
+
+    def __init__(self, out: Path, seed: int, clock: _Clock) -> None:
+        self.out, self.seed, self.clock = out, seed, clock
+        self.measured: dict[str, Measured] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def train(self, recipes: Mapping[str, str | Path], pictures: Mapping[str, Any]) -> int:
+        """Train and measure them; returns how many runs were finished before."""
+        from debiaskd.pipeline.stages import Pipeline
+        from debiaskd.training.fabric import launch
+
+        data = self.out / "data" / f"digits-{self.seed}"
+        prepare("digits", None, data, seed=self.seed, **pictures)
+        here = ("--data.path", str(data), "--seed", str(self.seed), "--compute.stages", str(self.out / "stages"))
+        reused = 0
+        for method, path in recipes.items():
+            recipe = read(path, here)
+            folder = self.out / "runs" / f"{method}-{self.seed}"
+            reused += (folder / "student" / STAGE).is_file()
+            say = self.clock.run(f"seed {self.seed}: ", method, recipe, taught=TEACHER in self.measured)
+            Pipeline(recipe, folder, launch(recipe.compute), say).student()
+            say("measuring", 0.0, "")
+            if recipe.teacher is not None and TEACHER not in self.measured:
+                self._measure(TEACHER, folder, TEACHER, ())
+            self._measure(method, folder, "student", ("identification",))
+            say("measuring", 1.0, "")
+        if TEACHER in self.measured:  # first in the table
+            self.measured = {TEACHER: self.measured.pop(TEACHER), **self.measured}
+            self.rows.sort(key=lambda row: row["method"] != TEACHER)
+        return reused
+
+    def _measure(self, method: str, folder: Path, stage: str, before: tuple[str, ...]) -> None:
+        # A fixed threshold of the IoU, which nothing here reads: to choose it takes attributions of validation.
+        found = measure(folder, method, stage=stage, threshold=0.5)
+        stages = [Stage.read(folder / name) for name in (*before, stage)]
+        seconds = sum(one.seconds or 0.0 for one in stages if one is not None)
+        self.measured[method] = found
+        self.rows.append(report.row(method, found, round(seconds, 3)))
+
+
+class _Clock:
+    """Counts the cost of what is over and tells the progress."""
+
+    def __init__(self, recipes: Mapping[str, Recipe], seeds: int, progress: Progress | None) -> None:
+        self.progress, self.done, self.shown = progress, 0.0, 0.0
+        taught, one = False, 0.0
+        for recipe in recipes.values():
+            one += sum(_costs(recipe, taught=taught).values())
+            taught = taught or recipe.teacher is not None
+        self.total = seeds * one
+
+    def run(self, prefix: str, method: str, recipe: Recipe, *, taught: bool) -> Callable[[str, float, str], None]:
+        """The progress of one run, by its stages; the run's cost is over when it is asked for the next one."""
+        costs, before = _costs(recipe, taught=taught), self.done
+        self.done += sum(costs.values())
+
+        def say(stage: str, share: float, news: str) -> None:
+            stages = list(costs)
+            if stage not in costs:
+                return
+            done = before + sum(costs[name] for name in stages[: stages.index(stage)]) + costs[stage] * share
+            self.shown = max(self.shown, min(done / self.total, 1.0))
+            if self.progress is not None:
+                self.progress(prefix + (TEACHER if stage == TEACHER else method), self.shown)
+
+        return say
+
+
+def _costs(recipe: Recipe, *, taught: bool) -> dict[str, float]:
+    """Of the stages that a run has; `taught` says that its seed's teacher is trained already."""
+    there = {
+        "identification": recipe.weights is not None,
+        TEACHER: recipe.teacher is not None and not taught,
+        "teacher-cache": recipe.teacher is not None,
+        "student": True,
+        "measuring": True,
+    }
+    return {stage: COSTS[stage] for stage, needed in there.items() if needed}

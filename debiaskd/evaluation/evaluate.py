@@ -167,6 +167,10 @@ def _finished_stages(loaded: LoadedStage) -> list[Stage]:
 class StageEvaluation:
     """The evaluation of a loaded model on a split.
 
+    Args:
+        loaded, split: see there.
+        threshold: of the IoU; None: the one that was best on validation.
+
     Attributes:
         path: the file in the run's folder that holds it; where it is of other data than the run was trained on, with
             the name and the fingerprint of that.
@@ -175,13 +179,15 @@ class StageEvaluation:
         threshold: of the IoU; None: training did not look at attributions, validation chooses it when it is needed.
     """
 
-    def __init__(self, loaded: LoadedStage, split: Split) -> None:
+    def __init__(self, loaded: LoadedStage, split: Split, threshold: float | None = None) -> None:
         self.loaded, self.split = loaded, split
         self.guide = attribution_options(loaded.recipe, loaded.name)
         # Not the best on this split: that would be to choose by what is measured.
         figures = loaded.stage.facts.get("figures", {"iou_threshold": None})
-        threshold = figures.get("iou_threshold")
-        self.threshold: float | None = THRESHOLD if "iou_threshold" in figures and threshold is None else threshold
+        found = figures.get("iou_threshold")
+        self.threshold: float | None = THRESHOLD if "iou_threshold" in figures and found is None else found
+        if threshold is not None:
+            self.threshold = threshold
         self.autocast = partial(autocast, loaded.recipe.compute, loaded.device)
         suffix = "" if loaded.name == "student" else f"-{loaded.name}"
         slug = re.sub(r"[^A-Za-z0-9_.]+", "-", split.name.replace(":]", ":100%]")).strip("-")

@@ -41,6 +41,8 @@ def probed(context: StageContext, options: Teacher) -> Stage:
     elif by == "weights":
         stage = sample_weights(context)
         inputs["weights"] = stage.fingerprint
+    older = dict(inputs)
+    inputs["network"] = [options.bias_free, options.layer, options.options]
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         each = read_weights(stage) if by == "weights" else weight
@@ -52,7 +54,7 @@ def probed(context: StageContext, options: Teacher) -> Stage:
         context.fabric.barrier()
         return facts
 
-    return context.run.stage("teacher", inputs, make)
+    return context.run.stage("teacher", inputs, make, older=older)
 
 
 def _fit_into(context: StageContext, options: Teacher, model: nn.Module, weight: Tensor | None) -> dict[str, Any]:

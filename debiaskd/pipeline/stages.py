@@ -24,6 +24,7 @@ from debiaskd.training.head_weights import check as check_probe
 from debiaskd.training.rebuild import frozen, observed, transplanted
 from debiaskd.training.run import STAGE, ProgressCallback, Run, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief_schedule
+from debiaskd.training.shared_stages import SharedStages
 from debiaskd.training.teacher_cache import PARTS, CachedTeacher, write_cache
 from debiaskd.training.teacher_outputs import FrozenExtractor, LiveTeacher, TeacherOutputs
 from debiaskd.utils import files
@@ -58,8 +59,19 @@ class Pipeline(StageContext):
                 self.base[f"{name}.weights"] = weights_hash(network.weights)
             if network is not None and network.made_head not in (None, "probe"):
                 self.base[f"{name}.head"] = files.sha256(Path(str(network.head)))
-        self.run = Run(folder, recipe, write=fabric.is_global_zero)
+        self.run = Run(folder, recipe, write=fabric.is_global_zero, shared=self._shared())
         self.trainer.progress = _later(news, progress)
+
+    def _shared(self) -> SharedStages | None:
+        folder, fabric = self.recipe.compute.stages, self.fabric
+        if folder is None:
+            return None
+        return SharedStages(
+            Path(folder),
+            write=fabric.is_global_zero,
+            broadcast=fabric.broadcast,
+            news=lambda text: self.trainer.progress("stages", 0.0, text),
+        )
 
     def _dry_run(self, *, begun: bool, run: bool) -> None:
         """Networks and terms are put together once, and with `run` each network runs a training step, so that what does
@@ -187,6 +199,10 @@ class Pipeline(StageContext):
         inputs |= {"parts": parts, "dtype": options.cache, "views": views}
         # Of both networks: the student's size, too, decides how large the crop is that the teacher's input is made of.
         inputs |= trainer.contracts.decisive(self.recipe.student, options)
+        older = dict(inputs)
+        inputs |= {key: value for key, value in self.common().items() if key == "compute"}
+        inputs["network"] = [options.bias_free, options.layer, options.head, options.options]
+        inputs["transplant"] = self.recipe.transplant is not None
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             loader = trainer.loader(
@@ -201,7 +217,7 @@ class Pipeline(StageContext):
             self.fabric.barrier()
             return {"pictures": len(trainer.train), "views": views, "parts": parts, "dtype": options.cache}
 
-        stage = self.run.stage("teacher-cache", inputs, make)
+        stage = self.run.stage("teacher-cache", inputs, make, older=older)
         place = torch.full((len(trainer.train.whole),), -1)
         place[trainer.train.numbers] = torch.arange(len(trainer.train))
         return CachedTeacher(stage.folder, place, views, live.width)
@@ -212,6 +228,10 @@ class Pipeline(StageContext):
         schedule = recipe.pretraining
         inputs = {**self.base, **self.common(), **self.trainer.contracts.decisive(recipe.student)}
         inputs |= {"student": self.run.document["student"], "schedule": self.run.document["pretraining"]}
+        older = dict(inputs)
+        if recipe.terms.guide is not None:  # its layer and attribution are those of the figures on validation
+            guide = self.run.document["terms"]["guide"]
+            inputs["looked_at"] = [guide.get(key) for key in ("layer", "attribution", "steps")]
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:
             model = self.trainer.network(recipe.student, "student")
@@ -219,7 +239,7 @@ class Pipeline(StageContext):
                 "pretraining", folder, fingerprint, model, {"supervised": SupervisedOptions()}, schedule
             )
 
-        return self.run.stage("pretraining", inputs, make)
+        return self.run.stage("pretraining", inputs, make, older=older)
 
     def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
         """The teacher, trained here if need be, and a fingerprint of its weights."""

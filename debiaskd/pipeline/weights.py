@@ -23,7 +23,9 @@ def sample_weights(context: StageContext) -> Stage:
     if options.method == "groups":
         groups = context.trainer.train.groups
         assert groups is not None
-        return _stage(context, {**context.base, "method": "groups"}, lambda: group_weights(groups))
+        older = {**context.base, "method": "groups"}
+        inputs = {**older, "pictures": context.common()["pictures"]}
+        return _stage(context, inputs, lambda: group_weights(groups), older=older)
     schedule = brief_schedule(context.recipe.schedule, options.epochs)
     correct, fingerprint = train_identification(context, "identification", context.recipe.student, schedule)
     up, convention = 50.0 if options.up is None else options.up, options.convention or "weight"
@@ -38,7 +40,13 @@ def read_weights(stage: Stage) -> Tensor:
     return load_file(stage.folder / "weights.safetensors")["weights"]
 
 
-def _stage(context: StageContext, inputs: dict[str, Any], weights: Callable[[], Tensor]) -> Stage:
+def _stage(
+    context: StageContext,
+    inputs: dict[str, Any],
+    weights: Callable[[], Tensor],
+    *,
+    older: dict[str, Any] | None = None,
+) -> Stage:
     from safetensors.torch import save_file
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -49,4 +57,4 @@ def _stage(context: StageContext, inputs: dict[str, Any], weights: Callable[[], 
         heaviest = float(found.max())
         return {"pictures": len(found), "heaviest": heaviest, "heaviest_pictures": int((found == heaviest).sum())}
 
-    return context.run.stage("weights", inputs, make)
+    return context.run.stage("weights", inputs, make, older=older)

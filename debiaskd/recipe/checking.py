@@ -47,6 +47,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     fitted = recipe.teacher is not None and recipe.teacher.method == "dfr" and recipe.teacher.validation_share is None
     if recipe.selection.reuse and not fitted:
         yield "selection.reuse: only where teacher.method is dfr and all of validation fits its last layer"
+    if recipe.compute.checkpoint_every is not None and not recipe.compute.checkpoints:
+        yield f"compute.checkpoint_every: compute.checkpoints is false, got {recipe.compute.checkpoint_every}"
     if recipe.compute.compile and recipe.terms.guide is not None:
         yield "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to"
     if recipe.pretraining is not None and recipe.transplant is not None:

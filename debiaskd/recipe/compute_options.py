@@ -20,6 +20,8 @@ class Compute:
         workers: processes that read. A prepared data set wants none.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; after every epoch if it is left out.
+        checkpoints: write them. Without, an interrupted stage starts again.
+        stages: folder of stages that runs share, all but the student's; not shared if it is left out.
     """
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -31,3 +33,5 @@ class Compute:
     workers: int = 0
     log_every: int = 50
     checkpoint_every: int | None = None
+    checkpoints: bool = True
+    stages: str | None = None

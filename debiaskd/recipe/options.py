@@ -1,8 +1,5 @@
-"""What a recipe can say, as dataclasses. Their docstrings are the command's help.
-
-None as a default means that the option only applies where something else asks for it; given where it does not apply, it
-is refused (`debiaskd.recipe.checking`).
-"""
+"""The keys of a recipe, as dataclasses whose docstrings are the command's help. None as a default means that the option
+only applies where something else asks for it, and is refused elsewhere (`checking`)."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ class Data:
             discover` writes one, `prepare folder` reads the same): its groups, for training and validation. "found":
             those that `discovery` finds. "none": no group is read. The test keeps those that it was prepared with.
         annotated_fraction: share of the training pictures whose boxes are known.
-        dilate: training boxes are larger by this share of their size on every side.
+        dilate: enlarge training boxes by this share of their size on every side.
         seed: decides which parts of a split, and which annotated pictures, are meant.
         size: side of the pictures that the networks read, unless their `input.size` says otherwise or they read one
             size only; as prepared if it is left out.
@@ -177,7 +174,7 @@ class Teacher(Network):
             unless `selection.reuse`.
         cache: what it says of the training pictures is computed once and kept on disk, as "fp32" or "bf16"; computed
             in every step if it is left out.
-        views: with a cache, each picture has so many fixed augmentations, taken in turns; 1 if it is left out.
+        views: with a cache, the fixed augmentations of each picture, taken in turns; 1 if it is left out.
     """
 
     method: Literal["checkpoint", "erm", "balanced", "group_dro", "jtt", "dfr"] = "checkpoint"
@@ -210,11 +207,10 @@ class Weights:
         method: "errors": mistakes of a briefly trained student count `up`, without any annotation of groups; "groups":
             every group counts alike.
         up: λ, for errors; 50 if it is left out.
-        convention: "weight": a mistake weighs `up`; "copies": JTT's `up` further copies. For errors; "weight" if it is
-            left out.
+        convention: for errors: "weight", a mistake weighs `up`; "copies", JTT's `up` further copies; weight by default.
         epochs: of the brief training, for errors; 1 if it is left out.
-        draw: pictures are drawn with replacement, with probabilities proportional to their weights, instead of the loss
-            being weighted. That concerns all terms alike: `weighted: true` then does nothing more.
+        draw: draw pictures with replacement and probabilities proportional to their weights instead of weighting the
+            loss. That concerns all terms alike: `weighted: true` then does nothing more.
     """
 
     method: Literal["errors", "groups"] = "errors"
@@ -276,8 +272,7 @@ class Selection:
             with the highest sum of the three in front; "last". Left out: worst_group where groups are known,
             worst_environment where they were found, else pareto for guided students, else accuracy or f1.
         every: epochs between validations. The last epoch is always validated.
-        attributions: measure EPG and IoU in every validation, which costs a pass of attributions. Left out: where the
-            rule compares them, and of students that are guided.
+        attributions: measure EPG and IoU in every validation. Left out: where the rule compares them, or guidance is.
         reuse: select the student's epoch on the very validation pictures that a dfr teacher's last layer was fitted on.
     """
 
@@ -310,7 +305,6 @@ class Recipe:
 
     def schedules(self) -> dict[str, Schedule]:
         """All that there are, by their keys."""
-        found = {"schedule": self.schedule, "pretraining": self.pretraining}
-        if self.teacher is not None:
-            found["teacher.schedule"] = self.teacher.schedule
+        taught = None if self.teacher is None else self.teacher.schedule
+        found = {"schedule": self.schedule, "pretraining": self.pretraining, "teacher.schedule": taught}
         return {name: schedule for name, schedule in found.items() if schedule is not None}

@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 
 #: Keys of a recipe that hold paths.
-PATHS = ("data.path", "student.weights", "teacher.weights", "teacher.head")
+PATHS = ("data.path", "student.weights", "teacher.weights", "teacher.head", "compute.stages")
 
 
 def _expand(document: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,13 @@ def document(path: Path | str) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     return _merged(_find(path), ())
+
+
+def description(path: Path | str) -> str:
+    """What the comment at the beginning of a recipe says, without the commands in it."""
+    lines = _find(path).file.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line[1:].strip() for line in comment if not line.startswith("#   "))
 
 
 def from_mapping(own: dict[str, Any]) -> dict[str, Any]:

@@ -7,4 +7,7 @@ measured.py     one finished run: figures, logs, where it looks
 sections.py     runs that were measured on the same pictures: entries, tables
 curves.py       and their charts
 comparison.py   several runs: `debiaskd report`
+summary.py      mean and spread over seeds
+gallery.py      attribution maps drawn over images
+quickstart.py   the quickstart's table, claims and page
 """

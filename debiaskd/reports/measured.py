@@ -97,22 +97,33 @@ class Measured:
         return int(self.facts["epoch"]) + 1
 
 
-def measure(folder: Path, name: str, split: str | None = None, data: str | None = None) -> Measured:
-    """A run's student, measured as `debiaskd evaluate` does. What that wrote earlier of the same is used again, and
-    what is measured now is written for later.
+def measure(
+    folder: Path,
+    name: str,
+    split: str | None = None,
+    data: str | None = None,
+    *,
+    stage: str = "student",
+    threshold: float | None = None,
+) -> Measured:
+    """Measure a run's student, or another stage's model, as `debiaskd evaluate` does.
+
+    What that wrote earlier of the same is used again, and what is measured now is written for later.
 
     Args:
         folder: of the run.
         name: for people.
         split: that it is measured on; None: the recipe's test.
         data: where the prepared data lies; None: as the recipe says.
+        stage: "student", or another that has a model, such as "teacher".
+        threshold: of the IoU; None: the one that is best on validation.
 
     Raises:
         RunError, RecipeError, DataError, NetworkError: as their names say.
     """
-    loaded = LoadedStage(folder, "student", data)
+    loaded = LoadedStage(folder, stage, data)
     pictures = evaluation_split(loaded, split)
-    evaluated = StageEvaluation(loaded, pictures)
+    evaluated = StageEvaluation(loaded, pictures, threshold)
     document = evaluated.found()
     if document is None:
         document = evaluated.measure()
@@ -121,6 +132,8 @@ def measure(folder: Path, name: str, split: str | None = None, data: str | None 
     recipe, inputs = open_run(folder), loaded.stage.inputs
     settings = decisive(to_dict(recipe))
     seed = settings.pop("seed")
+    if stage != "student":  # told from the runs' students
+        settings["stage"] = stage
     path = Path(loaded.recipe.data.path)
     try:
         steps, epochs = (read_table(loaded.stage.folder / f"{log}.csv") for log in ("log", "epochs"))

@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from debiaskd.reports.differences import ABSENT, Difference, differences
 from debiaskd.reports.measured import Measured
-from debiaskd.reports.quickstart_table import Figure, Summary
+from debiaskd.reports.summary import Summary
 from debiaskd.training.run import digest
 from debiaskd.training.validation import COUNTS, HEADINGS
 
@@ -56,17 +56,14 @@ def _common(names: Sequence[str]) -> str:
 
 
 def _summary(name: str, runs: Sequence[Measured]) -> Summary:
-    found = {}
-    for key in runs[0].figures:
-        if key in dict(COUNTS):
-            continue
-        values = [run.figures.get(key) for run in runs]
-        known = [100 * value for value in values if value is not None]
-        if len(known) == len(runs):
-            found[key] = Figure.of(known)
-    found["parameters"] = Figure.of([run.parameters for run in runs])
-    groups = {group: found[_of_group(g)] for g, group in enumerate(runs[0].groups) if _of_group(g) in found}
-    return Summary(name, found, groups)
+    counts = dict(COUNTS)
+    rows: list[dict[str, float | None]] = []
+    for run in runs:
+        shares = {key: value for key, value in run.figures.items() if key not in counts}
+        percent = {key: None if value is None else 100 * value for key, value in shares.items()}
+        rows.append({**percent, "parameters": run.parameters})
+    groups = [{group: row.get(_of_group(g)) for g, group in enumerate(runs[0].groups)} for row in rows]
+    return Summary.of(name, rows, groups)
 
 
 def _of_group(g: int) -> str:

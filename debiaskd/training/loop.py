@@ -263,6 +263,8 @@ class TrainingLoop:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        if not self.plan.compute.checkpoints:
+            return
         own = {name: self.ranks.gather(tensor[None]) for name, tensor in self.learner.own_state().items()}
         if self.fabric.is_global_zero:
             precision = self.fabric.strategy.precision

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from debiaskd.recipe import Compute, Data, Discovery, Network, Recipe, Schedule, Selection, Teacher
+from debiaskd.utils import files
 
 #: What a stage's inputs have of a recipe, by their keys.
 SECTIONS: dict[str, type] = {
@@ -43,6 +44,20 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = yaml.safe_load(texts[-1])
     return found
+
+
+def as_yaml(document: Mapping[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(document, sort_keys=False)
+    return text
+
+
+def write(path: Path, document: Mapping[str, Any], *, again: bool = True) -> None:
+    """Write a recipe as YAML unless the file has that text already, or, without `again`, unless there is a file."""
+    text = as_yaml(document)
+    if not path.exists() or (again and path.read_text(encoding="utf-8") != text):
+        files.write_text(path, text)
 
 
 def align_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,15 @@
     RUN/pretraining/            the student on the labels alone
     RUN/student/                the student: model.safetensors
 
-A stage ends with `stage.json`, which says what went in and what came out. Run again, a finished stage is reused as
-long as what goes in is the same; one that was interrupted goes on; for other inputs another folder is asked for.
+A stage ends with `stage.json`, which says what went in and what came out; `seconds.json` says how long it took. Run
+again, a finished stage is reused as long as what goes in is the same; one that was interrupted goes on; for other
+inputs another folder is asked for.
+All stages but the student's can be shared with other runs (`debiaskd.training.shared_stages`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,22 @@ from typing import Any
 from debiaskd.data.packed import manifest
 from debiaskd.data.packed.shards import PLAN
 from debiaskd.recipe import Recipe, RecipeError, to_dict
-from debiaskd.training import resume
+from debiaskd.training import resume, shared_stages
+from debiaskd.training.shared_stages import SharedStages
+from debiaskd.training.stage import SECONDS, finished_of, is_of
+from debiaskd.training.stage import STAGE as STAGE
+from debiaskd.training.stage import RunError as RunError
+from debiaskd.training.stage import Stage as Stage
+from debiaskd.training.stage import digest as digest
+from debiaskd.training.stage import first_difference as first_difference
 from debiaskd.utils import files
 from debiaskd.version import __version__
 
-STAGE, LOCK = "stage.json", ".lock"
+LOCK = ".lock"
 FORMAT = 1
 
 #: (what is being done, share of it that is over, a line of news or "").
 ProgressCallback = Callable[[str, float, str], None]
-
-
-class RunError(ValueError):
-    """A run's folder is not what it has to be."""
 
 
 class Run:
@@ -45,13 +49,14 @@ class Run:
         folder: made if it does not exist.
         recipe: as checked.
         write: whether this process is the one that writes. It alone may, until `release` or its end.
+        shared: where stages but the student's are shared with other runs; None: they are the run's own.
 
     Raises:
         RunError: not a run's folder, another recipe's, or one that another process trains in.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, write: bool = True) -> None:
-        self.folder, self.recipe, self.write = folder, recipe, write
+    def __init__(self, folder: Path, recipe: Recipe, *, write: bool = True, shared: SharedStages | None = None) -> None:
+        self.folder, self.recipe, self.write, self.shared = folder, recipe, write, shared
         self._lock: files.Lock | None = None
         if write:
             if _strangers(folder) and not (folder / "recipe.yaml").exists():
@@ -69,9 +74,9 @@ class Run:
                 key, old, new = difference
                 raise RunError(f"{folder}: was begun with {key}: {old}, not {new}; choose another --out")
         if before is not None:  # first, because it is what is lost with the recipe of an earlier version
-            _write_yaml(folder / "begun.yaml", before, again=False)
-        _write_yaml(folder / "recipe.yaml", now)
-        _write_yaml(folder / "begun.yaml", now, again=False)
+            resume.write(folder / "begun.yaml", before, again=False)
+        resume.write(folder / "recipe.yaml", now)
+        resume.write(folder / "begun.yaml", now, again=False)
 
     def release(self) -> None:
         """Let other processes train here."""
@@ -98,19 +103,32 @@ class Run:
             RunError: the folder holds the stage of other inputs, or a damaged one.
         """
         folder, fingerprint = self.folder / name, digest({"format": FORMAT, **inputs})
-        found = Stage.read(folder)
         known = {fingerprint, *([] if older is None else [digest({"format": FORMAT, **older})])}
-        same = found is not None and resume.same_inputs(found.inputs, json.loads(json.dumps(inputs)))
-        if found is not None and (same or found.fingerprint in known):
-            found.verify()
-            return found
+        found = finished_of(folder, inputs, known)
         if found is not None:
-            changed = first_difference(found.inputs, json.loads(json.dumps(inputs)))
-            what = "other inputs" if changed is None else f"{changed[0]}: {changed[1]}, not {changed[2]}"
-            raise RunError(f"{folder}: was made with {what}; choose another --out")
+            return found
+        shared = self.shared
+        if shared is None or name == "student" or shared.broadcast(shared_stages.begun(folder)):
+            return self._make(folder, inputs, fingerprint, make)
+        there = (place for place in shared.of_name(name) if is_of(place, inputs, known))
+        place = shared.broadcast(next(there, shared.place(name, fingerprint)))
+        with shared.locked(place):
+            found = finished_of(place, inputs, known) or self._make(place, inputs, fingerprint, make)
+            shared.link(place, folder)
+        return Stage(folder, found.fingerprint, found.inputs, found.facts, found.outputs)
+
+    def _make(
+        self,
+        folder: Path,
+        inputs: Mapping[str, Any],
+        fingerprint: str,
+        make: Callable[[Path, str], dict[str, Any]],
+    ) -> Stage:
         if self.write:
             folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
         facts = make(folder, fingerprint)
+        seconds = round(time.perf_counter() - started, 3)
         if self.write:
             made = sorted([*folder.glob("*.safetensors"), *folder.glob("kept/*.safetensors")])
             outputs = {str(path.relative_to(folder)): files.sha256(path) for path in made}
@@ -121,6 +139,7 @@ class Run:
                 "outputs": outputs,
                 "facts": facts,
             }
+            files.write_json(folder / SECONDS, {"seconds": seconds})  # apart: it is another every time
             files.write_json(folder / STAGE, document)
         return Stage(folder, fingerprint, dict(inputs), facts, {})
 
@@ -143,44 +162,6 @@ def _alone(folder: Path) -> files.Lock:
         return files.Lock(folder / LOCK)
     except BlockingIOError:
         raise RunError(f"{folder}: another process is training here; wait for it, or choose another --out") from None
-
-
-class Stage:
-    """A finished stage.
-
-    Attributes:
-        folder, fingerprint, inputs: see `Run.stage`.
-        facts: which epoch was kept by which rule, its figures on validation, and the like.
-        outputs: names of files and their SHA-256.
-    """
-
-    def __init__(
-        self, folder: Path, fingerprint: str, inputs: dict[str, Any], facts: dict[str, Any], outputs: dict[str, str]
-    ) -> None:
-        self.folder, self.fingerprint, self.inputs = folder, fingerprint, inputs
-        self.facts, self.outputs = facts, outputs
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model.safetensors"
-
-    @classmethod
-    def read(cls, folder: Path) -> Stage | None:
-        """None if there is none, or an unfinished one."""
-        try:
-            document = files.read_json(folder / STAGE)
-            if document is None:
-                return None
-            return cls(folder, *(document[key] for key in ("fingerprint", "inputs", "facts", "outputs")))
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{folder / STAGE}: damaged; remove {folder} and train again") from None
-
-    def verify(self) -> None:
-        """Raises RunError if a file is not what was written."""
-        for name, expected in self.outputs.items():
-            path = self.folder / name
-            if not path.is_file() or files.sha256(path) != expected:
-                raise RunError(f"{path}: missing or damaged; remove {self.folder} and train again")
 
 
 def open_run(folder: Path) -> Recipe:
@@ -233,34 +214,5 @@ def decisive(document: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """(key, old, new) of the first of them."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for name in {**before, **now}:
-            found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
-            if found is not None:
-                return found
-        return None
-    return None if before == now else (key, before, now)
-
-
-def digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
 def as_yaml(recipe: Recipe) -> str:
-    return _yaml(to_dict(recipe))
-
-
-def _yaml(document: Mapping[str, Any]) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(document, sort_keys=False)
-    return text
-
-
-def _write_yaml(path: Path, document: Mapping[str, Any], *, again: bool = True) -> None:
-    """Unless it is there: as it would be, or, without `again`, at all."""
-    text = _yaml(document)
-    if not path.exists() or (again and path.read_text(encoding="utf-8") != text):
-        files.write_text(path, text)
+    return resume.as_yaml(to_dict(recipe))

@@ -115,3 +115,33 @@ def test_other_sizes():
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         digits.load(**{"seed": 0, **options})
+
+
+# -- as a source of `debiaskd prepare` ---------------------------------------------------------------------------------
+
+SMALL = {"train": 40, "val": 8, "test": 12, "size": 24, "seed": 3}
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_what_is_prepared_is_what_is_drawn(tmp_path, split):
+    from debiaskd.data import PackedDataset, prepare
+
+    prepare("digits", None, tmp_path, splits=[split], shard_size=16, **SMALL)
+    drawn = digits.load(3, train=40, validation=8, test=12, size=24)
+    wanted = {"train": drawn.train, "val": drawn.validation, "test": drawn.test}[split]
+    found = PackedDataset(tmp_path, split)
+    assert tuple(found.classes) == digits.LABELS and tuple(found.groups) == digits.GROUPS
+    batch = found.__getitems__(list(range(len(found))))
+    assert torch.equal(batch.images, wanted.images)
+    assert torch.equal(batch.target, wanted.labels) and torch.equal(batch.groups, wanted.groups)
+    assert torch.equal(batch.boxes.coords, wanted.boxes.coords) and torch.equal(batch.boxes.labels, wanted.labels)
+
+
+def test_it_is_prepared_by_the_command(tmp_path, capsys):
+    from debiaskd.cli.entry import main
+
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert main(["prepare", "digits", str(tmp_path / "out"), "--workers", "1", *options]) == 0
+    assert "train: 40 pictures, 40 boxes; 2 of 2 classes, 4 of 4 groups" in capsys.readouterr().out
+    assert main(["prepare", "digits", str(tmp_path / "out"), "--train", "3"]) == 2
+    assert "train must be >= 4, got 3" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare"], "{coco,voc,waterbirds,celeba,folder,cifar,mnist_on_cifar}"),
+        (["prepare"], "{coco,voc,waterbirds,celeba,folder,cifar,mnist_on_cifar,digits}"),
         (["prepare", "imagenet", "a", "b"], "imagenet"),
         (["prepare", "coco", "a"], "OUT"),
         (["prepare", "coco", "/nowhere/at/all", "b"], "/nowhere/at/all: no such folder"),
@@ -220,6 +220,8 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["prepare", "mnist_on_cifar", "a", "b", "--agreement", "nan"], "must be a share in [0, 1], got 'nan'"),
         (["prepare", "mnist_on_cifar", "a", "b", "--seed", "-1"], "--seed"),
         (["prepare", "mnist_on_cifar", "a", "b", "--train", "0"], "must be an integer >= 1, got '0'"),
+        (["prepare", "digits", "a", "b"], "unrecognized arguments: b"),
+        (["prepare", "digits"], "the following arguments are required: OUT"),
     ],
 )
 def test_bad_usage_is_one_line(
@@ -239,7 +241,8 @@ def test_bad_usage_is_one_line(
 
 def test_bad_arguments() -> None:
     for arguments, message in (
-        ({"kind": "imagenet"}, "kind must be one of 'coco', 'voc', .*'mnist_on_cifar', got 'imagenet'"),
+        ({"kind": "imagenet"}, "kind must be one of 'coco', 'voc', .*'mnist_on_cifar', 'digits', got 'imagenet'"),
+        ({"kind": "digits"}, "src must be None for digits, got "),
         ({"fit": "crop"}, "fit must be one of 'squash', 'pad', got 'crop'"),
         ({"size": 0}, "size must be an integer >= 1, got 0"),
         ({"workers": 0}, "workers must be an integer >= 1, got 0"),

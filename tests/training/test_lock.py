@@ -17,7 +17,7 @@ pytest.importorskip("fcntl", reason="no record locks here")
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from debiaskd.files import Lock
+from debiaskd.utils.files import Lock
 lock = Lock(Path(sys.argv[1]))
 if sys.argv[2:] and os.fork() == 0:
     time.sleep(60)

@@ -70,7 +70,9 @@ def outcome(run: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name not in ("speed.csv", "pareto.png") and "tensorboard" not in path.parts
+        if path.is_file()
+        and path.name not in ("speed.csv", "seconds.json", "pareto.png")
+        and "tensorboard" not in path.parts
     }
 
 

@@ -22,19 +22,26 @@ from debiaskd.data.packed import manifest, shards
 from debiaskd.data.packed import output_folder as output
 from debiaskd.data.packed import write_shard as making
 from debiaskd.data.packed.write_shard import Job
-from debiaskd.data.sources import celeba, cifar, coco, folder, mnist_on_cifar, voc, waterbirds
+from debiaskd.data.sources import celeba, cifar, coco, digits, folder, mnist_on_cifar, voc, waterbirds
 from debiaskd.data.sources.records import DataError, Problems, Source
 from debiaskd.utils import checks
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A data set's `read`, the side at which its images are stored unless another is asked for, and whether it draws
-    them, and so has to be told."""
+    """How a kind of data set is read.
+
+    Attributes:
+        read: makes its `Source`.
+        size: side at which its images are stored unless another is asked for.
+        draws: whether it draws its images, and is told that size.
+        files: whether it reads any files.
+    """
 
     read: Callable[..., Source]
     size: int = 224
     draws: bool = False
+    files: bool = True
 
 
 READERS = {
@@ -45,6 +52,7 @@ READERS = {
     "folder": Reader(folder.read),
     "cifar": Reader(cifar.read, size=32),
     "mnist_on_cifar": Reader(mnist_on_cifar.read, size=64, draws=True),
+    "digits": Reader(digits.read, size=48, draws=True, files=False),
 }
 #: Images in a shard: at 224 pixels 77 MB, what object stores like to be asked for at once.
 SHARD_SIZE = 512
@@ -68,7 +76,7 @@ class Prepared:
 
 def prepare(
     kind: str,
-    src: Path | str,
+    src: Path | str | None,
     out: Path | str,
     *,
     size: int | None = None,
@@ -88,10 +96,11 @@ def prepare(
     shard per process for "litdata".
 
     Args:
-        kind: "coco", "voc", "waterbirds", "celeba", "folder", "cifar" or "mnist_on_cifar".
-        src: the data set as it is distributed; see the reader of that name.
+        kind: "coco", "voc", "waterbirds", "celeba", "folder", "cifar", "mnist_on_cifar" or "digits".
+        src: the data set as it is distributed; see the reader of that name. None for digits, which reads no files.
         out: output folder, created if needed; empty, or from an earlier run with the same options.
-        size: side of the stored images in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 224 for all others.
+        size: side of the stored images in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 48 for digits, 224
+            for all others.
         fit: "squash" to a square, or "pad": keep the aspect ratio, centred on black.
         format: "npy" for `PackedDataset`, "litdata" for `ChunkedDataset` and `StreamedDataset`.
         workers: number of processes that decode. They do not import the calling script, which needs no main guard.
@@ -103,8 +112,8 @@ def prepare(
         shard_size: images per shard.
         progress: called with (split, share of the total that is done).
         **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
-            folder, target and bias for celeba, labels for cifar, and for mnist_on_cifar agreement, seed, train, val
-            and test.
+            folder, target and bias for celeba, labels for cifar, and for mnist_on_cifar and digits agreement, seed,
+            train, val and test.
 
     Raises:
         DataError: the source cannot be used, almost nothing of it is left and `lenient` is False, `strict` found an
@@ -138,8 +147,11 @@ def prepare(
         raise ValueError("strict and lenient exclude each other, got both")
     if format == "litdata":
         import litdata  # noqa: F401  # before anything is done, rather than after the annotations
-    src, out = Path(src), Path(out)
-    if not src.is_dir():
+    if (src is None) == reader.files:
+        wanted = "the folder of the data set" if reader.files else "None"
+        raise ValueError(f"src must be {wanted} for {kind}, got {src!r}")
+    src, out = Path(kind if src is None else src), Path(out)
+    if reader.files and not src.is_dir():
         raise DataError(f"{src}: no such folder")
     if out.resolve() == src.resolve() or (kind == "folder" and src.resolve() in out.resolve().parents):
         raise DataError(f"{out}: must not lie in the data set that is read")

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from debiaskd.boxes import Boxes
 from debiaskd.data.sources import shortcut
+from debiaskd.data.sources.problems import DataError, Problems
+from debiaskd.data.sources.records import Source, Split, choose_splits
 from debiaskd.utils import checks
 
 LABELS = ("open", "closed loop")
@@ -118,6 +123,59 @@ def load(
         share = agreement if name == "train" else 0.5
         splits[name] = _draw(counts[name], size, share, ink, pool, photographs, generator, backgrounds)
     return Digits(**splits)
+
+
+def read(
+    path: Path,
+    problems: Problems,
+    *,
+    splits: Sequence[str] | None = None,
+    size: int = 48,
+    seed: int = 0,
+    agreement: float = 0.95,
+    train: int = 6000,
+    val: int = 1000,
+    test: int = 2000,
+) -> Source:
+    """The data set of `load` for `debiaskd prepare digits`, which reads no files.
+
+    Args:
+        path: what the manifest names as the source.
+        problems: stays empty.
+        splits: among "train", "val" and "test"; None: all. The others' pictures do not depend on it.
+        size, seed, agreement, train, val, test: see `load`; `val` is its `validation`.
+
+    Raises:
+        DataError: arguments out of range.
+        ModuleNotFoundError: scikit-learn or pillow is not installed.
+    """
+    try:
+        drawn = load(seed, train=train, validation=val, test=test, size=size, agreement=agreement)
+    except ValueError as error:
+        raise DataError(str(error).replace("validation", "val")) from None
+    pictures = {"train": drawn.train, "val": drawn.validation, "test": drawn.test}
+    chosen = choose_splits(list(pictures), splits, path, lambda: list(pictures))
+    options = {"seed": seed, "agreement": agreement, "train": train, "val": val, "test": test}
+    made = {name: _split(path, pictures[name]) for name in chosen}
+    return Source("digits", path, LABELS, False, GROUPS, made, options)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The pixels of a split, uint8 [N,S,S,3]."""
+
+    images: NDArray[np.uint8]
+
+    def part(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.images[start:stop]
+
+
+def _split(path: Path, pictures: Pictures) -> Split:
+    split = Split(path, _Drawn(pictures.images.permute(0, 2, 3, 1).contiguous().numpy()))
+    columns = (pictures.digits, pictures.labels, pictures.groups, pictures.boxes.coords)
+    for i, (digit, label, group, box) in enumerate(zip(*(column.tolist() for column in columns))):
+        split.add(f"{i}: digit {digit} on {PHOTOGRAPHS[group % 2]}", [(box, label, 0)], target=label, group=group)
+    return split
 
 
 def _sources() -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -1,18 +1,16 @@
-"""Rows to summaries, words, a page that stands alone, and two files that appear together or not at all."""
+"""The quickstart's rows, summaries, claims in words, and its page, which stands alone."""
 
-import json
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
 
-from debiaskd import Boxes
-from debiaskd.data.sources.digits import Pictures
-from debiaskd.reports import quickstart_table as report
-from debiaskd.reports.gallery import SHOWN, Gallery
+from debiaskd.reports import quickstart as report
+from debiaskd.reports.gallery import data_uri, glowing
+from debiaskd.reports.measured import Example, Look, Measured
+
+METHODS = ("teacher", "erm", "kd", "simkd", "dett")
 
 
 def row(method, seed, worst, **more):
@@ -34,27 +32,67 @@ def rows(teacher=88.0, kd=20.0, simkd=80.0, dett=90.0):
     return [row(method, seed, value + seed) for seed in (0, 2) for method, value in worst.items()]
 
 
-@pytest.fixture
-def gallery():
-    groups = torch.arange(4).repeat(3)
-    pictures = Pictures(
-        torch.full((12, 3, 16, 16), 100, dtype=torch.uint8),
-        groups // 2,
-        groups % 2,
-        groups,
-        groups,
-        Boxes.from_lists([[[2, 3, 9, 11]]] * 12),
-    )
-    gallery = Gallery.choose(pictures, seed=7)
-    for method in ("teacher", "erm", "kd", "simkd", "dett"):
-        gallery.add(method, torch.randn(12, 4, 4), torch.randn(12, 2))
-    return gallery
+def measured(**changes):
+    uri = data_uri(torch.full((3, 16, 16), 100, dtype=torch.uint8))
+    groups = ("open on china", "closed loop on china")
+    given = {
+        "name": "dett",
+        "settings": {},
+        "fingerprint": "",
+        "seed": 7,
+        "facts": {"epoch": 3, "figures": {"worst_group_accuracy": 0.5}},
+        "data": ("digits-7", "test", 200),
+        "pictures": "",
+        "validated": "",
+        "groups": groups,
+        "figures": {
+            "accuracy": 0.875,
+            "worst_group_accuracy": 0.75,
+            "unbiased_accuracy": 0.8,
+            "adjusted_accuracy": 0.9,
+            "group_0_accuracy": 0.75,
+            "group_1_accuracy": None,
+            "epg": 0.625,
+            "defined": 0.99,
+        },
+        "parameters": 1234,
+        "looked_at": "",
+        "steps": [],
+        "epochs": [],
+        "examples": [Example(i, f"test:{i}", i, groups[i], uri, [[2, 3, 9, 11]], (16, 16)) for i in range(2)],
+        "looks": [Look(uri, 0.5, 0.9, "open", i == 0) for i in range(2)],
+    }
+    return Measured(**{**given, **changes})
+
+
+RUNS = {method: measured() for method in METHODS}
 
 
 def document(**worst):
-    settings = {"agreement": 0.95, "student_schedule": {"epochs": 3}, "seeds": [0, 2]}
+    recipes = {"kd": {"schedule": {"epochs": 3}}, "dett": {"schedule": {"epochs": 8}}}
+    settings = {"pictures": {"agreement": 0.95}, "recipes": recipes, "seeds": [0, 2]}
     settings |= {"methods": {"dett": "the <b>best</b> one"}, "selection": "by validation"}
     return {"rows": rows(**worst), "environment": {"torch": "2.x", "seconds": 9.0}, "settings": settings}
+
+
+def test_a_row_by_hand():
+    found = report.row("dett", measured(), 2.5)
+    assert set(report.REQUIRED) <= set(found)
+    assert found == {
+        "method": "dett",
+        "seed": 7,
+        "average_accuracy": 87.5,
+        "worst_group_accuracy": 75.0,
+        "energy_in_box": 62.5,
+        "seconds": 2.5,
+        "parameters": 1234,
+        "unbiased_accuracy": 80.0,
+        "adjusted_accuracy": 90.0,
+        "group_accuracies": {"open on china": 75.0, "closed loop on china": None},
+        "maps_without_energy": 2,
+        "validation_worst_group_accuracy": 50.0,
+        "selected_epoch": 4,
+    }
 
 
 def test_summaries_by_hand():
@@ -135,103 +173,35 @@ class Loads(HTMLParser):
         self.text += data
 
 
-def test_the_page_stands_alone(gallery):
-    html = report.render(document(), gallery)
+def test_the_page_stands_alone():
+    html = report.render(document(), RUNS)
     page = Loads()
     page.feed(html)
-    assert page.images == sum(SHOWN) * (1 + 5) and len(page.found) == page.images
+    assert page.images == 2 * (1 + 5) and len(page.found) == page.images
     assert all(uri.startswith("data:image/png;base64,") for uri in page.found)
     assert not re.search(r"https?://|@import|url\(", html)
 
 
-def test_the_page_says_what_was_measured(gallery):
+def test_the_page_says_what_was_measured():
     page = Loads()
-    page.feed(report.render(document(), gallery))
+    page.feed(report.render(document(), RUNS))
     text = " ".join(page.text.split())
     assert "the debiased teacher gets 89 % right" in text.replace("\N{NO-BREAK SPACE}", " ")
-    for expected in ("91.0 ± 1.4", "1,234", "by validation", "the <b>best</b> one", "student schedule: epochs", "2.x"):
+    for expected in ("91.0 ± 1.4", "1,234", "by validation", "the <b>best</b> one", "schedule.epochs", "2.x"):
         assert expected in text
     assert "Mean ± sample standard deviation over 2 seeds" in text
+    assert text.count("✓ open") == text.count("✗ open") == 5
 
 
-def test_a_page_without_groups_and_spread(gallery):
+def test_a_page_without_groups_and_spread():
     bare = [{key: value for key, value in row("a", 0, 5.0).items() if key in report.REQUIRED}]
-    html = report.render({**document(), "rows": bare}, gallery)
+    html = report.render({**document(), "rows": bare}, {"a": measured()})
     assert "One seed, so without spread" in html and "±" not in html
 
 
-def test_gallery_takes_the_first_of_each_group(gallery):
-    assert gallery.index.tolist() == [0, 1, 5, 2, 6, 3]
-    assert gallery.titles()[1] == "open on flower"
-    assert gallery.maps["kd"].shape == (6, 16, 16) and 0 <= gallery.maps["kd"].min() <= gallery.maps["kd"].max() <= 1
-
-
-def test_gallery_survives_a_map_without_evidence(gallery):
-    gallery.add("none", -torch.ones(12, 4, 4), torch.zeros(12, 2))
-    assert not gallery.maps["none"].any() and len(gallery.overlays("none")) == 6
-
-
-def test_both_files_are_written_and_nothing_else(tmp_path):
-    target = report.Target(tmp_path / "new" / "place")
-    target.write("<html>ü</html>", {"rows": [1, "±"]})
-    assert sorted(path.name for path in target.directory.iterdir()) == ["report.html", "results.json"]
-    assert json.loads((target.directory / "results.json").read_text(encoding="utf-8")) == {"rows": [1, "±"]}
-    assert (target.directory / "report.html").read_text(encoding="utf-8") == "<html>ü</html>"
-
-
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_full_disk_leaves_the_earlier_results(tmp_path, monkeypatch, failing):
-    target = report.Target(tmp_path)
-    target.write("old", {"rows": "old"})
-    synced = []
-
-    def full(descriptor):
-        synced.append(descriptor)
-        if len(synced) == failing:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        target.write("new", {"rows": "new"})
-    assert caught.value.filename == str(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
-    assert (tmp_path / "report.html").read_text() == "old"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_results_are_never_there_without_their_report(tmp_path, monkeypatch, error):
-    target = report.Target(tmp_path)
-
-    def stopped(*_):
-        raise error
-
-    monkeypatch.setattr(os, "replace", stopped)
-    with pytest.raises(error):
-        target.write("html", {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_number_that_json_does_not_know_is_no_result(tmp_path):
-    with pytest.raises(ValueError, match="JSON compliant"):
-        report.Target(tmp_path).write("html", {"rows": float("nan")})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_is_no_directory(tmp_path):
-    (tmp_path / "taken").write_text("mine")
-    with pytest.raises(NotADirectoryError) as caught:
-        report.Target(tmp_path / "taken")
-    assert caught.value.filename == str(tmp_path / "taken")
-    with pytest.raises(OSError):
-        report.Target(tmp_path / "taken" / "below")
-    assert (tmp_path / "taken").read_text() == "mine"
-
-
-def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
-    def refused(*_, dir, **__):  # as root, permissions would not stop anyone
-        raise PermissionError(13, "Permission denied", str(Path(dir) / "probe"))
-
-    monkeypatch.setattr(report.tempfile, "mkstemp", refused)
-    with pytest.raises(PermissionError) as caught:
-        report.Target(tmp_path)
-    assert caught.value.filename == str(tmp_path), "a temporary file's name means nothing to a user"
+def test_a_map_glows_on_the_grey_image():
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    images[0, 0] = 90
+    glow = glowing(images, torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]))
+    assert glow[0, :, 0, 0].tolist() == [24, 24, 24]
+    assert glow[0, :, 0, 1].tolist() == [round(24 * 0.15 + value * 0.85) for value in (255, 96, 0)]
