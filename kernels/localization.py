@@ -4,7 +4,7 @@ The formulas are those of debiaskd/ops/localization.py. A map is cut into bands 
 of up to 256 columns. A program has a tile of one band, or where maps are narrow of several, of neighbouring maps too:
 
     _sums                what a tile adds to its map's sums and, for energy, a bit for each pixel: is it positive?
-    _upsampled_sums      the same for a tile of a map that is interpolated on the fly, without bits
+                         Its pixels are loaded or, where the map is smaller than its boxes' frame, blended from 4 cells
     _finish              losses, and two coefficients a map, from the sums of its tiles
     _gradient            by the coefficients, and by the bits or the map
     _upsampled_gradient  gathered into the cells of a small map
@@ -33,8 +33,8 @@ from .coverage import Boxes, are_annotated, cover, is_covered
 from .launch import launch
 from .layout import Map, Values, multiple
 from .localization_finish import finish
-from .localization_tiles import ENERGY, add_pixels, cut, factors_of, pixel_gradients, tile_of
-from .localization_upsampled import upsampled_gradient, upsampled_sums
+from .localization_tiles import ENERGY, WORDS, add_pixels, cut, factors_of, pixel_gradients, tile_of
+from .localization_upsampled import Resampling, blend, index_of, upsampled_gradient
 from .precision import accumulator, narrow, widen
 from .sums import NONE
 
@@ -85,7 +85,10 @@ def _sums(
     positive,  # None where nobody asked for it
     images,
     tiles,
+    vertical,  # None, like `horizontal`, where maps have the boxes' own size
+    horizontal,
     KIND: tl.constexpr,
+    INDEX: tl.constexpr,
     VECTOR: tl.constexpr,
     BANDS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,7 +101,10 @@ def _sums(
     pixels = tl.zeros([BANDS, ROWS, COLS], dtype)
     if tl.max(counted.to(tl.int32), 0) > 0:
         mask = _inside(tiles, counted, rows, cols, VECTOR)
-        pixels = widen(tl.load(_pixels(maps, image, rows, cols, VECTOR), mask=mask, other=0), dtype)
+        if vertical is None:
+            pixels = widen(tl.load(_pixels(maps, image, rows, cols, VECTOR), mask=mask, other=0), dtype)
+        else:
+            pixels = blend(maps, image, rows, cols, mask, vertical, horizontal, INDEX, dtype)
         covered = is_covered(cover(boxes, image, counted, tops, cols), ROWS)
         add_pixels(pixels, covered, mask, counted, partial, tiles, KIND)
     if positive is not None:
@@ -166,15 +172,13 @@ def localization(
     if images == 0:
         return loss.zero_(), coefficients, positive
     boxes = Boxes.of(coords, offsets, annotated)
-    if own:
-        tiles, programs, size = cut(images, height, width)
-        partial = loss.new_empty((images * tiles.parts, 2))
-        maps = Map(attribution, attribution.stride())
-        arguments = (maps, boxes, partial, positive if positive.numel() else None, images, tiles)
-        vector = _vector(attribution, width)
-        launch(_sums, programs, loss, *arguments, KIND=kind, VECTOR=vector, **size, warps=8)
-    else:
-        tiles, partial = upsampled_sums(attribution, boxes, kind, height, width, loss)
+    axes = (None, None) if own else (Resampling(attribution.shape[1], height), Resampling(attribution.shape[2], width))
+    tiles, programs, size = cut(images, height, width, WORDS if own else WORDS // 4)  # a blend has the registers of 4
+    partial = loss.new_empty((images * tiles.parts, 2))
+    maps = Map(attribution, attribution.stride())
+    arguments = (maps, boxes, partial, positive if positive.numel() else None, images, tiles, *axes)
+    constants = {"KIND": kind, "INDEX": index_of(*axes), "VECTOR": _vector(attribution, width) if own else 1, **size}
+    launch(_sums, programs, loss, *arguments, **constants, warps=8)
     finish(partial, boxes, kind, reduction, loss, coefficients if with_state else None, tiles)
     return loss, coefficients, positive
 

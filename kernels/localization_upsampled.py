@@ -3,7 +3,7 @@
 Where an output pixel lies in the map is a fraction of two integers, and is computed as such: exactly, and without
 float64, which not every GPU has.
 
-Forward, each pixel of a tile is blended from the four cells around it, which the cache holds. Backward, a program owns
+Forward, each pixel of a tile is blended from the four cells around it, which the cache holds. Backward, a program has
 a block of cells: up to 16 of a row of the map, and of several rows where few columns of the output feed those. The
 pixels that feed a row of the map lie between three rows of it, which are blended along x once for all rows of the
 output. The program adds up what each column of the output gives to a row of the map, then what the columns give to each
@@ -21,7 +21,7 @@ from torch import Tensor
 from .coverage import ROWS, Boxes, are_annotated, cover, is_covered
 from .launch import INTERPRETED, launch
 from .layout import Map, Values
-from .localization_tiles import COLUMNS, WORDS, Tiles, add_pixels, cut, factors_of, pixel_gradients, tile_of
+from .localization_tiles import COLUMNS, factors_of, pixel_gradients
 from .precision import divide, narrow, widen
 
 # Of a program, at most. Triton's interpreter pays by the operation and not by the element.
@@ -69,33 +69,14 @@ def _blended(maps, images, rows, taps, there, dtype: tl.constexpr):
     return (1 - across) * first + across * second
 
 
-@triton.jit(do_not_specialize=("images",))
-def _upsampled_sums(
-    maps,
-    boxes,
-    partial,
-    images,
-    tiles,
-    vertical,
-    horizontal,
-    KIND: tl.constexpr,
-    INDEX: tl.constexpr,
-    BANDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    dtype: tl.constexpr = partial.dtype.element_ty
-    image, tops, rows, left = tile_of(tiles, BANDS, ROWS, COLS)
-    cols = left + tl.arange(0, COLS)
-    counted = are_annotated(boxes, image, images)
-    if tl.max(counted.to(tl.int32), 0) > 0:
-        mask = (counted[:, None] & (rows < tiles.height))[:, :, None] & (cols < tiles.width)[None, None, :]
-        upper, lower, down = _taps(rows, vertical, INDEX, dtype)
-        taps = _taps(cols, horizontal, INDEX, dtype)
-        pixels = (1 - down)[:, :, None] * _blended(maps, image, upper, taps, mask, dtype)
-        pixels += down[:, :, None] * _blended(maps, image, lower, taps, mask, dtype)
-        covered = is_covered(cover(boxes, image, counted, tops, cols), ROWS)
-        add_pixels(pixels, covered, mask, counted, partial, tiles, KIND)
+@triton.jit
+def blend(maps, images, rows, cols, there, vertical, horizontal, INDEX: tl.constexpr, dtype: tl.constexpr):
+    """The pixels of a tile, each from the four cells of its image's map around it."""
+    upper, lower, down = _taps(rows, vertical, INDEX, dtype)
+    taps = _taps(cols, horizontal, INDEX, dtype)
+    pixels = (1 - down)[:, :, None] * _blended(maps, images, upper, taps, there, dtype)
+    pixels += down[:, :, None] * _blended(maps, images, lower, taps, there, dtype)
+    return pixels
 
 
 @triton.jit
@@ -188,20 +169,6 @@ def _upsampled_gradient(
     tl.store(place, narrow(sums, gradient.dtype.element_ty), mask=there)
 
 
-def upsampled_sums(
-    attribution: Tensor, boxes: Boxes, kind: int, height: int, width: int, like: Tensor
-) -> tuple[Tiles, Tensor]:
-    """What the parts of each map add to its sums."""
-    images, map_height, map_width = attribution.shape
-    tiles, programs, size = cut(images, height, width, WORDS // 4)  # a pixel takes the registers of four
-    partial = like.new_empty((images * tiles.parts, 2))
-    vertical, horizontal = Resampling(map_height, height), Resampling(map_width, width)
-    index = _index(vertical, horizontal)
-    arguments = (Map(attribution, attribution.stride()), boxes, partial, images, tiles, vertical, horizontal)
-    launch(_upsampled_sums, programs, attribution, *arguments, KIND=kind, INDEX=index, **size, warps=8)
-    return tiles, partial
-
-
 def upsampled_gradient(
     attribution: Tensor,
     boxes: Boxes,
@@ -214,14 +181,14 @@ def upsampled_gradient(
 ) -> None:
     images, map_height, map_width = gradient.shape
     vertical, horizontal = Resampling(map_height, height), Resampling(map_width, width)
-    index = _index(vertical, horizontal)
     size = _block(images, vertical, horizontal, LINES * 4 // coefficients.itemsize)
     groups = triton.cdiv(map_width, size["CELLS"])
     programs = triton.cdiv(images * map_height, size["MAP_ROWS"]) * groups
     maps = Map(attribution, attribution.stride())
     arguments = (maps, boxes, coefficients, upstream, gradient, images, groups, vertical, horizontal)
     warps = 8 if size["COLS"] > 128 else 4
-    launch(_upsampled_gradient, programs, gradient, *arguments, KIND=kind, INDEX=index, **size, warps=warps)
+    constants = {"KIND": kind, "INDEX": index_of(vertical, horizontal), **size}
+    launch(_upsampled_gradient, programs, gradient, *arguments, **constants, warps=warps)
 
 
 def _block(images: int, vertical: Resampling, horizontal: Resampling, lines: int) -> dict[str, int]:
@@ -243,7 +210,7 @@ def _fed(axis: Resampling, cells: int) -> int:
     return min(axis.output, int(triton.cdiv((cells + 1) * axis.output, axis.input)) + 1)
 
 
-def _index(*axes: Resampling) -> tl.dtype:
+def index_of(*axes: Resampling | None) -> tl.dtype:
     """What positions along these axes are divided in, which with 64 bits takes several times as long."""
-    most = max(size for axis in axes for size in axis)
+    most = max((size for axis in axes if axis for size in axis), default=0)
     return tl.int32 if (2 * most + 4096) * most < 2**31 else tl.int64

@@ -11,10 +11,10 @@
 namespace debiaskd {
 namespace {
 
-constexpr int kThreads = 256;           // at most, in a block
-constexpr int kTileRows = 32;           // at most: the bits of a word
-constexpr int kTileColumns = kThreads;  // at most: 32 for each warp
-constexpr int kLevels = 6;              // intervals of 1, 2, 4 ... 32 columns
+constexpr int kMapThreads = 256;           // at most, in a block
+constexpr int kTileRows = 32;              // at most: the bits of a word
+constexpr int kTileColumns = kMapThreads;  // at most: 32 for each warp
+constexpr int kLevels = 6;                 // intervals of 1, 2, 4 ... 32 columns
 
 // The boxes of one image.
 struct ImageBoxes {
@@ -44,7 +44,7 @@ struct BoxTable {
 };
 
 // Part of a map: `rows` and `columns` of it from (top, left) on.
-struct Tile {
+struct MapTile {
   int64_t image, top, left;
   int rows, columns;
 };
@@ -87,7 +87,7 @@ __device__ __forceinline__ void add_box(uint32_t (&starts)[kLevels][32], const B
 // The words of a tile's columns, of which there are no more than threads. All threads of the block must take part and,
 // before, be done with an earlier tile's.
 __device__ __forceinline__ void cover(
-    const BoxTable& table, const ImageBoxes& boxes, const Tile& tile, Coverage& coverage) {
+    const BoxTable& table, const ImageBoxes& boxes, const MapTile& tile, Coverage& coverage) {
   const int lane = threadIdx.x % 32, first_column = threadIdx.x - lane;
   if (first_column < tile.columns) {
     uint32_t word = 0;

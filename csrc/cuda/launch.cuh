@@ -11,6 +11,29 @@
 
 #include "common/stable.h"
 
+namespace debiaskd {
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared = 0;  // bytes of dynamic shared memory
+};
+
+// Kernels have up to 16 KiB of static shared memory, as a test of the machine code makes sure. Every supported GPU
+// gives a block 99 KiB in all; more than 48 KiB has to be asked for.
+constexpr int64_t kStaticShared = 16 * 1024, kUnaskedShared = 48 * 1024 - kStaticShared;
+constexpr int64_t kMostShared = 99 * 1024 - kStaticShared;
+
+inline void check_grid(const Grid& grid) {
+  STD_TORCH_CHECK(grid.blocks >= 0 && grid.blocks <= INT32_MAX, "a grid has up to 2^31 - 1 blocks, got ", grid.blocks);
+  STD_TORCH_CHECK(grid.threads > 0 && grid.threads <= 1024 && grid.threads % 32 == 0,
+      "a block has whole warps of up to 1024 threads, got ", grid.threads);
+  STD_TORCH_CHECK(grid.shared <= kMostShared, "a block has up to ", kMostShared,
+      " bytes of dynamic shared memory, got ", grid.shared);
+}
+
+}  // namespace debiaskd
+
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
@@ -25,12 +48,6 @@
   type* name = reinterpret_cast<type*>(memory)
 
 namespace debiaskd {
-
-struct Grid {
-  int64_t blocks;
-  int threads;
-  int64_t shared = 0;  // bytes
-};
 
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
@@ -69,8 +86,9 @@ class Device {
 
   template <typename... Parameters, typename... Arguments>
   void launch(Grid grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {
+    check_grid(grid);
     if (grid.blocks == 0) return;
-    if (grid.shared > 48 * 1024) {  // more has to be asked for
+    if (grid.shared > kUnaskedShared) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)),
           "cudaFuncSetAttribute");
     }

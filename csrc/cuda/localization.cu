@@ -11,8 +11,7 @@
 // whose losses or annotations one block alone would take long to add up); backward takes one.
 
 #include "cuda/localization_gather.cuh"
-#include "cuda/localization_own.cuh"
-#include "cuda/localization_upsampled.cuh"
+#include "cuda/localization_kernels.cuh"
 
 namespace debiaskd {
 namespace {
@@ -102,7 +101,7 @@ void finish(const Device& device, Scratch& scratch, const Partial* partial, int6
   int team = 1;
   while (team < parts && team < 32) team *= 2;
   const bool each = reduction == kNone, alone = table.images * team <= kOneBlock;
-  const int threads = whole_warps(std::max(1, at_most(table.images * team, each || !alone ? kThreads : 1024)));
+  const int threads = whole_warps(std::max(1, at_most(table.images * team, each || !alone ? kMapThreads : 1024)));
   const int64_t blocks = alone && !each ? 1 : grid_blocks(device, table.images * team, threads);
   Outcome out = {each ? loss.data_ptr() : nullptr, each ? nullptr : loss.data_ptr(),
       coefficients ? coefficients->data_ptr() : nullptr, blocks > 1 && !each ? scratch.doubles(blocks) : nullptr};
@@ -134,7 +133,7 @@ Tiles cut(const Device& device, int64_t images, int64_t height, int64_t width) {
 // A thread a column at least, and not more than have four accesses to make.
 int threads_for(const Tiles& tiles, int width) {
   const int columns = at_most(tiles.width, kTileColumns), rows = at_most(tiles.height, tiles.rows);
-  return whole_warps(std::max(columns, at_most(words_per_row(columns) * (32 / width) * rows / 4, kThreads)));
+  return whole_warps(std::max(columns, at_most(words_per_row(columns) * (32 / width) * rows / 4, kMapThreads)));
 }
 
 // Whether maps can be read, and a contiguous gradient of theirs written, in pieces of 16 bytes.
@@ -146,15 +145,11 @@ bool is_wide(const Maps<T>& maps, const Tiles& tiles, const void* gradient) {
              (maps.column_step == 1 && fits(maps.row_step) && fits(maps.image_step) && is_aligned(maps.data)));
 }
 
-// Calls function(access width, kind) with constants: 16 bytes or an element, and energy or another kind.
+// Calls function(elements an access) with a constant: those of 16 bytes, or 1.
 template <typename T, typename Function>
-void with_kernel(bool wide, int64_t kind, Function&& function) {
-  const auto with_width = [&](auto constant) {
-    if (wide) return function(std::integral_constant<int, kWidest<T>>{}, constant);
-    function(std::integral_constant<int, 1>{}, constant);
-  };
-  if (kind == kEnergy) return with_width(std::integral_constant<int, kEnergy>{});
-  with_width(std::integral_constant<int, kOther>{});
+void with_width(bool wide, Function&& function) {
+  if (wide) return function(std::integral_constant<int, kWidest<T>>{});
+  function(std::integral_constant<int, 1>{});
 }
 
 struct Sizes {
@@ -215,23 +210,22 @@ std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const
   const Tiles tiles = cut(device, images, height, width);
   auto* partial = reinterpret_cast<Partial*>(scratch.doubles(2 * tiles.count()));
   auto* bits = with_bits ? static_cast<int32_t*>(positive.data_ptr()) : nullptr;
-  const int64_t blocks = grid_blocks(device, tiles.count(), 1);
   dispatch_floating(attribution.scalar_type(), "attribution", [&](auto zero) {
     using T = decltype(zero);
     using A = typename accumulator<T>::type;
     const Maps<T> maps = describe<T>(attribution);
+    const auto sum = [&](auto source, int threads, int64_t shared) {
+      using Source = decltype(source);
+      const Grid grid = {grid_blocks(device, tiles.count(), 1), threads, shared};
+      const auto kernel = kind == kEnergy ? sum_kernel<Source, kEnergy> : sum_kernel<Source, kOther>;
+      device.launch(grid, kernel, source, table, tiles, static_cast<int>(kind), partial, bits);
+    };
     if (sizes.upsampled()) {
-      const Scaling scaling = sizes.scaling();
-      const int64_t stage = stage_bytes(tiles, scaling, sizeof(A));
-      const int threads = whole_warps(at_most(width, kTileColumns));
-      device.launch(Grid{blocks, threads, stage}, upsampled_sum_kernel<T>, maps, scaling, table, tiles,
-          static_cast<int>(kind), stage > 0, partial);
+      const int64_t stage = stage_bytes(tiles, sizes.scaling(), sizeof(A));
+      sum(BlendedPixels<T>{maps, sizes.scaling(), stage > 0}, whole_warps(at_most(width, kTileColumns)), stage);
     } else {
-      with_kernel<T>(is_wide(maps, tiles, nullptr), kind, [&](auto width_constant, auto kind_constant) {
-        constexpr int kWidth = decltype(width_constant)::value, kKind = decltype(kind_constant)::value;
-        const Grid grid = {blocks, threads_for(tiles, kWidth)};
-        device.launch(grid, sum_kernel<T, kWidth, kKind>, maps, table, tiles, static_cast<int>(kind), partial, bits);
-      });
+      with_width<T>(is_wide(maps, tiles, nullptr),
+          [&](auto constant) { sum(OwnPixels<T, decltype(constant)::value>{maps}, threads_for(tiles, constant), 0); });
     }
     finish<A>(device, scratch, partial, tiles.parts(), table, kind, static_cast<double>(height * width), reduction,
         loss, with_state ? &coefficients : nullptr);
@@ -253,26 +247,31 @@ Tensor localization_backward(const Tensor& grad_output, const std::optional<Tens
     using T = decltype(zero);
     using A = typename accumulator<T>::type;
     const Maps<T> maps = attribution ? describe<T>(*attribution) : Maps<T>{};
-    const Factors<A> factors = {static_cast<const A*>(coefficients.data_ptr()),
+    const MapFactors<A> factors = {static_cast<const A*>(coefficients.data_ptr()),
         static_cast<const A*>(grad_output.data_ptr()), grad_output.dim() ? grad_output.stride(0) : 0};
     T* out = static_cast<T*>(gradient.data_ptr());
     if (sizes.upsampled()) {
       const Scaling scaling = sizes.scaling();
       const Cells cells = deal_out(device, sizes, scaling, images, sizeof(A));
-      const int64_t memory = ((cells.rows + 2) * (cells.columns + 2) + cells.rows * kThreads) * sizeof(A);
-      const int threads = whole_warps(at_most(width, kTileColumns));
-      const Grid grid = {grid_blocks(device, cells.count(), 1), threads, memory};
-      device.launch(
-          grid, upsampled_gradient_kernel<T>, maps, scaling, table, cells, static_cast<int>(kind), factors, out);
+      const int64_t memory = ((cells.rows + 2) * (cells.columns + 2) + cells.rows * kMapThreads) * sizeof(A);
+      const Grid grid = {grid_blocks(device, cells.count(), 1), whole_warps(at_most(width, kTileColumns)), memory};
+      const auto kernel =
+          kind == kEnergy ? upsampled_gradient_kernel<T, kEnergy> : upsampled_gradient_kernel<T, kOther>;
+      device.launch(grid, kernel, maps, scaling, table, cells, static_cast<int>(kind), factors, out);
       return;
     }
     const Tiles tiles = cut(device, images, height, width);
-    const auto* bits = static_cast<const int32_t*>(positive.data_ptr());
-    with_kernel<T>(is_wide(maps, tiles, out), kind, [&](auto width_constant, auto kind_constant) {
-      constexpr int kWidth = decltype(width_constant)::value, kKind = decltype(kind_constant)::value;
+    with_width<T>(is_wide(maps, tiles, out), [&](auto constant) {
+      constexpr int kWidth = decltype(constant)::value;
       const Grid grid = {grid_blocks(device, tiles.count(), 1), threads_for(tiles, kWidth)};
-      device.launch(
-          grid, gradient_kernel<T, kWidth, kKind>, maps, bits, table, tiles, static_cast<int>(kind), factors, out);
+      if (kind == kEnergy) {
+        const PositiveBits<T, kWidth> source = {static_cast<const int32_t*>(positive.data_ptr())};
+        device.launch(grid, gradient_kernel<PositiveBits<T, kWidth>, T, kEnergy>, source, table, tiles,
+            static_cast<int>(kind), factors, out);
+      } else {
+        device.launch(grid, gradient_kernel<OwnPixels<T, kWidth>, T, kOther>, OwnPixels<T, kWidth>{maps}, table, tiles,
+            static_cast<int>(kind), factors, out);
+      }
     });
   });
   return gradient;

@@ -5,7 +5,7 @@
 // in the same order.
 #pragma once
 
-#include "cuda/localization_upsampled.cuh"
+#include "cuda/localization_pixels.cuh"
 
 namespace debiaskd {
 namespace {
@@ -45,18 +45,18 @@ struct Owned {
 
 // What the rows of the output give to those of the map, in one column.
 template <typename A>
-struct RowSums {
-  A* to;  // the sum of row `first`; kThreads further, that of the next
+struct CellRows {
+  A* to;  // the sum of row `first`; kMapThreads further, that of the next
   int64_t first;
   int count;
   A above = 0, below = 0;
 
-  __device__ RowSums(A* sums, const Owned& owned) : to(sums), first(owned.first_row), count(owned.rows) {
+  __device__ CellRows(A* sums, const Owned& owned) : to(sums), first(owned.first_row), count(owned.rows) {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) to[i * kThreads] = 0;  // not every row of a map need be part of an output
+    for (int i = 0; i < count; ++i) to[i * kMapThreads] = 0;  // not every row of a map need be part of an output
   }
   __device__ __forceinline__ void put(int64_t row, A sum) const {
-    if (row >= first && row < first + count) to[static_cast<int>(row - first) * kThreads] = sum;
+    if (row >= first && row < first + count) to[static_cast<int>(row - first) * kMapThreads] = sum;
   }
   // On from between rows `from` and `from` + 1 of the map.
   __device__ __forceinline__ void enter(int64_t from, int64_t row) {
@@ -75,7 +75,7 @@ struct RowSums {
 template <typename A>
 struct Gather {
   Coverage coverage;
-  Blend<A> rows[kTileRows], columns[kThreads];
+  Blend<A> rows[kTileRows], columns[kMapThreads];
   Span down, across;         // rows and columns of the output that feed the block's cells
   A carried[kMostCellRows];  // sums over the strips before this one, where there are several
 
@@ -89,16 +89,17 @@ struct Gather {
 };
 
 // The gradient by the pixels of one strip, added up by thread for each row of the map.
-template <typename T, typename A>
+template <int KIND, typename T, typename A>
 __device__ __forceinline__ void sum_down(const Scaling& scaling, const BoxTable& table, const ImageBoxes& boxes,
-    const Owned& owned, const Source<T>& source, Tile tile, int kind, A inside, A outside, Gather<A>& shared, A* sums) {
+    const Owned& owned, const MapPart<T>& part, MapTile tile, int kind, A inside, A outside, Gather<A>& shared,
+    A* sums) {
   const int64_t last_row = scaling.rows.input - 1;
   const int thread = threadIdx.x;
   const bool there = thread < tile.columns;
   const Tap tap = scaling.columns.tap(there ? tile.left + thread : tile.left);
   shared.columns[thread] = Blend<A>(tap);
   Column<A> column(tap);
-  RowSums<A> row_sums(sums + thread, owned);
+  CellRows<A> row_sums(sums + thread, owned);
   for (tile.top = shared.down.begin; tile.top < shared.down.end; tile.top += kTileRows) {
     tile.rows = at_most(shared.down.end - tile.top, kTileRows);
     __syncthreads();  // until nobody reads what the band before has left in shared memory any more
@@ -106,12 +107,12 @@ __device__ __forceinline__ void sum_down(const Scaling& scaling, const BoxTable&
     cover(table, boxes, tile, shared.coverage);
     if (!there) continue;
     uint32_t word = shared.coverage.words[thread];
-    with_kind<kAny>(kind, [&](auto constant) {
+    with_kind<KIND>(kind, [&](auto constant) {
       for (int i = 0; i < tile.rows; ++i, word >>= 1) {
         const Blend<A> blend = shared.rows[i];
         if (blend.low != column.row) {
           row_sums.enter(column.row, blend.low);
-          column.enter(source, blend.low, last_row);
+          column.enter(part, blend.low, last_row);
         }
         const A pixel = column.pixel(blend.weight);
         const A change = pixel_gradient(decltype(constant)::value, pixel, word & 1, inside, outside);
@@ -126,11 +127,11 @@ __device__ __forceinline__ void sum_down(const Scaling& scaling, const BoxTable&
 // Cell by cell, what the columns of a strip have for it, by a thread or, where those are many, by a warp.
 template <typename T, typename A>
 __device__ __forceinline__ void sum_across(
-    const Scaling& scaling, const Owned& owned, const Tile& tile, Gather<A>& shared, const A* sums, T* gradient) {
+    const Scaling& scaling, const Owned& owned, const MapTile& tile, Gather<A>& shared, const A* sums, T* gradient) {
   const int team = scaling.columns.step > 8 ? 32 : 1, lane = threadIdx.x % team;
   for (int cell = threadIdx.x / team; cell < owned.rows * owned.columns; cell += blockDim.x / team) {
     const int64_t map_column = owned.first_column + cell % owned.columns;
-    const A* row = sums + cell / owned.columns * kThreads;
+    const A* row = sums + cell / owned.columns * kMapThreads;
     const Span reach = scaling.columns.reach(map_column, map_column + 1);
     const int64_t begin = reach.begin - tile.left, end = reach.end - tile.left;
     A sum = 0;
@@ -151,9 +152,9 @@ __device__ __forceinline__ void sum_across(
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) upsampled_gradient_kernel(Maps<T> maps, Scaling scaling,
-    BoxTable table, Cells cells, int kind, Factors<typename accumulator<T>::type> factors, T* gradient) {
+template <typename T, int KIND>
+__global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>) upsampled_gradient_kernel(Maps<T> maps, Scaling scaling,
+    BoxTable table, Cells cells, int kind, MapFactors<typename accumulator<T>::type> factors, T* gradient) {
   using A = typename accumulator<T>::type;
   DEBIASKD_DYNAMIC_SHARED(A, stage);
   A* const sums = stage + (cells.rows + 2) * (cells.columns + 2);
@@ -172,15 +173,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) upsampled_gradient_kerne
       continue;
     }
     const int64_t bottom = owned.first_row + owned.rows, right = owned.first_column + owned.columns;
-    const Source<T> source =
-        read_source(maps, owned.image, owned.first_row - (owned.first_row > 0), bottom + (bottom < scaling.rows.input),
-            owned.first_column - (owned.first_column > 0), right + (right < scaling.columns.input), stage);
-    const A upstream = factors.upstream_of(owned.image);
-    const A inside = factors.coefficients[2 * owned.image] * upstream;
-    const A outside = factors.coefficients[2 * owned.image + 1] * upstream;
+    const MapPart<T> part(maps, owned.image, owned.first_row - (owned.first_row > 0),
+        bottom + (bottom < scaling.rows.input), owned.first_column - (owned.first_column > 0),
+        right + (right < scaling.columns.input), stage, true);
+    const A inside = factors.inside(owned.image), outside = factors.outside(owned.image);
     for (int64_t left = across.begin; left < across.end; left += blockDim.x) {
-      const Tile tile = {owned.image, 0, left, 0, at_most(across.end - left, blockDim.x)};
-      sum_down(scaling, table, boxes, owned, source, tile, kind, inside, outside, shared, sums);
+      const MapTile tile = {owned.image, 0, left, 0, at_most(across.end - left, blockDim.x)};
+      sum_down<KIND>(scaling, table, boxes, owned, part, tile, kind, inside, outside, shared, sums);
       __syncthreads();
       sum_across(scaling, owned, tile, shared, sums, gradient);
       __syncthreads();  // until nobody reads the sums any more

@@ -9,17 +9,13 @@
 namespace debiaskd {
 namespace {
 
-// In place of a kind that a kernel is compiled for: it is told when it runs, and then chooses among all of them or,
-// where energy has a kernel of its own, among the others.
-constexpr int kAny = -1, kOther = -2;
+// In place of the kind that a kernel is compiled for: one of those that are not energy, which it is told when it runs.
+constexpr int kOther = -1;
 
 template <int KIND, typename Function>
 __device__ __forceinline__ void with_kind(int kind, Function&& function) {
   if constexpr (KIND >= 0) return function(std::integral_constant<int, KIND>{});
   switch (kind) {
-    case kEnergy:
-      if constexpr (KIND == kAny) function(std::integral_constant<int, kEnergy>{});
-      return;
     case kL1: return function(std::integral_constant<int, kL1>{});
     case kPpce: return function(std::integral_constant<int, kPpce>{});
     default: return function(std::integral_constant<int, kRrr>{});
@@ -28,13 +24,17 @@ __device__ __forceinline__ void with_kind(int kind, Function&& function) {
 
 // Blocks that a multiprocessor is to hold at once, where registers are few enough.
 template <typename T>
-constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 4;
+constexpr int kMapBlocks = std::is_same_v<T, double> ? 1 : 4;
 
 // Maps [N,H,W] as they lie in memory.
 template <typename T>
 struct Maps {
   const T* data;
   int64_t image_step, row_step, column_step;
+
+  __device__ __forceinline__ const T* at(int64_t image, int64_t row, int64_t column) const {
+    return data + image * image_step + row * row_step + column * column_step;
+  }
 };
 
 // How maps of `height` x `width` are cut.
@@ -45,7 +45,7 @@ struct Tiles {
   DEBIASKD_HOST_DEVICE int parts() const { return bands * strips; }
   DEBIASKD_HOST_DEVICE int64_t count() const { return images * parts(); }
 
-  __device__ Tile tile(int64_t index) const {
+  __device__ MapTile tile(int64_t index) const {
     const int64_t image = index / parts();
     const int part = static_cast<int>(index - image * parts());
     const int64_t top = static_cast<int64_t>(part / strips) * rows;
@@ -54,9 +54,27 @@ struct Tiles {
   }
 };
 
-DEBIASKD_HOST_DEVICE inline int whole_warps(int threads) { return (threads + 31) / 32 * 32; }
-
 DEBIASKD_HOST_DEVICE inline int64_t words_per_row(int64_t width) { return (width + 31) / 32; }
+
+// Where in a tile a thread works: on WIDTH neighbouring columns of every `stride`-th row. Threads of one word of 32
+// columns are neighbours in a warp.
+template <int WIDTH>
+struct Place {
+  int row, column, stride;
+
+  explicit __device__ Place(const MapTile& tile) {
+    const int across = static_cast<int>(words_per_row(tile.columns)) * (32 / WIDTH);
+    stride = static_cast<int>(blockDim.x) / across;
+    row = threadIdx.x / across;
+    column = threadIdx.x % across * WIDTH;
+    if (row >= stride) row = kTileRows;  // left over
+  }
+
+  __device__ int row_of(int step) const { return row + step * stride; }
+  __device__ bool has(const MapTile& tile, int step) const { return row_of(step) < tile.rows && column < tile.columns; }
+};
+
+DEBIASKD_HOST_DEVICE inline int whole_warps(int threads) { return (threads + 31) / 32 * 32; }
 
 // What a tile adds to its map's sums: `all` is MapSums::all, `inside` is, by kind, MapSums::inside or MapSums::area.
 struct Partial {
@@ -65,7 +83,7 @@ struct Partial {
 
 // All threads of the block must take part.
 __device__ __forceinline__ void write_partial(double all, double inside, Partial* partial) {
-  __shared__ Partial warps[kThreads / 32];
+  __shared__ Partial warps[kMapThreads / 32];
   all = warp_sum(all);
   inside = warp_sum(inside);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {all, inside};
@@ -73,7 +91,7 @@ __device__ __forceinline__ void write_partial(double all, double inside, Partial
   if (threadIdx.x > 0) return;
   Partial sum = warps[0];
 #pragma unroll
-  for (int i = 1; i < kThreads / 32; ++i) {
+  for (int i = 1; i < kMapThreads / 32; ++i) {
     if (i >= static_cast<int>(blockDim.x / 32)) break;
     sum.all += warps[i].all;
     sum.inside += warps[i].inside;
@@ -91,11 +109,12 @@ __device__ __forceinline__ void add_pixel(A pixel, bool covered, A& all, A& insi
 
 // The gradient by a pixel is a multiple of one of the two coefficients of its map, and of the upstream gradient.
 template <typename A>
-struct Factors {
+struct MapFactors {
   const A *coefficients, *upstream;
   int64_t upstream_step;
 
-  __device__ A upstream_of(int64_t image) const { return upstream[image * upstream_step]; }
+  __device__ A inside(int64_t image) const { return coefficients[2 * image] * upstream[image * upstream_step]; }
+  __device__ A outside(int64_t image) const { return coefficients[2 * image + 1] * upstream[image * upstream_step]; }
 };
 
 }  // namespace

@@ -22,10 +22,12 @@ def check_target(target: Tensor, count: int, classes: int) -> None:
             raise ValueError("target must name at least one class an image, got shape [N,T] with T = 0")
     else:
         checks.shape("target", target, "[N]", [count])
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    if checks.readable(target):
         low, high = (int(bound) for bound in torch.aminmax(target))
         if low < 0 or high >= classes:
             raise ValueError(f"target must lie in [0,K)=[0,{classes}), got values in [{low}, {high}]")
+    message = f"target must lie in [0,K)=[0,{classes})"
+    checks.on_device(target, lambda: ((target >= 0) & (target < classes)).all(), message)
 
 
 def logit_gradients(logits: Tensor, feature: Tensor, target: Tensor, *, create_graph: bool = False) -> list[Tensor]:

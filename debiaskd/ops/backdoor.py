@@ -284,5 +284,6 @@ def _check_prior(prior: Tensor, feature: Tensor, classes: int, mode: str) -> Non
     checks.same_device("prior", prior, "feature", feature)
     checks.constant("prior", prior)
     checks.finite_nonnegative("prior", prior)
-    if prior.device.type == "cpu" and not torch.compiler.is_compiling() and not prior.any():
+    if checks.readable(prior) and not prior.any():
         raise ValueError("prior must be positive somewhere, got zeros only")
+    checks.on_device(prior, prior.any, "prior must be positive somewhere")

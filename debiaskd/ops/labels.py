@@ -17,9 +17,11 @@ def check_labels(labels: Tensor, reference_name: str, reference: Tensor, classes
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     checks.shape("labels", labels, "[N]", reference.shape[:1])
     checks.same_device("labels", labels, reference_name, reference)
+    bound = ">= 0" if classes is None else f"in [0, {classes})"
     if not checks.readable(labels):
-        return
+        most = torch.iinfo(torch.int64).max if classes is None else classes - 1
+        message = f"labels must be {bound} everywhere"
+        return checks.on_device(labels, lambda: ((labels >= 0) & (labels <= most)).all(), message)
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or (classes is not None and high >= classes):
-        bound = ">= 0" if classes is None else f"in [0, {classes})"
         raise ValueError(f"labels must be {bound} everywhere, got values in [{low}, {high}]")

@@ -2,12 +2,14 @@
 
 Wrong kinds of thing (not a tensor, an integer dtype) raise `TypeError`; right kinds with wrong contents (shape,
 device, range, option) raise `ValueError`. All checks here read metadata only, except `finite_nonnegative` and the end
-of `packed_boxes`, which read values and therefore run only where reading them costs no device synchronisation.
+of `packed_boxes`, which read values and therefore run only where reading them costs no device synchronisation. On a GPU
+`DEBIASKD_DEBUG=1` has the same conditions checked by asserts that run there (`on_device`).
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,10 +147,28 @@ def _batched(value: Tensor) -> bool:
     return False
 
 
+#: Whether values on a GPU are checked: DEBIASKD_DEBUG=1 in the environment when the package is imported.
+DEBUG = os.environ.get("DEBIASKD_DEBUG") == "1"
+_UNASSERTED = ("cpu", "meta")  # device types whose values are read, or do not exist
+
+
+def on_device(value: Tensor, condition: Callable[[], Tensor], message: str) -> None:
+    """Assert on the device that `condition()`, a boolean scalar made from `value`, holds, with DEBIASKD_DEBUG=1.
+
+    Nothing waits for the answer: a failed assert ends the process' use of that GPU, as PyTorch's own do, and the next
+    call that synchronises raises. Nothing is checked in compiled graphs and under `vmap`.
+    """
+    if not DEBUG or value.device.type in _UNASSERTED or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if not (transformed() and _batched(value)):
+        torch._assert_async(condition(), message)
+
+
 def finite_nonnegative(name: str, value: Tensor) -> None:
     """Values, not only metadata: on the CPU and outside of a compiled graph, where looking costs nothing."""
     if not readable(value):
-        return
+        message = f"{name} must be finite and >= 0 everywhere"
+        return on_device(value, lambda: ((value >= 0) & (value < math.inf)).all(), message)
     low, high = (float(v) for v in torch.aminmax(value))
     if not (low >= 0 and high < math.inf):
         raise ValueError(f"{name} must be finite and >= 0 everywhere, got values in [{low:g}, {high:g}]")
@@ -184,8 +204,13 @@ def packed_boxes(coords: Tensor, offsets: Tensor, labels: Tensor | None, annotat
         shape("labels", labels, "[M]", [coords.shape[0]])
     if annotated is not None:
         shape("annotated", annotated, "[N]", [offsets.numel() - 1])
-    if coords.device.type == "cpu" and not torch.compiler.is_compiling():
-        _box_values(coords, offsets)
+    if readable(offsets):
+        return _box_values(coords, offsets)
+    message = f"offsets must rise from 0 to the number of boxes, {coords.shape[0]}"
+    on_device(
+        offsets, lambda: (offsets[0] == 0) & (offsets[-1] == coords.shape[0]) & (offsets.diff() >= 0).all(), message
+    )
+    on_device(coords, lambda: (coords[:, 2:] >= coords[:, :2]).all(), "coords must have x0 <= x1 and y0 <= y1")
 
 
 def _box_values(coords: Tensor, offsets: Tensor) -> None:

@@ -2,11 +2,17 @@
 
 with cuda_on_cpu.active():
     dk.feature_match_loss(...)  # on CPU tensors, by csrc/cuda/feature_match.cu
+
+How a launch is cut depends on the number of multiprocessors. Half of the tests see 1 of them and half see 132, as an
+H100 has, by their names; test_cuda_on_cpu.py has cases of every op at both.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,13 +23,18 @@ import debiaskd as dk
 from debiaskd.ops import backend
 
 NAMESPACE = "debiaskd_on_cpu"
+PROCESSORS = (1, 132)
 
 
 @contextmanager
-def active() -> Iterator[None]:
-    """Every op inside runs csrc/cuda on CPU tensors."""
-    if failure := _load():
-        raise RuntimeError(failure)
+def active(processors: int | None = None, seed: int = 0) -> Iterator[None]:
+    """Every op inside runs csrc/cuda on CPU tensors; `seed` shuffles the blocks of launches."""
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    if processors is None:
+        processors = PROCESSORS[zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode()) % 2]
+    library.cuda_on_cpu_start(ctypes.c_int64(processors), ctypes.c_uint(seed))
     namespace, devices = backend.NAMESPACES["cuda"], backend._DEVICES["cuda"]
     reason = backend.unavailable.pop("cuda", None)
     backend.NAMESPACES["cuda"], backend._DEVICES["cuda"] = NAMESPACE, ("cpu",)
@@ -37,12 +48,14 @@ def active() -> Iterator[None]:
 
 
 @functools.cache
-def _load() -> str | None:
-    """Once, also where it fails: not every test is to try again."""
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none. Once, also where it fails: not every test is to try again."""
     try:
-        torch.ops.load_library(str(native_build.build("cuda_on_cpu.so")))
+        path = str(native_build.build("cuda_on_cpu.so"))
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(path)
     except (OSError, RuntimeError) as error:
         return str(error)
     for op, fake in backend.FAKES.items():
         torch.library.register_fake(f"{NAMESPACE}::{op}", fake)
-    return None
+    return library

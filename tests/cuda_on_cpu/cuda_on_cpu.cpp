@@ -1,11 +1,14 @@
 // The scheduler of cuda_on_cpu.h: fibers, barriers, exchanges within warps.
 
-#include "cuda_on_cpu.h"
+#include "cuda/launch.cuh"  // which includes cuda_on_cpu.h
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,6 +23,7 @@ extern "C" __attribute__((visibility("hidden"))) char __bss_start, _end;
 namespace cuda_on_cpu {
 
 uint3 thread_index, block_index, block_size, grid_size;
+int64_t processors = 1;
 
 namespace {
 
@@ -55,6 +59,7 @@ Context scheduler;
 int current;
 std::string failure;
 unsigned blocks_run;
+std::mt19937 shuffler;
 
 __attribute__((noinline)) void leave_for(Context* to) {
   if (to->entered) __builtin_longjmp(to->jump, 1);
@@ -166,9 +171,13 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
   kernel = &thread;
   block_size = {static_cast<unsigned>(threads), 1, 1};
   grid_size = {static_cast<unsigned>(blocks), 1, 1};
-  for (int64_t block = 0; block < blocks && failure.empty(); ++block) {
-    block_index = {static_cast<unsigned>(block), 0, 0};
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), shuffler);
+  for (const unsigned block : order) {
+    block_index = {block, 0, 0};
     run_block(threads);
+    if (!failure.empty()) break;
   }
   if (failure.empty()) return;
   fibers.clear();  // stuck in the middle of the kernel
@@ -213,3 +222,9 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 }
 
 }  // namespace cuda_on_cpu
+
+// From now on there are so many multiprocessors, and blocks come in the orders that belong to this seed.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_start(int64_t processors, unsigned seed) {
+  cuda_on_cpu::processors = processors;
+  cuda_on_cpu::shuffler.seed(seed);
+}

@@ -1,12 +1,13 @@
 // What csrc/cuda takes from CUDA, on the CPU: a tool for tests. Including this in place of the CUDA runtime, g++
 // compiles the .cu files as they are, so that their logic runs under AddressSanitizer and UndefinedBehaviorSanitizer.
 //
-// Blocks run one after the other. The threads of a block are fibers, which take turns at barriers, warp shuffles and
-// votes only: between two of those a thread runs on alone. What a thread reads before a barrier was therefore either
-// written long ago or not at all, and since every other block runs its threads in the opposite order, a missing barrier
-// gives wrong numbers in one of the two. A barrier that not all threads reach, or a shuffle whose mask names a lane
-// that does not take part, is an error. Not shown here: races that need two threads at once, memory order, registers,
-// speed.
+// Blocks run one after the other, in an order that is shuffled anew for each launch; how many multiprocessors there are
+// to fill is what tests say (cuda_on_cpu_processors). The threads of a block are fibers, which take turns at barriers,
+// warp shuffles and votes only: between two of those a thread runs on alone. What a thread reads before a barrier was
+// therefore either written long ago or not at all, and since every other block runs its threads in the opposite order,
+// a missing barrier gives wrong numbers in one of the two. A barrier that not all threads reach, or a shuffle whose
+// mask names a lane that does not take part, is an error. Not shown here: races that need two threads at once, memory
+// order, registers, speed.
 #pragma once
 
 #include <cmath>
@@ -38,6 +39,8 @@ struct alignas(16) uint4 {
 using dim3 = uint3;
 
 namespace cuda_on_cpu {
+
+extern int64_t processors;
 
 // Runs `thread` for every thread of every block, at most one launch at a time in this process.
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread);
@@ -118,21 +121,21 @@ void __stwb(T* address, T value) {
 
 namespace debiaskd {
 
-struct Grid {
-  int64_t blocks;
-  int threads;
-  int64_t shared = 0;  // bytes
-};
+template <typename... Parameters, typename... Arguments>
+void launch_on_cpu(Grid grid, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  check_grid(grid);
+  cuda_on_cpu::run(grid.blocks, grid.threads, grid.shared, [&] { kernel(arguments...); });
+}
 
 class Device {
  public:
   explicit Device(const Tensor&) {}
 
-  int64_t processors() const { return 1; }
+  int64_t processors() const { return cuda_on_cpu::processors; }
 
   template <typename... Parameters, typename... Arguments>
   void launch(Grid grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {
-    cuda_on_cpu::run(grid.blocks, grid.threads, grid.shared, [&] { kernel(arguments...); });
+    launch_on_cpu(grid, kernel, arguments...);
   }
 };
 

@@ -67,6 +67,10 @@ __global__ void vote_kernel(unsigned* out) {
   out[threadIdx.x] = (odd & ~0xffu) | static_cast<unsigned>(above - below);
 }
 
+__global__ void empty_kernel() {}
+
+__global__ void order_kernel(int* out, int* count) { out[(*count)++] = static_cast<int>(blockIdx.x); }
+
 template <typename Kernel>
 std::vector<float> sums(Kernel kernel, const std::vector<float>& values, int blocks, int threads) {
   std::vector<float> out(blocks, -1);
@@ -86,6 +90,15 @@ std::vector<float> writes(Kernel kernel, int first) {
 PYBIND11_MODULE(planted, m) {
   m.def("sums", [](const std::vector<float>& v, int b, int t) { return sums(sum_kernel, v, b, t); });
   m.def("racing_sums", [](const std::vector<float>& v, int b, int t) { return sums(racing_sum_kernel, v, b, t); });
+  m.def("empty", [](int64_t blocks, int threads, int64_t shared) {
+    debiaskd::launch_on_cpu({blocks, threads, shared}, empty_kernel);
+  });
+  m.def("order", [](int blocks) {
+    std::vector<int> out(blocks);
+    int count = 0;
+    cuda_on_cpu::run(blocks, 1, 0, [&] { order_kernel(out.data(), &count); });
+    return out;
+  });
   m.def("write", [](int first) { return writes(write_kernel, first); });
   m.def("write_shared", [](int first) { return writes(write_shared_kernel, first); });
   m.def("misaligned", [](int first) { return writes(misaligned_kernel, first); });

@@ -4,14 +4,96 @@ import os
 import subprocess
 import sys
 
+import cuda_on_cpu
 import native_build
 import pytest
+import torch
+from cases import attribution, normal, uniform
+
+import debiaskd as dk
 
 pytestmark = [
     pytest.mark.xdist_group("cuda_on_cpu"),
     pytest.mark.cuda_on_cpu,
     pytest.mark.skipif(not native_build.COMPILER, reason="needs g++"),
 ]
+
+
+BOXES = [[[3, 2, 40, 50], [20, 5, 60, 30]], [], None]
+
+
+def gradient_of(loss, tensor):
+    return loss.detach(), torch.autograd.grad(loss.sum(), tensor)[0]
+
+
+def localized(dtype, pixels, size, kind):
+    maps = attribution(kind, 3, pixels, pixels).to(dtype).requires_grad_()
+    return gradient_of(dk.localization_loss(maps, dk.Boxes.from_lists(BOXES), kind=kind, size=size), maps)
+
+
+def matched(dtype, samples, width, normalize):
+    x, teacher = (normal(samples, width, seed=i).to(dtype) for i in range(2))
+    x.requires_grad_()
+    return gradient_of(dk.feature_match_loss(x, teacher, uniform(samples), normalize=normalize), x)
+
+
+def dotted(dtype, shape, memory_format):
+    x, gradient = (normal(*shape, seed=i).to(dtype).to(memory_format=memory_format) for i in range(2))
+    x.requires_grad_()
+    return gradient_of(dk.channel_dot(gradient, x), x)
+
+
+def adjusted(dtype, samples, classes):
+    shapes = ((samples, 8), (samples, classes), (classes, 6), (classes, 14))
+    x, logits, context, weight = (normal(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes))
+    x.requires_grad_()
+    return gradient_of(dk.backdoor_logits(x, logits, context, weight, mode="exact"), x)
+
+
+#: Each has blocks, tiles or parts whose number depends on how many multiprocessors there are.
+LAUNCHES = {
+    "feature_match": lambda dtype: matched(dtype, 3, 100_000, False),
+    "feature_match, normalized": lambda dtype: matched(dtype, 2, 60_000, True),
+    "localization": lambda dtype: localized(dtype, 64, None, "energy"),
+    "localization, upsampled": lambda dtype: localized(dtype, 20, (64, 70), "rrr"),
+    "channel_dot": lambda dtype: dotted(dtype, (1, 700, 2, 4), torch.contiguous_format),
+    "channel_dot, channels_last": lambda dtype: dotted(dtype, (2, 600, 2, 2), torch.channels_last),
+    "backdoor": lambda dtype: adjusted(dtype, 70, 9),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_results_are_right_at_any_number_of_multiprocessors_and_do_not_depend_on_the_order_of_blocks(name):
+    with dk.backend("eager"):
+        exact = LAUNCHES[name](torch.float64)
+    for processors in cuda_on_cpu.PROCESSORS:
+        found = []
+        for seed in (0, 1):
+            with cuda_on_cpu.active(processors, seed):
+                found.append(LAUNCHES[name](torch.float32))
+        for one, other, right in zip(*found, exact):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-6 * float(right.abs().max()))
+
+
+def test_blocks_run_in_an_order_of_their_own(planted):
+    assert sorted(planted.order(64)) == list(range(64))
+    assert planted.order(64) != planted.order(64)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "message"),
+    [(1, 48, "whole warps"), (1, 2048, "up to 1024 threads, got 2048"), (2**31, 32, "got 2147483648")],
+)
+def test_launch_past_what_the_hardware_takes_is_an_error(planted, blocks, threads, message):
+    with pytest.raises(RuntimeError, match=message):
+        planted.empty(blocks, threads, 0)
+
+
+def test_launch_with_more_shared_memory_than_a_block_can_have_is_an_error(planted):
+    planted.empty(1, 32, 83 * 1024)
+    with pytest.raises(RuntimeError, match="got 84993"):
+        planted.empty(1, 32, 83 * 1024 + 1)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ CASES = {
     "backward of 2^32 pixels": Case(
         _localized_backward(_images(2**16, 2**8, 2**8), kind=1), ("_gradient",), {"_gradient": (8, 8)}, True
     ),
-    "upsampled": Case(_localized(_images(64, 7, 7), size=(224, 224)), ("_upsampled_sums", "_finish")),
+    "upsampled": Case(_localized(_images(64, 7, 7), size=(224, 224)), ("_sums", "_finish")),
     "backward, upsampled": Case(_localized_backward(_images(64, 7, 7), size=(224, 224)), ("_upsampled_gradient",)),
     "backward, a little larger": Case(
         _localized_backward(_images(64, 40, 40, dtype=torch.float64), size=(44, 44)),
