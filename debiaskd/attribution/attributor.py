@@ -132,7 +132,8 @@ class Attributor:
             inner = [] if model is self.model else stack.enter_context(output_of(model, watch=False))
             if calls is not None:
                 stack.enter_context(calls.of(model))
-            logits = self._logits(self._run(self.model, images, record=statistics))
+            explained = caught if self.statistics == "constant" else None
+            logits = self._logits(self._run(self.model, images, record=statistics, explained=explained))
         if len(caught) != 1:
             raise ValueError(f"layer {depth.module!r} must run once in a forward pass, it ran {len(caught)} times")
         scores = self._logits(inner[-1]) if inner else logits
@@ -169,13 +170,15 @@ class Attributor:
         images: Tensor,
         record: Statistics | None = None,
         replay: Iterator[tuple[Tensor, ...]] | None = None,
+        explained: list[Tensor] | None = None,
     ) -> object:
         with ExitStack() as stack:
             if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
                 # A compiled model cannot be differentiated twice, and hides the outputs of its inner layers.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not self.closed_form:
-                stack.enter_context(constant_statistics(unwrap(model), record=record, replay=replay))
+                held = constant_statistics(unwrap(model), record=record, replay=replay, explained=explained)
+                stack.enter_context(held)
             return model(images)
 
     def _logits(self, logits: object) -> Tensor:
@@ -208,6 +211,8 @@ class Attributor:
             seen.scores, seen.raw, target, create_graph=create_graph, alone=self.statistics == "own"
         )
         feature = layout.to_map(seen.raw, seen.images)
+        if self._find(seen.images).module is None:
+            feature = feature.detach()  # nobody asks for the gradient of the images
         with torch.set_grad_enabled(create_graph):
             maps = [self._weigh(layout.to_map(gradient, seen.images), feature) / scale for gradient in gradients]
         return maps[0] if target.dim() == 1 else torch.stack(maps, 1)

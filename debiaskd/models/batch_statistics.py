@@ -19,6 +19,7 @@ The context also makes first derivatives differentiable that PyTorch leaves with
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,7 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from debiaskd.models.caches import without_caches
-from debiaskd.models.constant_gradient import Constant, attributing, over_channels
+from debiaskd.models.constant_gradient import Constant, add_statistics, attributing, over_channels
+from debiaskd.models.second_order import NormalizedConvolution
+from debiaskd.models.second_order_calls import CALLS
 from debiaskd.models.sync_batch_norm import synchronised
 
 
@@ -47,7 +50,11 @@ class Statistics:
 
 @contextmanager
 def constant_statistics(
-    model: nn.Module, *, record: Statistics | None = None, replay: Iterator[tuple[Tensor, ...]] | None = None
+    model: nn.Module,
+    *,
+    record: Statistics | None = None,
+    replay: Iterator[tuple[Tensor, ...]] | None = None,
+    explained: Sequence[Tensor] | None = None,
 ) -> Iterator[None]:
     """Context in which attributions of the model's output hold its batch statistics constant.
 
@@ -58,6 +65,9 @@ def constant_statistics(
         model: the module that runs in the context.
         record: receives the statistics.
         replay: statistics of an earlier pass, used instead of those of this batch.
+        explained: a list that will contain the only feature map at which attributions are computed. A convolution and
+            the norm after it are then one layer, and a map that is a leaf of the graph gets a gradient in attributions
+            only.
 
     Example:
         >>> import torch
@@ -74,14 +84,21 @@ def constant_statistics(
         stack.enter_context(without_caches(model))
         stack.enter_context(synchronised(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_Mode(record, replay))
+        stack.enter_context(_Mode(record, replay, explained))
         yield
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, record: Statistics | None, replay: Iterator[tuple[Tensor, ...]] | None) -> None:
+    def __init__(
+        self,
+        record: Statistics | None,
+        replay: Iterator[tuple[Tensor, ...]] | None,
+        explained: Sequence[Tensor] | None,
+    ) -> None:
         super().__init__()
-        self.record, self.replay = record, replay
+        self.record, self.replay, self.explained = record, replay, explained
+        #: The last convolution's output, and what it was computed from.
+        self.convolved: tuple[weakref.ref[Tensor], tuple[Any, ...]] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,6 +125,13 @@ class _Mode(TorchFunctionMode):
                 'integrated gradients of it need statistics="own"'
             )
         return found
+
+    def convolution(self, output: Tensor) -> tuple[Any, ...] | None:
+        """What `output` was computed from, if the last convolution gave it and nobody asks for its gradient."""
+        if self.explained is None or self.convolved is None or self.convolved[0]() is not output:
+            return None
+        asked = output._backward_hooks or output.retains_grad or any(output is each for each in self.explained)
+        return None if asked else self.convolved[1]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -147,31 +171,8 @@ class _BatchNorm(torch.autograd.Function):
                 for_y, x, weight, None, None, mean.detach(), inverse.detach(), True, ctx.eps, wanted
             )
         if ctx.needs_input_grad[0] and (for_mean is not None or for_inverse is not None):
-            for_x = _add_statistics(for_x, x, mean, inverse, for_mean, for_inverse)
+            for_x = add_statistics(for_x, x, mean, inverse, for_mean, for_inverse)
         return for_x, for_weight, for_bias, None, None, None, None
-
-
-def _add_statistics(
-    for_x: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    for_mean: Tensor | None,
-    for_inverse: Tensor | None,
-) -> Tensor:
-    """Adds what the gradients of the statistics owe to x: ∂μ/∂x = 1/M, ∂(1/σ)/∂x = -(x - μ) / (M σ³)."""
-    count = x.numel() // x.shape[1]
-    shift = None if for_mean is None else for_mean / count
-    slope = None if for_inverse is None else for_inverse * inverse**3 / -count
-    if slope is not None:
-        shift = -slope * mean if shift is None else shift - slope * mean
-    assert shift is not None
-    shift, slope = over_channels(shift, x), None if slope is None else over_channels(slope, x)
-    if for_x is not None and not torch.is_grad_enabled() and for_x.dtype == x.dtype == shift.dtype:
-        # What PyTorch's batch norm has just computed is nobody else's.
-        return for_x.add_(shift) if slope is None else for_x.addcmul_(x, slope).add_(shift)
-    added = shift if slope is None else torch.addcmul(shift, x.to(shift.dtype), slope)
-    return (added.expand_as(x) if for_x is None else for_x + added).to(x.dtype)
 
 
 def _batch_norm(
@@ -199,7 +200,15 @@ def _batch_norm(
         shift = -mean * scale if bias is None else bias - mean * scale
         return (input * over_channels(scale, input) + over_channels(shift, input)).to(input.dtype)
     y: Tensor
-    y, mean, inverse = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+    convolution = mode.convolution(input)
+    if convolution is not None and all(t is None or t.dtype == input.dtype for t in (weight, bias)):
+        x, w, offset, shape, source = convolution
+        running = (running_mean, running_var)
+        y, mean, inverse = NormalizedConvolution.apply(
+            x, w, offset, weight, bias, input.detach(), running, momentum, eps, shape, source
+        )
+    else:
+        y, mean, inverse = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
     if mode.record is not None:
         mode.record.values.append((mean, inverse))
     return y
@@ -260,6 +269,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,
     F.hardsigmoid: _hardsigmoid,
+    **CALLS,
     **{
         function: _statistic
         for name in ("mean", "var", "std", "var_mean", "std_mean")

@@ -54,3 +54,26 @@ class Constant(torch.autograd.Function):
 def over_channels(value: Tensor, like: Tensor) -> Tensor:
     """Reshape [C] to broadcast over [N,C,...]."""
     return value.reshape(1, -1, *(1,) * (like.dim() - 2))
+
+
+def add_statistics(
+    for_x: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    for_mean: Tensor | None,
+    for_inverse: Tensor | None,
+) -> Tensor:
+    """Adds what the gradients of the statistics owe to x: ∂μ/∂x = 1/M, ∂(1/σ)/∂x = -(x - μ) / (M σ³)."""
+    count = x.numel() // x.shape[1]
+    shift = None if for_mean is None else for_mean / count
+    slope = None if for_inverse is None else for_inverse * inverse**3 / -count
+    if slope is not None:
+        shift = -slope * mean if shift is None else shift - slope * mean
+    assert shift is not None
+    shift, slope = over_channels(shift, x), None if slope is None else over_channels(slope, x)
+    if for_x is not None and not torch.is_grad_enabled() and for_x.dtype == x.dtype == shift.dtype:
+        # What PyTorch's batch norm has just computed is nobody else's.
+        return for_x.add_(shift) if slope is None else for_x.addcmul_(x, slope).add_(shift)
+    added = shift if slope is None else torch.addcmul(shift, x.to(shift.dtype), slope)
+    return (added.expand_as(x) if for_x is None else for_x + added).to(x.dtype)
