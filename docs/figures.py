@@ -1,6 +1,7 @@
 """Every number and picture in README.md and docs/ comes from here.
 
-    python docs/figures.py quickstart     run the quickstart; keep its results.json and picture in docs/results/
+    python docs/figures.py quickstart [OUT]   run the quickstart in OUT, where finished runs are used again, or in a
+                                              temporary folder; keep its results and picture in docs/results/
     python docs/figures.py                rewrite the figures in the pages from docs/results/ and bench/results/
     python docs/figures.py --check        exit with 1 where a page differs from what the files say
 
@@ -59,9 +60,9 @@ def quickstart_block() -> str:
 
 
 def _duration(where: dict[str, Any]) -> str:
-    """How long the quickstart took, unless other jobs were running: then it says nothing about an idle machine."""
-    if max(where.get("load_average", [0.0])) > where["threads"] + 0.5:
-        return ", on a machine that was busy with other jobs, so that the seconds in it are no measure"
+    """How long the quickstart took on an idle machine; else nothing that could be taken for that."""
+    if where.get("reused_runs") or max(where.get("load_average", [0.0])) > where["threads"] + 0.5:
+        return ", trained beside other jobs, so that its seconds are not those of an idle machine"
     return f", {where['seconds']:.0f} seconds in total"
 
 
@@ -317,13 +318,14 @@ def picture(results: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def run_quickstart() -> None:
+def run_quickstart(out: str | None = None) -> None:
     from debiaskd.cli import quickstart
 
     RESULTS.mkdir(exist_ok=True)
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as out:
-        results = quickstart.run(out, progress=lambda task, done: print(f"{done:4.0%} {task}", flush=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        show = lambda task, done: print(f"{done:4.0%} {task}", flush=True)  # noqa: E731
+        results = quickstart.run(out or temporary, progress=show)
     document = results.document()
     document["environment"]["load_average"] = [round(load, 1), *(round(value, 1) for value in os.getloadavg())]
     (RESULTS / "quickstart.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -331,8 +333,8 @@ def run_quickstart() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments == ["quickstart"]:
-        run_quickstart()
+    if arguments[:1] == ["quickstart"] and len(arguments) <= 2:
+        run_quickstart(*arguments[1:])
     elif arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
