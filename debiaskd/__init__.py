@@ -6,6 +6,10 @@ Fast losses for the loop you have (`feature_match_loss`, `localization_loss`), o
 (`backend`, `debiaskd doctor`), and what stands around them: boxes, transplanting, reweighting.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from debiaskd.api import Run, load, pack, train
 from debiaskd.attribution.guide import Guide, Guided
 from debiaskd.boxes import Boxes, collate
@@ -36,6 +40,9 @@ from debiaskd.terms import State, Term, TermOptions
 from debiaskd.terms.state import Setting
 from debiaskd.version import __version__
 
+if TYPE_CHECKING:
+    from debiaskd.reports.found_groups import Groups, discover
+
 __all__ = [
     "BackdoorLogits",
     "BackendError",
@@ -47,6 +54,7 @@ __all__ = [
     "ErrorSetWarning",
     "FeatureMatchLoss",
     "FrozenTeacher",
+    "Groups",
     "Guide",
     "Guided",
     "KdLoss",
@@ -65,6 +73,7 @@ __all__ = [
     "class_context",
     "class_relation_loss",
     "collate",
+    "discover",
     "energy_loss",
     "error_weights",
     "feature_match_loss",
@@ -80,3 +89,11 @@ __all__ = [
     "train",
     "transplant",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Groups", "discover"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from debiaskd.reports import found_groups  # needs the train extra, which the losses do not
+
+    return getattr(found_groups, name)

@@ -7,6 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from debiaskd.evaluation.trust import from_hex
+from debiaskd.metrics import Interval, paired_difference
 from debiaskd.reports.summary import Figure
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -110,9 +114,11 @@ TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
 def blocks() -> dict[str, Any]:
     return {
         **{f"comparison-{name}": lambda name=name: shortcut_table(name) for name in TABLES},
-        "comparison-claims": lambda: verdicts(_rows("shortcut"), CLAIMS),
+        "comparison-claims": lambda: verdicts(_rows("shortcut"), CLAIMS, _document("shortcut").get("test_groups")),
         "comparison-cifar": cifar,
-        "comparison-cifar-claims": lambda: verdicts(_rows("cifar"), CIFAR_CLAIMS),
+        "comparison-cifar-claims": lambda: verdicts(
+            _rows("cifar"), CIFAR_CLAIMS, _document("cifar").get("test_groups")
+        ),
     }
 
 
@@ -155,21 +161,54 @@ def _table(document: dict[str, Any], named: Sequence[tuple[Who, str]], keys: Seq
     return "\n".join(lines)
 
 
-def verdicts(rows: list[Row], claims: Sequence[tuple[str, Who, Who, str]]) -> str:
-    """One row for each claim: the difference by seed, and whether it confirms the claim."""
-    lines = ["| claim | difference | by seed, points | confirmed |", "| --- | --- | --- | --- |"]
-    for key, better, other, words in claims:
+def verdicts(rows: list[Row], claims: Sequence[tuple[str, Who, Who, str]], groups: Sequence[int] | None = None) -> str:
+    """One row for each claim: the difference by seed, and whether it confirms the claim.
+
+    Where the rows hold which test images were predicted rightly, a paired bootstrap over the images decides; else the
+    signs of the seeds' differences do.
+
+    Args:
+        rows, claims: of an experiment.
+        groups: of each test image; None: not known.
+    """
+    intervals = [_interval(rows, *claim[:3], groups) for claim in claims]
+    known = any(interval is not None for interval in intervals)
+    between = ("| 95 % interval ", "| --- ") if known else ("", "")
+    lines = [f"| claim | difference | by seed, points {between[0]}| confirmed |"]
+    lines.append(f"| --- | --- | --- {between[1]}| --- |")
+    for (key, better, other, words), interval in zip(claims, intervals):
         one, two = _of(rows, better, key), _of(rows, other, key)
         gaps = [one[seed] - two[seed] for seed in sorted(one)]
-        if all(gap > 0 for gap in gaps):
-            said = "yes, in every seed"
-        elif sum(gaps) > 0:
-            said = "on average, not in every seed"
-        else:
-            said = "no"
         figure = f"{HEADINGS[key]}: {_name(better)} − {_name(other)}"
-        lines.append(f"| {words} | {figure} | {', '.join(f'{gap:+.1f}' for gap in gaps)} | {said} |")
+        cells = [words, figure, ", ".join(f"{gap:+.1f}" for gap in gaps)]
+        if known:
+            cells.append("" if interval is None else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}")
+        lines.append(f"| {' | '.join([*cells, _said(gaps, interval)])} |")
     return "\n".join(lines)
+
+
+def _said(gaps: Sequence[float], interval: Interval | None) -> str:
+    if interval is not None:
+        if interval.low > 0:
+            return "yes" if all(gap > 0 for gap in gaps) else "yes, not in every seed"
+        return "no, the other way round" if interval.high < 0 else "not told apart"
+    if all(gap > 0 for gap in gaps):
+        return "yes, in every seed"
+    return "on average, not in every seed" if sum(gaps) > 0 else "no"
+
+
+def _interval(rows: list[Row], key: str, better: Who, other: Who, groups: Sequence[int] | None) -> Interval | None:
+    """Of a difference in accuracy, from which test images each seed's model predicts rightly; None if not known."""
+    if key not in (WORST, AVERAGE) or groups is None:
+        return None
+    of_group = torch.tensor(groups) if key == WORST else torch.zeros(len(groups), dtype=torch.int64)
+    models = []
+    for who in (better, other):
+        texts = [row.get("correct") for row in rows if (row["method"], row.get("teacher")) == who]
+        if not texts or None in texts:
+            return None
+        models.append(torch.stack([from_hex(text, len(groups)) for text in texts]))
+    return paired_difference(*models, of_group)
 
 
 def _name(who: Who) -> str:

@@ -36,6 +36,7 @@ from debiaskd.data import prepare  # noqa: E402
 from debiaskd.data.sources import mnist  # noqa: E402
 from debiaskd.evaluation.evaluate import evaluate_run  # noqa: E402
 from debiaskd.evaluation.probe import probe_run  # noqa: E402
+from debiaskd.evaluation.trust import read_judged, to_hex  # noqa: E402
 from debiaskd.pipeline.stages import Pipeline  # noqa: E402
 from debiaskd.recipe import read  # noqa: E402
 from debiaskd.reweight import ErrorSetWarning  # noqa: E402
@@ -236,7 +237,13 @@ def rows_of(experiment: Any, seed: int, teacher: str | None) -> list[Document]:
         train(recipe, seed, experiment.folder, run)
         document, _ = evaluate_run(run, stage, None, None)
         figures = {key: value for key, value in document["figures"].items() if not key.startswith("iou_")}
-        rows.append({**said, "seed": seed, "epoch": document["epoch"], **figures, **experiment.further(run, stage)})
+        row = {**said, "seed": seed, "epoch": document["epoch"], **figures, **experiment.further(run, stage)}
+        judged = read_judged(run / document["images"]) if document["images"] else None
+        if judged is not None:  # by which verdicts compare methods on the same images
+            row["correct"] = to_hex(judged.correct)
+            groups = torch.zeros_like(judged.index) if judged.groups is None else judged.groups
+            files.write_json(experiment.out / "test_groups.json", groups.tolist())
+        rows.append(row)
         files.write_json(path, rows)
         print(f"{time.perf_counter() - started:6.0f} s {said}, {seed}", flush=True)
     return rows
@@ -256,10 +263,12 @@ def main(name: str, source: Path, out: Path, seeds: tuple[int, ...], teacher: st
     rows = [row for rows in everything for row in rows]
     path = ROOT / "docs" / "results" / f"{name}.json"
     document: Document = {"rows": rows, "settings": experiment.settings, "seeds": SEEDS, "environment": environment}
+    document["test_groups"] = files.read_json(out / "test_groups.json")
     if teacher is not None:
         document = files.read_json(path)
         kept = [row for row in document["rows"] if row["teacher"] != teacher]
         renewed = {**document.get("renewed", {}), teacher: environment}
+        document["test_groups"] = files.read_json(out / "test_groups.json")
         document |= {"rows": kept + rows, "settings": experiment.settings, "renewed": renewed}
     files.write_json(path, document)
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from debiaskd.cli import discover as cli_discover
 from debiaskd.cli import prepare as cli_prepare
 from debiaskd.cli import train as cli_train
 from debiaskd.cli.arguments import Parser, UsageError, parse
@@ -107,6 +108,7 @@ def _parser() -> Parser:
     )
 
     cli_train.add(commands)
+    cli_discover.add(commands)
     cli_prepare.add(commands)
 
     commands.add_parser("doctor", help="which backend runs each op here, and why not the others")
@@ -186,6 +188,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         print("\n".join(cli_train.evaluate(options)))
 
 
+def _discover(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    with _usage_errors():
+        lines = cli_discover.discover(options, options.overrides, lambda: _progress(Console(stderr=True)))
+    print("\n".join(lines))
+
+
 def _explain(options: argparse.Namespace) -> None:
     with _usage_errors():
         print("\n".join(cli_train.explain(options)))
@@ -255,6 +265,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "quickstart": _quickstart,
     "train": _train,
     "evaluate": _evaluate,
+    "discover": _discover,
     "explain": _explain,
     "report": _report,
     "prepare": _prepare,

@@ -48,6 +48,12 @@ def add(commands: Any) -> None:
         "--data", metavar="DIR", help="other prepared pictures of the same classes, or where the run's own lie now"
     )
     evaluate.add_argument(
+        "--faithfulness",
+        type=int,
+        metavar="IMAGES",
+        help="also measure on so many images whether maps name the pixels that the class's probability depends on",
+    )
+    evaluate.add_argument(
         "--probe",
         metavar="DATA",
         help="instead: fit a linear classifier for these prepared pictures on the frozen features",
@@ -139,13 +145,20 @@ def evaluate(options: argparse.Namespace) -> list[str]:
         as `train`.
     """
     from debiaskd.evaluation.evaluate import evaluate_run
+    from debiaskd.recipe import RecipeError
     from debiaskd.training.validation import COUNTS, HEADINGS
 
     if options.probe is not None:
         return _probe(options)
-    document, path = evaluate_run(options.run, options.stage, options.split, options.data)
+    if options.faithfulness is not None and options.faithfulness < 1:
+        raise RecipeError(f"--faithfulness: must be a number of images >= 1, got {options.faithfulness}")
+    document, path = evaluate_run(
+        options.run, options.stage, options.split, options.data, faithful=options.faithfulness
+    )
     figures, headings = document["figures"], dict([*HEADINGS, *COUNTS])
     headings |= {f"group_{g}_accuracy": name for g, name in enumerate(document["groups"])}
+    headings |= {f"environment_{g}_accuracy": name for g, name in enumerate(document["groups"])}
+    headings |= {f"group_{g}_ece": f"ECE, {name}" for g, name in enumerate(document["groups"])}
     epoch = "" if document["epoch"] is None else f", epoch {document['epoch'] + 1}"
     where = document["split"] + ("" if options.data is None else f" of {options.data}")
     lines = [f"{options.stage} of {options.run}{epoch}, on {where} ({document['pictures']} pictures)"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,9 @@ def image_names(whole: PackedDataset) -> list[str]:
     Where that folder held one folder for each split, the path begins with the split's folder; where it is not there any
     more, with the split's name.
 
-    Raises:
-        DataError: two images have the same path.
+    Where images are drawn and not files, two may have the same path: the second is "path (2)".
     """
-    paths = whole.paths()
-    twice = [name for name, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise DataError(f"{whole.path / whole.split}: two images have the same path, {twice[0]!r}")
+    paths = _numbered(whole.paths())
     source = manifest.read(whole.path)["source"]
     root, prefix = Path(source["path"]), f"{whole.split}/"
     if source["kind"] == "folder" and root.is_dir() and paths:
@@ -37,6 +34,16 @@ def image_names(whole: PackedDataset) -> list[str]:
             folders = sorted(entry.name for entry in root.iterdir() if split_name(entry.name) == whole.split)
             prefix = next((f"{name}/" for name in folders if (root / name / paths[0]).is_file()), prefix)
     return [prefix + path for path in paths]
+
+
+def _numbered(paths: Sequence[str]) -> list[str]:
+    """Paths that occur again with their number behind them."""
+    seen: Counter[str] = Counter()
+    found = []
+    for path in paths:
+        seen[path] += 1
+        found.append(path if seen[path] == 1 else f"{path} ({seen[path]})")
+    return found
 
 
 def read_groups(whole: PackedDataset, file: Path) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -69,7 +76,7 @@ def read_groups(whole: PackedDataset, file: Path) -> tuple[Tensor | None, tuple[
     if len(biases) < 2:
         raise DataError(f"{file}: must have two biases or more, got {', '.join(biases) or 'no rows'}")
     names = tuple(f"{label}, {bias}" for label in whole.classes for bias in biases)
-    below = whole.paths()
+    below = _numbered(whole.paths())
     for paths in (image_names(whole), [f"{whole.split}/{path}" for path in below], below):
         missing = [path for path in paths if path not in known]
         if len(missing) == len(paths):

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiaskd.bias import are_found
 from debiaskd.data import DataError
+from debiaskd.evaluation.trust import faithfulness, first_of_each, trusted, write_judged
 from debiaskd.models.registry import load_weights
 from debiaskd.recipe import Network, RecipeError
 from debiaskd.terms import Ranks
@@ -21,12 +23,12 @@ from debiaskd.training.batches import Split, SplitLoader, open_split
 from debiaskd.training.fabric import autocast
 from debiaskd.training.rebuild import design_of_stage
 from debiaskd.training.run import STAGE, RunError, Stage, data_fingerprint, digest, finished, open_run
-from debiaskd.training.validation import Evaluator, attribution_options, has_boxes
+from debiaskd.training.validation import Evaluator, Judged, attribution_options, has_boxes
 from debiaskd.utils import files
 from debiaskd.version import __version__
 
 #: Counts up when what a figure means changes, so that reports measure anew.
-FIGURES = 2
+FIGURES = 3
 #: Of the IoU where validation gave none, as in the public code of Rao et al. 2023.
 THRESHOLD = 0.5
 
@@ -113,16 +115,23 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def evaluate_run(folder: Path, stage: str, split: str | None, data: str | None) -> tuple[dict[str, Any], Path]:
+def evaluate_run(
+    folder: Path, stage: str, split: str | None, data: str | None, *, faithful: int | None = None
+) -> tuple[dict[str, Any], Path]:
     """(figures and what they are of, the file that holds them).
+
+    Args:
+        folder, stage: of the run.
+        split, data: that it is measured on; None: the recipe's.
+        faithful: on so many images, whether its maps are faithful (`debiaskd.metrics.deletion`); None: not measured.
 
     Raises:
         RunError, RecipeError, DataError, NetworkError: as their names say.
     """
     loaded = LoadedStage(folder, stage, data)
     evaluated = StageEvaluation(loaded, evaluation_split(loaded, split))
-    document = evaluated.measure()
-    files.write_json(evaluated.path, document)
+    document = evaluated.measure(faithful=faithful)
+    evaluated.write(document)
     return document, evaluated.path
 
 
@@ -181,6 +190,8 @@ class StageEvaluation:
 
     def __init__(self, loaded: LoadedStage, split: Split, threshold: float | None = None) -> None:
         self.loaded, self.split = loaded, split
+        #: What the model made of each image, once it is measured.
+        self.judged: Judged | None = None
         self.guide = attribution_options(loaded.recipe, loaded.name)
         # Not the best on this split: that would be to choose by what is measured.
         figures = loaded.stage.facts.get("figures", {"iou_threshold": None})
@@ -228,13 +239,41 @@ class StageEvaluation:
                     return figures["iou_threshold"]
         return THRESHOLD
 
-    def measure(self) -> dict[str, Any]:
-        """The figures, and what they are of."""
+    @property
+    def images(self) -> Path:
+        """The file beside `path` of what the model made of each image: `debiaskd.evaluation.trust.read_judged`."""
+        return self.path.with_suffix(".safetensors")
+
+    def write(self, document: dict[str, Any]) -> None:
+        """Write what `measure` gave, and what it is made of.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.judged is not None:
+            write_judged(self.images, self.judged)
+        files.write_json(self.path, document)
+
+    def measure(self, *, faithful: int | None = None) -> dict[str, Any]:
+        """The figures, and what they are of.
+
+        Args:
+            faithful: images that the faithfulness of maps is measured on; None: it is not.
+        """
         loaded = self.loaded
         loader = loaded.loader(self.split)
         groups = None if self.split.groups is None else _training_groups(loaded, self.split.whole.groups, self.data)
         threshold = self._best_threshold() if self.threshold is None and has_boxes(self.split) else self.threshold
-        figures = Evaluator(loader, groups, self.guide, threshold, autocast=self.autocast)(loaded.model)
+        evaluation = Evaluator(loader, groups, self.guide, threshold, autocast=self.autocast)
+        figures = evaluation(loaded.model)
+        self.judged, found = evaluation.judged, are_found(self.split.whole.groups)
+        if self.judged is not None:
+            figures |= trusted(self.judged, found=found)
+        if faithful is not None:
+            if self.split.whole.multi_label:
+                raise RecipeError("--faithfulness: needs one class an image, here it may be several")
+            few = loaded.loader(first_of_each(self.split, faithful), 16)
+            figures |= faithfulness(loaded.model, few, self.guide)
         return {
             "run": str(loaded.folder),
             "stage": loaded.name,
@@ -244,6 +283,8 @@ class StageEvaluation:
             "split": self.split.name,
             "pictures": len(self.split),
             "groups": list(self.split.whole.groups),
+            "groups_are": None if self.split.groups is None else "found" if found else "known",
+            "images": None if self.judged is None else self.images.name,
             "fingerprint": self.fingerprint,
             "figures": {key: value if value == value else None for key, value in figures.items()},
         }

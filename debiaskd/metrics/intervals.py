@@ -85,8 +85,11 @@ def paired_difference(
     incorrectly, do not widen the interval within a group, so that a difference can be certain although neither accuracy
     is. If the interval lies above 0, the first method is better at this confidence level.
 
+    Of several trained models of a method (seeds), the mean of their worst-group accuracies is compared. The models are
+    held fixed, and the images are drawn: the interval says nothing of what another seed would give.
+
     Args:
-        first, second: bool [N], whether each method predicts each image correctly.
+        first, second: bool [N], whether each method predicts each image correctly; or [S,N] of S models, S may differ.
         groups, level, resamples, seed: as `worst_group_interval`.
 
     Example:
@@ -98,23 +101,32 @@ def paired_difference(
         >>> round(found.value, 2), found.low > 0
         (0.1, True)
     """
-    check_correct(second)
-    checks.shape("second", second, "[N]", [len(checks.tensor("first", first))])
-    tables = _tables(groups, first, second)
+    models = []
+    for name, correct in (("first", first), ("second", second)):
+        rows = checks.tensor(name, correct)
+        rows = rows[None] if rows.dim() == 1 else rows
+        checks.rank(name, rows, "[S,N]")
+        if not len(rows):
+            raise ValueError(f"{name} must be of one model or more, got none")
+        models.append(rows)
+    checks.shape("second", models[1][0], "[N]", [models[0].shape[1]])
+    tables = _tables(groups, *models[0], *models[1])
     _options(level, resamples)
     counts = np.array([len(of_group) for of_group in tables])
     random = np.random.default_rng(seed)
-    # Per group: both right, only the first, only the second, neither.
-    drawn = []
-    values = []
+    drawn, values = [], []
     for of_group in tables:
-        kinds = np.bincount(of_group @ np.array([2, 1]), minlength=4) / len(of_group)
-        values.append((kinds[3] + kinds[2], kinds[3] + kinds[1]))
-        shares = random.multinomial(len(of_group), kinds, size=resamples) / len(of_group)
-        drawn.append(np.stack([shares[:, 3] + shares[:, 2], shares[:, 3] + shares[:, 1]], 1))
-    worst = np.stack(drawn).min(0)
-    value = np.array(values).min(0)
-    return _interval(value[0] - value[1], worst[:, 0] - worst[:, 1], level, counts)
+        # Images that the same models get right are alike: a resample is a multinomial draw of such kinds.
+        kinds, images = np.unique(of_group, axis=0, return_counts=True)
+        shares = random.multinomial(len(of_group), images / len(of_group), size=resamples) / len(of_group)
+        drawn.append(shares @ kinds)
+        values.append(of_group.mean(0))
+
+    def difference(worst: NDArray[np.float64]) -> NDArray[np.float64]:
+        apart: NDArray[np.float64] = worst[..., : len(models[0])].mean(-1) - worst[..., len(models[0]) :].mean(-1)
+        return apart
+
+    return _interval(float(difference(np.array(values).min(0))), difference(np.stack(drawn).min(0)), level, counts)
 
 
 def _tables(groups: Tensor, *correct: Tensor) -> list[NDArray[np.int64]]:

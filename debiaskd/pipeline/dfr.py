@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiaskd.training.split_parts import divided
+
 #: Inverse strengths of the L1 penalty that are tried, and balanced draws whose fits are averaged.
 STRENGTHS, DRAWS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), 20
 #: Pictures of a group that both halves can have one of.
@@ -156,19 +158,7 @@ def refit(
 
 def halves(groups: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Numbers of two halves of each group, at random; the first has the larger of uneven ones."""
-    return parts(groups, 0.5, generator)
-
-
-def parts(groups: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Numbers of a share of each group, rounded up, at random, and of the rest."""
-    taken, left = [], []
-    for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        count = -int(-len(members) * share // 1)
-        taken.append(members[:count])
-        left.append(members[count:])
-    return torch.cat(taken).sort().values, torch.cat(left).sort().values
+    return divided(groups, 0.5, generator)
 
 
 def balanced(groups: Tensor, generator: torch.Generator) -> Tensor:

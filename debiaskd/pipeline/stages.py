@@ -15,13 +15,15 @@ from debiaskd.models.registry import load_weights, weights_hash
 from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed
-from debiaskd.pipeline.teachers import check_dfr, last_layer, student_selection, teacher_terms, trained_teacher
+from debiaskd.pipeline.last_layer import last_layer
+from debiaskd.pipeline.refits import check_refit, refitted
+from debiaskd.pipeline.teachers import check_dfr, student_selection, teacher_terms, trained_teacher
 from debiaskd.pipeline.weights import read_weights, sample_weights
-from debiaskd.recipe import Recipe, Teacher
+from debiaskd.recipe import REFITS, Recipe, RefitOptions, Teacher
 from debiaskd.terms import SupervisedOptions, TermOptions
 from debiaskd.training.fit import Trainer
 from debiaskd.training.head_weights import check as check_probe
-from debiaskd.training.rebuild import frozen, observed, transplanted
+from debiaskd.training.rebuild import BEFORE_REFIT, frozen, observed, transplanted
 from debiaskd.training.run import STAGE, ProgressCallback, Run, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief_schedule
 from debiaskd.training.shared_stages import SharedStages
@@ -82,7 +84,10 @@ class Pipeline(StageContext):
             source = self.trainer.network(recipe.teacher, "teacher")
             if recipe.teacher.method == "dfr":
                 check_dfr(self.trainer, recipe.teacher, begun=begun)
-                last_layer(self.trainer, recipe.teacher, source)
+                last_layer(self.trainer, recipe.teacher, source, "teacher.method: dfr")
+            if recipe.teacher.method in REFITS:
+                refit = recipe.teacher.refit or RefitOptions()
+                check_refit(self, recipe.teacher, source, refit, recipe.teacher.method, "teacher.method")
             if recipe.teacher.schedule is not None:
                 self.trainer.dry_run(
                     copy.deepcopy(source),
@@ -103,6 +108,8 @@ class Pipeline(StageContext):
         if recipe.weights is not None and recipe.weights.method == "errors" and recipe.transplant is not None:
             plain = copy.deepcopy(self.student_network)
             self.trainer.dry_run(plain, labels, brief_schedule(recipe.schedule, recipe.weights.epochs), run=run)
+        if recipe.refit is not None:
+            check_refit(self, recipe.student, model, recipe.refit, recipe.refit.method, "refit")
         taught = None if teacher is None else LiveTeacher(teacher)
         self.trainer.dry_run(model, self._terms(), recipe.schedule, teacher=taught, run=run)
 
@@ -183,7 +190,10 @@ class Pipeline(StageContext):
                 facts["selection"] += ": the validation pictures fitted the teacher's last layer"
             return facts
 
-        return self.run.stage("student", inputs, make)
+        if recipe.refit is None:
+            return self.run.stage("student", inputs, make)
+        stage, refit = self.run.stage(BEFORE_REFIT, inputs, make), recipe.refit
+        return refitted(self, "student", recipe.student, refit.method, refit, stage, lambda: model, recipe.schedule)
 
     def _teacher_outputs(
         self, teacher: FrozenTeacher | FrozenExtractor, options: Teacher, fingerprint: str, parts: tuple[str, ...]

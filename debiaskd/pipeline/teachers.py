@@ -1,4 +1,4 @@
-"""Debiased teachers that are trained here: erm, balanced, group_dro, jtt, dfr.
+"""Debiased teachers that are trained here: erm, balanced, group_dro, jtt, dfr, and those of `debiaskd.pipeline.refits`.
 
 `dfr` is debiased in its last layer alone, its features stay what the labels made of them: the layer is fitted anew on
 validation pictures, with as many of each group (`debiaskd.pipeline.dfr`). What fitted it says too much good of students
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from debiaskd.models.registry import load_weights, save_weights
 from debiaskd.pipeline.context import StageContext
-from debiaskd.pipeline.dfr import DRAWS, Scale, parts, refit, too_small
+from debiaskd.pipeline.dfr import DRAWS, Scale, refit, too_small
 from debiaskd.pipeline.identification import train_identification
-from debiaskd.recipe import RecipeError, Teacher
+from debiaskd.pipeline.last_layer import last_layer
+from debiaskd.pipeline.refits import halves, held_out, refitted
+from debiaskd.recipe import REFITS, RecipeError, RefitOptions, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
 from debiaskd.training.batches import Split
@@ -26,6 +28,7 @@ from debiaskd.training.feature_extraction import iterate_outputs
 from debiaskd.training.fit import Trainer
 from debiaskd.training.run import Stage
 from debiaskd.training.schedule import brief_schedule
+from debiaskd.training.split_parts import divided
 from debiaskd.utils import files
 
 
@@ -58,9 +61,14 @@ def trained_teacher(context: StageContext, options: Teacher) -> Stage:
         def weight() -> Tensor:
             return context.scatter_weights(error_weights(correct(), up))
 
-    name = "teacher-erm" if options.method == "dfr" else "teacher"
-    if options.method == "dfr":
+    plain = options.method == "dfr" or options.method in REFITS
+    name = "teacher-erm" if plain else "teacher"
+    training = context.trainer.train
+    if plain:
         inputs["teacher"]["method"] = "erm"  # which it is so far
+    if options.method in REFITS:
+        training, held = held_out(context, options.refit or RefitOptions(), options.method)
+        inputs["teacher"]["refit"], inputs["held out"] = None, 0 if held is None else len(held)
 
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         return context.trainer.fit(
@@ -73,9 +81,21 @@ def trained_teacher(context: StageContext, options: Teacher) -> Stage:
             weight=None if weight is None else weight(),
             sampling=sampling,
             network=options,
+            training=training,
         )
 
     stage = context.run.stage(name, inputs, make)
+    if options.method in REFITS:
+        return refitted(
+            context,
+            "teacher",
+            options,
+            options.method,
+            options.refit or RefitOptions(),
+            stage,
+            lambda: context.trainer.network(options, "teacher"),
+            schedule,
+        )
     return stage if options.method != "dfr" else _refitted(context, options, stage)
 
 
@@ -83,7 +103,7 @@ def _refitted(context: StageContext, options: Teacher, erm: Stage) -> Stage:
     def make(folder: Path, fingerprint: str) -> dict[str, Any]:
         model = context.trainer.network(options, "teacher").to(context.fabric.device).eval()
         load_weights(model, erm.model)
-        facts = _refit(context, options, model, last_layer(context.trainer, options, model))
+        facts = _refit(context, options, model, last_layer(context.trainer, options, model, "teacher.method: dfr"))
         if context.fabric.is_global_zero:
             about = context.trainer.about("teacher", options)
             files.write(folder / "model.safetensors", lambda path: save_weights(model, path, about))
@@ -94,40 +114,6 @@ def _refitted(context: StageContext, options: Teacher, erm: Stage) -> Stage:
     # As it was before there were shares: a run that was begun then goes on with the teacher that it has.
     older = {"erm": erm.fingerprint, "method": "dfr", "fits": 10}
     return context.run.stage("teacher", inputs, make, older=older)
-
-
-def last_layer(trainer: Trainer, options: Teacher, model: nn.Module) -> nn.Linear | nn.Conv2d:
-    """The layer that dfr fits.
-
-    Raises:
-        RecipeError: the network ends in something else than one linear layer of pooled features.
-    """
-    at = trainer.feature_layers(model, options, ("pooled",))
-    found = [model.get_submodule(name) for name in at.readers]
-    layer = found[0] if len(found) == 1 else None
-    linear = type(layer) is nn.Linear and layer.in_features == at.pooled_width
-    linear |= type(layer) is nn.Conv2d and layer.groups == 1 and layer.weight[0].numel() == at.pooled_width
-    if isinstance(layer, (nn.Linear, nn.Conv2d)) and linear and _gives_logits(model, layer, trainer.example(options)):
-        return layer
-    kinds = ", ".join(f"{name} ({type(module).__name__})" for name, module in zip(at.readers, found))
-    raise RecipeError(
-        "teacher.method: dfr fits anew one linear layer, or 1×1 convolution, of pooled features, whose output must be "
-        f"the logits; {options.name} computes them otherwise from {kinds}"
-    )
-
-
-def _gives_logits(model: nn.Module, layer: nn.Module, example: Tensor) -> bool:
-    """Whether a layer's output is the model's, and nothing is added to it or averaged with it."""
-    caught: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, arguments, output: caught.append(output.flatten(1)))
-    mode = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(example.to(next(model.parameters()).device))
-    finally:
-        handle.remove()
-        model.train(mode)
-    return len(caught) == 1 and caught[0].shape == logits.shape and torch.allclose(caught[0], logits)
 
 
 def _refit(
@@ -181,14 +167,14 @@ def shares(trainer: Trainer, options: Teacher) -> tuple[Tensor, Tensor]:
     groups = trainer.validation.groups
     assert groups is not None
     generator = torch.Generator().manual_seed(trainer.recipe.data.seed)
-    return parts(groups, options.validation_share or 1.0, generator)
+    return divided(groups, options.validation_share or 1.0, generator)
 
 
 def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> None:
     """Refuse what dfr cannot do with the validation pictures, before hours of training.
 
     Args:
-        fitting, options: of the recipe.
+        trainer, options: of the recipe.
         begun: the run was begun before; how it selects the student's epoch is not asked again.
 
     Raises:
@@ -223,6 +209,8 @@ def student_selection(trainer: Trainer) -> dict[str, Any]:
     Empty where validation fitted nothing.
     """
     recipe = trainer.recipe
+    if recipe.teacher is not None and recipe.teacher.method == "evals":
+        return {"validation": trainer.validation.part(halves(trainer)[1])}
     if recipe.teacher is None or recipe.teacher.method != "dfr" or recipe.selection.reuse:
         return {}
     if recipe.teacher.validation_share is not None:

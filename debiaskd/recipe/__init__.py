@@ -1,6 +1,6 @@
 """Recipes: YAML files that say what a run is, typed by dataclasses, checked before anything is loaded."""
 
-from debiaskd.recipe.bias_options import Discovery
+from debiaskd.recipe.bias_options import REFITS, Discovery, Refit, RefitOptions
 from debiaskd.recipe.checking import check
 from debiaskd.recipe.compute_options import Compute
 from debiaskd.recipe.options import (
@@ -18,6 +18,7 @@ from debiaskd.recipe.options import (
 from debiaskd.recipe.reading import RecipeError, names, read, to_dict
 
 __all__ = [
+    "REFITS",
     "Compute",
     "Data",
     "Discovery",
@@ -25,6 +26,8 @@ __all__ = [
     "Network",
     "Recipe",
     "RecipeError",
+    "Refit",
+    "RefitOptions",
     "Schedule",
     "Selection",
     "Teacher",

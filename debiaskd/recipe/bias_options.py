@@ -1,4 +1,4 @@
-"""What a recipe can say where the bias is not annotated: how groups are found."""
+"""What a recipe can say where the bias is not annotated: how groups are found, and how last layers are fitted anew."""
 
 from __future__ import annotations
 
@@ -30,3 +30,45 @@ class Discovery:
     def clusters(self) -> int:
         """Groups in a class at most."""
         return 2 if self.method == "environments" else self.most or 4
+
+
+#: Methods that fit a last layer anew without annotation of the bias.
+REFITS = ("afr", "self", "class_balanced", "evals")
+
+
+@dataclass
+class RefitOptions:
+    """How a last layer is fitted anew. What is left out of gamma, pull and count is chosen on validation, by the worst
+    known group where the recipe selects by that, else by the worst environment.
+
+    Args:
+        holdout: share of each class's training images that the network's training never sees, and that the layer is
+            fitted to; 0.2 if it is left out. Not for evals, which fits it to half of validation.
+        gamma: for afr: how much more images weigh that the network is unsure of.
+        pull: towards the old layer; for evals, strength of the L1 penalty.
+        count: images that the layer is fitted to: for self in all, for evals of each class on either side.
+        early: for self: epochs of the briefly trained network that the final one is compared with; 1 if it is left out.
+    """
+
+    holdout: float | None = None
+    gamma: float | None = None
+    pull: float | None = None
+    count: int | None = None
+    early: int | None = None
+
+    @property
+    def share(self) -> float:
+        """Of each class's training images, those that are held out."""
+        return 0.2 if self.holdout is None else self.holdout
+
+
+@dataclass
+class Refit(RefitOptions):
+    """The student's last layer fitted anew once it is trained, without annotation of the bias. The held-out images are
+    seen by no training of the recipe.
+
+    Args:
+        method: see the teacher's.
+    """
+
+    method: Literal["afr", "self", "class_balanced", "evals"] = "afr"

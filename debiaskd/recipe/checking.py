@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from debiaskd.models.input import inverse_added
+from debiaskd.recipe.bias_options import REFITS, RefitOptions
 from debiaskd.recipe.options import Input, Network, Recipe, Schedule, Teacher
 from debiaskd.terms import TermOptions
 
@@ -37,6 +38,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _teacher(recipe)
     yield from _weights(recipe)
     yield from _discovery(recipe)
+    yield from _refits(recipe)
     if recipe.selection.attributions is False and recipe.selection.rule == "pareto":
         yield "selection.attributions: rule pareto compares EPG and IoU, which are made of them; got False"
     yield from _network("student", recipe.student)
@@ -208,6 +210,36 @@ def _discovery(recipe: Recipe) -> Iterator[str]:
             yield f"discovery.{key}: must be >= {least}, got {value}"
         if value is not None and key != "epochs" and options.method != "clusters":
             yield f"discovery.{key}: only for method clusters, got {options.method}"
+
+
+def _refits(recipe: Recipe) -> Iterator[str]:
+    teacher, student = recipe.teacher, recipe.refit
+    if teacher is not None and teacher.refit is not None:
+        if teacher.method not in REFITS:
+            yield f"teacher.refit: only for methods {', '.join(REFITS)}, got {teacher.method}"
+        yield from _refit("teacher.refit", teacher.refit, teacher.method)
+        held = None if student is None or student.method == "evals" else student.holdout
+        if student is not None and student.method != "evals" and teacher.refit.holdout not in (None, held):
+            yield f"teacher.refit.holdout: the student's refit holds out the same, {held}, got {teacher.refit.holdout}"
+    if student is not None:
+        yield from _refit("refit", student, student.method)
+        if recipe.terms.backdoor is not None:
+            yield "refit: not with terms.backdoor, whose student has two last layers"
+
+
+def _refit(name: str, options: RefitOptions, method: str) -> Iterator[str]:
+    users = {"holdout": REFITS[:3], "gamma": ("afr",), "count": ("self", "evals"), "early": ("self",)}
+    for key, methods in users.items():
+        if getattr(options, key) is not None and method in REFITS and method not in methods:
+            yield f"{name}.{key}: only for {', '.join(methods)}, got {method}"
+    if not 0 < options.share < 1:
+        yield f"{name}.holdout: must lie in (0, 1), got {options.share}"
+    yield from _number(f"{name}.gamma", options.gamma, zero=True)
+    yield from _number(f"{name}.pull", options.pull)
+    for key in ("count", "early"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            yield f"{name}.{key}: must be >= 1, got {value}"
 
 
 def _network(name: str, network: Network) -> Iterator[str]:

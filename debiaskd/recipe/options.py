@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from debiaskd.recipe.bias_options import Discovery
+from debiaskd.recipe.bias_options import Discovery, Refit, RefitOptions
 from debiaskd.recipe.compute_options import Compute
 from debiaskd.terms import (
     TERMS,
@@ -160,7 +160,11 @@ class Teacher(Network):
     Args:
         method: "checkpoint": it is given by `weights` or `pretrained`. Trained here on the labels: "erm" plainly;
             "balanced" with its groups drawn alike; "group_dro", which draws them alike, too; "jtt",
-            which needs `up`; "dfr", erm with its last layer fitted anew on validation pictures, groups alike.
+            which needs `up`; "dfr", erm with its last layer fitted anew on validation pictures, groups alike. Without
+            annotation of the bias, erm on a part of the training images with its last layer fitted anew: "afr" on the
+            others, weighted by how unsure it is of them; "self" on those of the others that it and a briefly trained
+            network differ on most; "class_balanced" on the others, classes alike; "evals", trained on all, on the
+            validation images of the highest and lowest losses.
         schedule: of its training.
         up: weight of a briefly trained model's mistakes, for jtt.
         identification_epochs: of that model, for jtt.
@@ -172,18 +176,22 @@ class Teacher(Network):
         validation_share: for dfr: the share of each group's validation pictures that the last layer is fitted on; the
             others select the student's epoch. Left out, all of them fit it, and the student's last epoch is kept,
             unless `selection.reuse`.
+        refit: for afr, self, class_balanced and evals.
         cache: what it says of the training pictures is computed once and kept on disk, as "fp32" or "bf16"; computed
             in every step if it is left out.
         views: with a cache, the fixed augmentations of each picture, taken in turns; 1 if it is left out.
     """
 
-    method: Literal["checkpoint", "erm", "balanced", "group_dro", "jtt", "dfr"] = "checkpoint"
+    method: Literal[
+        "checkpoint", "erm", "balanced", "group_dro", "jtt", "dfr", "afr", "self", "class_balanced", "evals"
+    ] = "checkpoint"
     schedule: Schedule | None = None
     up: float | None = None
     identification_epochs: int | None = None
     step_size: float | None = None
     probe: Literal["plain", "groups", "weights"] | None = None
     validation_share: float | None = None
+    refit: RefitOptions | None = None
     cache: Literal["fp32", "bf16"] | None = None
     views: int | None = None
 
@@ -299,6 +307,7 @@ class Recipe:
     discovery: Discovery | None = None
     weights: Weights | None = None
     pretraining: Schedule | None = None
+    refit: Refit | None = None
     selection: Selection = field(default_factory=Selection)
     compute: Compute = field(default_factory=Compute)
     seed: int = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from debiaskd.attribution.heat_map import heat_map
 from debiaskd.boxes import Boxes
 from debiaskd.evaluation.evaluate import LoadedStage, StageEvaluation, evaluation_split
+from debiaskd.evaluation.trust import read_judged
 from debiaskd.metrics import energy_in_box
 from debiaskd.models.heads import count_parameters
 from debiaskd.ops.ignore import of_class
@@ -22,7 +23,7 @@ from debiaskd.terms import GuideOptions, make_guide
 from debiaskd.training.batches import InputTransform, Split
 from debiaskd.training.logs import read_table
 from debiaskd.training.run import RunError, data_fingerprint, decisive, digest, open_run
-from debiaskd.utils import files
+from debiaskd.training.validation import Judged
 
 #: Pictures that are shown, and how wide they are at most.
 SHOWN, SIDE = 8, 160
@@ -71,6 +72,7 @@ class Measured:
         parameters: of the model.
         looked_at: layer and attribution, in words.
         steps, epochs: rows of log.csv and of epochs.csv.
+        judged: what the student makes of each image; None where that is not known.
         examples, looks: pictures, and what the student makes of each.
     """
 
@@ -90,6 +92,7 @@ class Measured:
     epochs: list[dict[str, float | None]]
     examples: list[Example]
     looks: list[Look]
+    judged: Judged | None = None
 
     @property
     def epoch(self) -> int:
@@ -125,10 +128,12 @@ def measure(
     pictures = evaluation_split(loaded, split)
     evaluated = StageEvaluation(loaded, pictures, threshold)
     document = evaluated.found()
+    judged = None if document is None else read_judged(evaluated.images)
     if document is None:
         document = evaluated.measure()
+        judged = evaluated.judged
         with suppress(OSError):  # of a run that may only be read there can still be a report
-            files.write_json(evaluated.path, document)
+            evaluated.write(document)
     recipe, inputs = open_run(folder), loaded.stage.inputs
     settings = decisive(to_dict(recipe))
     seed = settings.pop("seed")
@@ -157,6 +162,7 @@ def measure(
         epochs=epochs,
         examples=examples,
         looks=looks(loaded, pictures, evaluated.guide, examples),
+        judged=judged,
     )
 
 

@@ -9,6 +9,7 @@ from itertools import takewhile
 
 from debiaskd.reports.differences import ABSENT, Difference, differences
 from debiaskd.reports.measured import Measured
+from debiaskd.reports.paired import comparisons
 from debiaskd.reports.summary import Summary
 from debiaskd.training.run import digest
 from debiaskd.training.validation import COUNTS, HEADINGS
@@ -16,7 +17,19 @@ from debiaskd.training.validation import COUNTS, HEADINGS
 #: Figures for readers in a hurry, the most telling first.
 LEADING = ("worst_group_accuracy", "f1", "accuracy")
 #: Figures of the table of every run alone.
-DETAILS = ("epg_defined", "epg_small", "epg_middle", "epg_large")
+DETAILS = (
+    "epg_defined",
+    "epg_small",
+    "epg_middle",
+    "epg_large",
+    "worst_group_low",
+    "worst_group_high",
+    "worst_group_ece",
+    "deletion",
+    "deletion_random",
+)
+#: Figures of which less is better.
+LOWER = ("ece",)
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Section:
         looks: attributions in words, and the entries that they are of.
         best: for each column where more is better and entries compare, those that have most.
         counts: (heading, number) of what figures are of, such as the classes in the mAP.
+        comparisons: of entries on the same images, by their worst groups.
         energy, spread: whether there are attributions in boxes; entries of several seeds.
         compare: whether all runs were validated on the same pictures.
     """
@@ -105,6 +119,7 @@ class Section:
         for entry in self.entries:
             self.looks.setdefault(entry.runs[0].looked_at, []).append(entry.name)
         self.best = self._best()
+        self.comparisons = comparisons([(one.name, [run.judged for run in one.runs]) for one in self.entries])
         self.spread = any(len(entry.runs) > 1 for entry in self.entries)
 
     def _columns(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]:
@@ -117,7 +132,8 @@ class Section:
         for key, _, _ in self.columns[:-1] if len(self.entries) > 1 else ():
             means = {one.name: one.summary.figures[key].mean for one in self.entries if key in one.summary.figures}
             if means and key not in differing:
-                found[key] = [name for name, mean in means.items() if mean == max(means.values())]
+                best = (min if key in LOWER else max)(means.values())
+                found[key] = [name for name, mean in means.items() if mean == best]
         return found
 
     @property
@@ -130,6 +146,17 @@ class Section:
         top = max(have, key=lambda entry: entry.summary.figures[key].mean)
         first = f"{heading.removesuffix(' %')} on {self.split}: {top.name}, {top.summary.figures[key].text(1)} %"
         return first[0].upper() + first[1:] + (f", the highest of {len(self.entries)}" if len(self.entries) > 1 else "")
+
+    @property
+    def interval(self) -> str:
+        """The 95 % intervals of the worst groups, in words; "" where they are not known."""
+        told = []
+        for entry in self.entries:
+            ends = [entry.summary.figures.get(f"worst_group_{end}") for end in ("low", "high")]
+            if None not in ends:
+                low, high = (end.mean for end in ends if end is not None)
+                told.append(f"{entry.name} {low:.1f} to {high:.1f}")
+        return "; ".join(told)
 
     def told(self, entry: Entry) -> list[str]:
         """What an entry's recipe has that others do not."""

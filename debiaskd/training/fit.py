@@ -29,7 +29,7 @@ from debiaskd.training.loop import Plan, TrainingLoop
 from debiaskd.training.rebuild import starting_network
 from debiaskd.training.run import ProgressCallback
 from debiaskd.training.selection import RULES, CheckpointSelector, against_worst_group
-from debiaskd.training.split_parts import check_overlap
+from debiaskd.training.split_parts import check_overlap, divided
 from debiaskd.training.teacher_outputs import TeacherOutputs
 from debiaskd.training.validation import Evaluator, attribution_options, available_metrics, has_boxes
 from debiaskd.utils import files
@@ -62,17 +62,32 @@ class Trainer:
         self.reported: set[tuple[str, str]] = set()
         self.ranks = Ranks()
         self.train = open_split(recipe.data, "train", training=True)
+        #: Training images that nothing trains on, for the student's refit.
+        self.heldout: Split | None = None
+        if recipe.refit is not None and recipe.refit.method != "evals":
+            self._hold_out(recipe.refit.share)
         self.validation = open_split(recipe.data, "validation")
         self._expect_groups()
         check_overlap(recipe, warn=self.ranks.rank == 0)
         self._check_data()
-        self._names(self._rule(guided=recipe.terms.guide is not None))
+        #: By which the student's epoch is selected.
+        self.rule = self._rule(guided=recipe.terms.guide is not None)
+        self._names(self.rule)
         self.contracts = InputContracts(recipe, self.train.whole.size)
         networks = {"student": recipe.student, "teacher": recipe.teacher}
         self.starting_networks = {
             name: None if network is None else starting_network(name, network, recipe)
             for name, network in networks.items()
         }
+
+    def _hold_out(self, share: float) -> None:
+        """Keep a share of each class's training images from every training of the recipe."""
+        if self.train.whole.multi_label:
+            raise RecipeError("refit: needs one class an image, here it may be several")
+        held, rest = divided(self.train.target, share, torch.Generator().manual_seed(self.recipe.data.seed))
+        if not len(rest):
+            raise RecipeError(f"refit.holdout: {share} of {len(self.train)} training images leaves none to train on")
+        self.heldout, self.train = self.train.part(held), self.train.part(rest)
 
     def _expect_groups(self) -> None:
         """Tell the splits which groups the recipe's discovery is going to find."""
@@ -245,15 +260,17 @@ class Trainer:
         sampling: Tensor | None = None,
         network: Network | None = None,
         validation: Split | None = None,
+        training: Split | None = None,
     ) -> dict[str, Any]:
         recipe, network = self.recipe, network or self.recipe.student
         learner = self._learner(model, terms, teacher, weight, network)
         if recipe.compute.compile:
             model.compile()
         share = self._share(schedule)
-        loader = self.loader(
-            self.train, network, training=True, batch=share, sampling=sampling, teacher_outputs=teacher
-        )
+        images = training or self.train
+        if len(images) < schedule.batch:
+            raise RecipeError(f"{name}: {schedule.batch} images a step, and it is trained on {len(images)}")
+        loader = self.loader(images, network, training=True, batch=share, sampling=sampling, teacher_outputs=teacher)
         validated = self.loader(validation or self.validation, network, training=False, batch=share)
         rule = rule or self._rule(guided="guide" in terms)
         names = self._names(rule)
@@ -276,9 +293,9 @@ class Trainer:
             every=recipe.selection.every,
             views=None if teacher is None else teacher.views,
         )
-        training = TrainingLoop(plan, self.fabric, lambda done, news: self._progress(name, done, news))
-        training.run()
-        return self._finish(folder, selector, training, rule, names)
+        loop = TrainingLoop(plan, self.fabric, lambda done, news: self._progress(name, done, news))
+        loop.run()
+        return self._finish(folder, selector, loop, rule, names)
 
     def _progress(self, stage: str, done: float, news: str) -> None:
         self.progress(stage, done, news)

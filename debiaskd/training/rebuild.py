@@ -27,6 +27,9 @@ from debiaskd.training.feature_extraction import find_feature_layers
 from debiaskd.training.run import STAGE, RunError, open_run
 from debiaskd.training.teacher_outputs import FrozenExtractor
 
+#: The stage of a student whose last layer is fitted anew, before that.
+BEFORE_REFIT = "student-before-refit"
+
 
 @dataclasses.dataclass(frozen=True)
 class Design:
@@ -181,7 +184,7 @@ def design_of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names:
         names: of the tensors in that file.
     """
     role = "teacher" if stage.startswith("teacher") and recipe.teacher is not None else "student"
-    whole = stage == "student"
+    whole = stage in ("student", BEFORE_REFIT)
     intervened = whole and recipe.terms.backdoor is not None and any(name.startswith("intervention.") for name in names)
     return Design(recipe, about, role, whole, intervened)
 

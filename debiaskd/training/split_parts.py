@@ -54,6 +54,24 @@ def numbers(part: Part, count: int, seed: int, key: str) -> Tensor:
     return order[low:high].sort().values
 
 
+def divided(groups: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Places, rising, of a share of each group, rounded up, drawn at random, and of the rest.
+
+    Args:
+        groups: int64 [N], for example the classes.
+        share: in (0, 1].
+        generator: of the draw.
+    """
+    taken, left = [], []
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = -int(-len(members) * share // 1)
+        taken.append(members[:count])
+        left.append(members[count:])
+    return torch.cat(taken).sort().values, torch.cat(left).sort().values
+
+
 def shared(data: Data, key: str, other: str) -> int:
     """How many pictures two of `data`'s keys train, validation and test have in common; opens neither.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,23 @@ def attribution_options(recipe: Recipe, stage: str) -> GuideOptions:
     return GuideOptions(layer=named or "Final")
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a model makes of the N images of a split that this process reads, in order, on the CPU.
+
+    Attributes:
+        correct: bool [N].
+        confidence: float32 [N], the probability of the predicted class.
+        groups: int64 [N], or None.
+        index: int64 [N], numbers in the prepared split.
+    """
+
+    correct: Tensor
+    confidence: Tensor
+    groups: Tensor | None
+    index: Tensor
+
+
 class Evaluator:
     """Of models on the pictures of a split.
 
@@ -64,7 +82,12 @@ class Evaluator:
         threshold: of the IoU; None: the best of a grid, as is right on validation.
         maps: compare attributions with boxes, where there are any: EPG and IoU.
         autocast: makes the context in which the model runs, of the precision that it was trained in.
+
+    Attributes:
+        judged: what the model that was evaluated last made of each image; None where images show several classes.
     """
+
+    judged: Judged | None = None
 
     def __init__(
         self,
@@ -99,6 +122,7 @@ class Evaluator:
                     found = attributions(guide, placed)
                 for one in found:
                     metrics.maps(*one)
+        self.judged = metrics.judged()
         return metrics.compute()
 
 
@@ -122,6 +146,7 @@ class _Metrics:
         split, device = loader.split, loader.device
         self.found: dict[str, Any] = {}
         self.multi_label = split.whole.multi_label
+        self.each: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self.right = torch.zeros(2, dtype=torch.float64, device=device)
         if self.multi_label:
             self.found["f1"] = MultilabelF1(split.num_classes).to(device)
@@ -145,11 +170,20 @@ class _Metrics:
             return
         correct = logits.argmax(1) == batch.target
         self.right += torch.stack([correct.double().sum(), correct.new_tensor(len(correct), dtype=torch.float64)])
+        self.each.append((correct, logits.float().softmax(1).amax(1), batch.groups, batch.index))
         if "groups" in self.found:
             self.found["groups"].update(correct, batch.groups)
         if "environments" in self.found:
             assert batch.index is not None
             self.found["environments"].update(correct, self.environments[batch.index])
+
+    def judged(self) -> Judged | None:
+        """Of all batches together; None where there is none, or where they are not numbered."""
+        if not self.each or any(index is None for *_, index in self.each):
+            return None
+        correct, confidence, groups, index = (list(column) for column in zip(*self.each))
+        known = None if groups[0] is None else torch.cat(groups).cpu()
+        return Judged(torch.cat(correct).cpu(), torch.cat(confidence).cpu(), known, torch.cat(index).cpu())
 
     def maps(self, maps: Tensor, boxes: Boxes, ignore: Boxes | None) -> None:
         self.found["epg"].update(maps, boxes, ignore)
@@ -195,6 +229,10 @@ HEADINGS: Sequence[tuple[str, str]] = (
     ("worst_group_accuracy", "worst group"),
     ("unbiased_accuracy", "unbiased"),
     ("adjusted_accuracy", "adjusted"),
+    ("worst_group_low", "worst group, lower end"),
+    ("worst_group_high", "worst group, upper end"),
+    ("ece", "ECE"),
+    ("worst_group_ece", "ECE, worst group"),
     ("worst_environment_accuracy", "worst found environment"),
     ("epg", "EPG"),
     ("epg_defined", "EPG where defined"),
@@ -202,6 +240,8 @@ HEADINGS: Sequence[tuple[str, str]] = (
     ("epg_middle", "EPG, middling boxes"),
     ("epg_large", "EPG, large boxes"),
     ("iou", "IoU"),
+    ("deletion", "deletion"),
+    ("deletion_random", "deletion at random"),
 )
 #: (what is counted, its heading): numbers of classes and of pictures that other figures are of.
 COUNTS: Sequence[tuple[str, str]] = (

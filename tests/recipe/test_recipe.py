@@ -69,7 +69,10 @@ def test_another_word_is_answered_with_our_names(tmp_path: Path, monkeypatch: py
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
-ALL = "data, student, terms, schedule, teacher, transplant, discovery, weights, pretraining, selection, compute, seed"
+ALL = (
+    "data, student, terms, schedule, teacher, transplant, discovery, weights, pretraining, refit, selection, compute, "
+    "seed"
+)
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,28 @@ def test_verdicts(monkeypatch: pytest.MonkeyPatch, ours: tuple[float, float], sa
     assert comparisons.verdicts(rows, [claim]).split("\n")[-1] == (
         f"| a is better | average accuracy %: a (dfr) − b (dfr) {said}"
     )
+
+
+def test_verdicts_rest_on_images_where_these_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    from debiaskd.evaluation.trust import to_hex
+
+    comparisons = script("comparisons", monkeypatch)
+    groups = [0] * 200 + [1] * 200
+
+    def row(method: str, seed: int, right: int) -> dict[str, Any]:
+        correct = torch.ones(400, dtype=torch.bool)
+        correct[200 + right :] = False
+        return {"method": method, "seed": seed, "worst_group_accuracy": right / 200, "correct": to_hex(correct)}
+
+    claims = [(comparisons.WORST, ("a", None), ("b", None), "a is better")]
+    sure = [row("a", 0, 150), row("b", 0, 100), row("a", 1, 160), row("b", 1, 90)]
+    table = comparisons.verdicts(sure, claims, groups)
+    assert "95 % interval" in table and table.endswith("| yes |")
+    close = [row("a", 0, 101), row("b", 0, 100), row("a", 1, 101), row("b", 1, 102)]
+    assert comparisons.verdicts(close, claims, groups).endswith("| not told apart |")
+    assert comparisons.verdicts(sure[::-1], [(claims[0][0], ("b", None), ("a", None), "b")], groups).endswith(
+        "| no, the other way round |"
+    )
+    assert comparisons.verdicts(sure, claims).endswith("| yes, in every seed |"), "without groups the seeds decide"
