@@ -78,7 +78,13 @@ class LocalizationLoss(nn.Module):
 
 
 class EnergyLoss(LocalizationLoss):
-    """`energy_loss` with its options fixed: `LocalizationLoss` of kind "energy"."""
+    """`energy_loss` with its options fixed: `LocalizationLoss` of kind "energy".
+
+    Example:
+        >>> import torch
+        >>> EnergyLoss()(torch.ones(1, 4, 4), Boxes.from_lists([[[0, 0, 2, 4]]])).item()
+        0.5
+    """
 
     def __init__(self, *, size: tuple[int, int] | None = None, reduction: str = "mean") -> None:
         super().__init__(kind="energy", size=size, reduction=reduction)

@@ -64,6 +64,12 @@ def collate(samples: Batch | Sequence[Any]) -> Batch:
 
     Raises:
         TypeError, ValueError: a sample is something else; the error names it.
+
+    Example:
+        >>> image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        >>> batch = collate([(image, 1, [[0, 0, 4, 4]]), (image, 0, None)])
+        >>> batch.target.tolist(), batch.boxes.annotated.tolist()
+        ([1, 0], [True, False])
     """
     if isinstance(samples, Batch):
         return samples

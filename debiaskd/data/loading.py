@@ -35,6 +35,11 @@ class EpochSampler(DistributedSampler[Any]):
 
     Raises:
         TypeError, ValueError: arguments out of range.
+
+    Example:
+        >>> from debiaskd.data import EpochSampler
+        >>> list(EpochSampler(range(5), shuffle=False, rank=1, world_size=2))
+        [1, 3]
     """
 
     def __init__(

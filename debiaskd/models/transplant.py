@@ -94,7 +94,7 @@ def transplant(
             the model's own, 224×224, 32×32 or 28×28 pixels, with the channels of its first convolution).
 
     Returns:
-        A `Transplanted` module: `forward_features(x)` returns the projected map, `forward_head(map)` its logits,
+        The student. `forward_features(x)` returns the projected map, `forward_head(map)` its logits,
             `forward(x)` the logits of images.
 
     Raises:
