@@ -1,57 +1,37 @@
 """A map times each channel with Triton: the gradients of channel_dot.
 
-Bytes: the values, if there are any, are read once and the result is written once.
+Bytes: the values, if there are any, are read once and the result is written once. Launches: 1.
 
-Launches: 1.
-
-Strides: anything is read in place, 16 bytes at a time where rows are dense and the tensors aligned; nothing is copied.
+The output is dense, rows of channels or of positions as in channel_dot.py, and so are the values: others are copied.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .channel_planes import (
-    FEW_PROGRAMS,
-    TILE,
-    Factor,
-    Planes,
-    is_constant,
-    lay_out,
-    place_offset,
-    power,
-    row_offset,
-    warps_for,
-)
+from .channel_dot import FEW_PROGRAMS, TILE, dense, is_constant, numbers_of, periods_of, power, warps_for
 from .launch import launch
 from .layout import multiple
-from .precision import narrow, widen
+from .precision import accumulator, narrow, widen
 
 
-@triton.jit(do_not_specialize=("rows", "length", "period", "chunks", "tiles", "steps"))
+@triton.jit(do_not_specialize=("rows", "length", "chunks", "tiles", "steps"))
 def _scale(
     values,  # None: 1
-    place,  # factors; None: 1
-    row,
+    places,  # factors [samples, length]; None: 1
+    row_factors,  # [samples, rows]; None: 1
     out,
     rows,
     length,
-    width,
-    period,
     chunks,
     tiles,
     steps,
-    CHANNEL_ROWS: tl.constexpr,
-    ALIKE: tl.constexpr,
-    LINES: tl.constexpr,
+    TOGETHER: tl.constexpr,
     VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
+    PERIODS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
@@ -59,32 +39,27 @@ def _scale(
     chunk = (tl.program_id(0) // tiles % chunks).to(tl.int64)
     sample = (tl.program_id(0) // tiles // chunks).to(tl.int64)
     cols = tile * COLS + tl.arange(0, COLS)
-    whole = multiple(length, VECTOR)
+    elements = multiple(rows.to(tl.int64) * length, VECTOR)
+    span = multiple(length.to(tl.int64) * TOGETHER, VECTOR)
     inner = tl.full([1, COLS], 1, dtype)
-    if place is not None:
-        number = cols.to(tl.int32) % period if ALIKE > 1 else cols
-        factors = place.data + (sample * place.sample + number.to(tl.int64) * place.step)
-        inner = widen(tl.load(factors, mask=cols < length, other=0), dtype)[None, :]
+    if places is not None:
+        inner = tl.load(places + (sample * length + cols % length), mask=cols < span, other=0)[None, :]
     for step in range(steps):
-        r = (chunk * steps + step) * ROWS + tl.arange(0, ROWS)
-        mask = (r < rows)[:, None] & (cols < whole)[None, :]
+        period = (chunk * steps + step) * PERIODS + tl.arange(0, PERIODS)
+        own = (period * span)[:, None] + cols[None, :]
+        mask = (cols < span)[None, :] & (own < elements)
         result = inner
-        if row is not None:
-            own = r[:, None]
-            there = own < rows
-            if ALIKE > 1:
-                own = own * ALIKE + (cols.to(tl.int32) // period).to(tl.int64)[None, :]
+        if row_factors is not None:
+            row = (period * TOGETHER)[:, None]
+            there = row < rows
+            if TOGETHER > 1:
+                row = row + (cols // length)[None, :]
                 there = mask
-            at = row.data + (sample * row.sample + own * row.step)
-            result = result * widen(tl.load(at, mask=there, other=0), dtype)
+            result = result * tl.load(row_factors + (sample * rows + row), mask=there, other=0)
         if values is not None:
-            start = sample * multiple(values.sample, VECTOR)
-            start += row_offset(values, r, width, LINES and not CHANNEL_ROWS, VECTOR)
-            at = start[:, None] + place_offset(values, cols, width, LINES and CHANNEL_ROWS, VECTOR)[None, :]
-            result = result * widen(tl.load(values.data + at, mask=mask, other=0), dtype)
+            result = result * widen(tl.load(values + (sample * elements + own), mask=mask, other=0), dtype)
         result, mask = tl.broadcast(result, mask)
-        at = out + (((sample * rows + r) * whole)[:, None] + cols[None, :])
-        tl.store(at, narrow(result, out.dtype.element_ty), mask=mask)
+        tl.store(out + (sample * elements + own), narrow(result, out.dtype.element_ty), mask=mask)
 
 
 def channel_scale(map: Tensor, values: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
@@ -93,44 +68,34 @@ def channel_scale(map: Tensor, values: Tensor, channels_last: bool, dtype: torch
     out = map.new_empty(shape, dtype=dtype)
     positions = map.shape[1] * map.shape[2]
     if out.numel():
-        of_map, of_channel = Factor(map, positions, 1), Factor(values, *values.stride()[:2])
-        channel_rows = not channels_last and positions > 1  # else the same memory, in longer rows
-        if not is_constant(values):
-            planes = lay_out((values,), channel_rows, merged=True)
-            place, row = (of_map, None) if channel_rows else (None, of_map)
-            _start_scale(_dense(planes), values, place, row, out, channel_rows)
+        of_map, of_channel, of_values = map.to(accumulator(dtype)).contiguous(), None, None
+        if is_constant(values):
+            of_channel = numbers_of(values, of_map.dtype)
         else:
-            rows, length = (channels, positions) if channel_rows else (positions, channels)
-            place, row = (of_map, of_channel) if channel_rows else (of_channel, of_map)
-            planes = Planes(samples, rows, length, length, False, ((rows * length, length, 0, 1),), 16 // out.itemsize)
-            _start_scale(_dense(planes), None, place, row, out, channel_rows)
+            of_values = dense(values, channels_last)
+        if channels_last or positions == 1:  # the same memory, in longer rows
+            _start_scale(of_values, of_channel, of_map, out, samples, positions, channels)
+        else:
+            _start_scale(of_values, of_map, of_channel, out, samples, channels, positions)
     return out.permute(0, 3, 1, 2) if channels_last else out
 
 
-def _dense(planes: Planes) -> Planes:
-    """For an output that is dense: rows taken together until they begin at multiples of 16 bytes."""
-    sample, row, line, step = planes.steps[0]
-    together = planes.vector // math.gcd(planes.vector, planes.length)
-    wide = not planes.shifted
-    if together > 1:  # whose places are numbered in 32 bits
-        apart = planes.lines or row != planes.length or sample % planes.vector or planes.rows % together
-        wide = not apart and planes.length * together < 2**30
-    if not wide:
-        return replace(planes, vector=1, alike=1, shifted=False)
-    sizes = {"rows": planes.rows // together, "length": planes.length * together, "alike": together}
-    return replace(planes, **sizes, steps=((sample, row * together, line, step),), shifted=False)
-
-
 def _start_scale(
-    planes: Planes, values: Tensor | None, place: Factor | None, row: Factor | None, out: Tensor, channel_rows: bool
+    values: Tensor | None,
+    places: Tensor | None,
+    row_factors: Tensor | None,
+    out: Tensor,
+    samples: int,
+    rows: int,
+    length: int,
 ) -> None:
-    cols = min(power(planes.length), max(1024, TILE // power(planes.rows)))
-    rows = min(power(planes.rows), TILE // cols)
-    tiles, blocks = triton.cdiv(planes.length, cols), triton.cdiv(planes.rows, rows)
-    steps = max(1, min(8, planes.samples * tiles * blocks // (8 * FEW_PROGRAMS)))
+    vector, together = periods_of(rows, length, (values, out), 2**30)
+    span, periods = length * together, triton.cdiv(rows, together)
+    cols = min(power(span), max(1024, TILE // power(periods)))
+    side_by_side = min(power(periods), TILE // cols)
+    tiles, blocks = triton.cdiv(span, cols), triton.cdiv(periods, side_by_side)
+    steps = max(1, min(8, samples * tiles * blocks // (8 * FEW_PROGRAMS)))
     chunks = triton.cdiv(blocks, steps)
-    arguments = (None if values is None else planes.map(values), place, row, out)
-    sizes = (planes.rows, planes.length, planes.width, planes.length // planes.alike, chunks, tiles, steps)
-    constants = {"CHANNEL_ROWS": channel_rows, "ALIKE": planes.alike, "ROWS": rows, "COLS": cols}
-    options = {"LINES": planes.lines, "VECTOR": planes.vector, "warps": warps_for(rows * cols)}
-    launch(_scale, planes.samples * tiles * chunks, out, *arguments, *sizes, **constants, **options)
+    arguments = (values, places, row_factors, out, rows, length, chunks, tiles, steps)
+    constants = {"TOGETHER": together, "VECTOR": vector, "PERIODS": side_by_side, "COLS": cols}
+    launch(_scale, samples * tiles * chunks, out, *arguments, **constants, warps=warps_for(side_by_side * cols))

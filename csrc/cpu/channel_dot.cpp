@@ -56,9 +56,9 @@ void dot_along_channels(const Tensor& gradient, const Tensor& feature, A* out) {
 
 // Channels apart: sums for a stretch of positions, to which every channel's row is added.
 template <typename T, typename A>
-class RowSums {
+class ChannelSums {
  public:
-  RowSums(const Tensor& gradient, const Tensor& feature)
+  ChannelSums(const Tensor& gradient, const Tensor& feature)
       : gradient_(gradient),
         constant_(is_constant(gradient)),
         one_line_(is_one_line(feature) && (constant_ || is_one_line(gradient))),
@@ -152,7 +152,7 @@ Tensor channel_dot(const Tensor& gradient, const Tensor& feature) {
     if (side_by_side && (is_constant(gradient) || gradient.stride(1) == 1)) {
       dot_along_channels<T, A>(gradient, feature, data);
     } else {
-      RowSums<T, A>(gradient, feature).run(data);
+      ChannelSums<T, A>(gradient, feature).run(data);
     }
   });
   return out;

@@ -38,7 +38,8 @@ def channel_dot(gradient: Tensor, feature: Tensor) -> Tensor:
             at every position: `weight[target] / (H·W)` behind global average pooling, `gradient.mean((2, 3))` for
             Grad-CAM. Gets a gradient. An [N,C] gradient may have any floating dtype.
         feature: [N,C,H,W]; gets a gradient. Any floating dtype. Contiguous and channels_last maps are both read in
-            their own order; any other strides are read in place, without a copy.
+            their own order. The CPU reads any other strides in place; GPUs copy such maps first, and so a gradient
+            [N,C,H,W] whose channels and positions are in another order than the feature's.
 
     Returns:
         [N,H,W], not clamped. float32 for half precisions (the map is a C-th of what was read, and signs cancel in it),

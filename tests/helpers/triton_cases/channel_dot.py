@@ -52,55 +52,50 @@ def _float64(*shape: int) -> torch.Tensor:
 
 
 CASES = {
-    "maps": Case(_dot(64, 2048, 7, 7), ("_sum_rows", "_add_shares"), {"_sum_rows": (8, 0)}),
-    "bfloat16 maps": Case(
-        _dot(64, 2048, 7, 7, dtype=torch.bfloat16), ("_sum_rows", "_add_shares"), {"_sum_rows": (4, 0)}
-    ),
-    "many maps": Case(_dot(256, 2048, 7, 7), ("_sum_rows",), {"_sum_rows": (8, 0)}),
-    "large maps": Case(_dot(16, 256, 56, 56), ("_sum_rows",), {"_sum_rows": (8, 0)}),
-    "large odd maps": Case(_dot(16, 256, 57, 57, dtype=torch.float16), ("_sum_rows",), {"_sum_rows": (4, 0)}),
-    "closed form": Case(_dot(256, 2048, 7, 7, constant=True), ("_sum_rows",), {"_sum_rows": (4, 0)}),
-    "channels_last": Case(_dot(64, 2048, 7, 7, last=True), ("_sum_along",), {"_sum_along": (8, 0)}),
+    "maps": Case(_dot(64, 2048, 7, 7), ("_place_sums",), {"_place_sums": (8, 0)}),
+    "bfloat16 maps": Case(_dot(64, 2048, 7, 7, dtype=torch.bfloat16), ("_place_sums",), {"_place_sums": (4, 0)}),
+    "many maps": Case(_dot(256, 2048, 7, 7), ("_place_sums",), {"_place_sums": (8, 0)}),
+    "large maps": Case(_dot(16, 256, 56, 56), ("_place_sums",), {"_place_sums": (8, 0)}),
+    "large odd maps": Case(_dot(16, 256, 57, 57, dtype=torch.float16), ("_place_sums",)),
+    "closed form": Case(_dot(256, 2048, 7, 7, constant=True), ("_place_sums",), {"_place_sums": (4, 0)}),
+    "channels_last": Case(_dot(64, 2048, 7, 7, last=True), ("_row_dots",), {"_row_dots": (8, 0)}),
     "channels_last, closed form": Case(
         _dot(64, 2048, 7, 7, last=True, constant=True, dtype=torch.bfloat16),
-        ("_sum_along",),
-        {"_sum_along": (2, 0)},
+        ("_row_dots",),
+        {"_row_dots": (2, 0)},
     ),
-    "odd channels_last": Case(_dot(64, 517, 8, 8, last=True), ("_sum_along",), {"_sum_along": (8, 0)}),
-    "one map": Case(_dot(1, 2048, 7, 7), ("_sum_rows", "_add_shares"), {"_sum_rows": (8, 0)}),
-    "over positions": Case(_over_positions(64, 2048, 7, 7), ("_sum_along",), {"_sum_along": (4, 0)}),
+    "odd channels_last": Case(_dot(64, 517, 8, 8, last=True), ("_row_dots",)),
+    "one map": Case(_dot(1, 2048, 7, 7), ("_place_sums",), {"_place_sums": (8, 0)}),
+    "over positions": Case(_over_positions(64, 2048, 7, 7), ("_row_dots",)),
+    "over even positions": Case(_over_positions(64, 2048, 8, 8), ("_row_dots",), {"_row_dots": (4, 0)}),
     "over positions, bfloat16": Case(
-        _over_positions(64, 2048, 7, 7, dtype=torch.bfloat16), ("_sum_along",), {"_sum_along": (2, 0)}
+        _over_positions(64, 2048, 8, 8, dtype=torch.bfloat16), ("_row_dots",), {"_row_dots": (2, 0)}
     ),
     "over positions, channels_last": Case(
-        _over_positions(64, 2048, 7, 7, last=True), ("_sum_rows",), {"_sum_rows": (4, 0)}
+        _over_positions(64, 2048, 7, 7, last=True), ("_place_sums",), {"_place_sums": (4, 0)}
     ),
-    "over many odd positions": Case(
-        _over_positions(2, 3, 1023, 1024), ("_sum_along", "_add_shares"), {"_sum_along": (4, 0)}
-    ),
-    "over positions of few channels": Case(_over_positions(2, 3, 512, 512, last=True), ("_sum_rows", "_add_shares")),
+    "over many odd positions": Case(_over_positions(2, 3, 1023, 1024), ("_row_dots",), {"_row_dots": (4, 0)}),
+    "over positions of few channels": Case(_over_positions(2, 3, 512, 512, last=True), ("_place_sums",)),
     "cropped": Case(
         lambda module: module.channel_dot(*[some(64, 256, 32, 48)[:, :, :16, 4:36]] * 2),
-        ("_sum_rows",),
-        {"_sum_rows": (8, 0)},
+        ("_place_sums",),
+        {"_place_sums": (8, 0)},
     ),
     "mixed": Case(
         lambda module: module.channel_dot(
             some(64, 64, 14, 14), some(64, 64, 14, 14).to(memory_format=torch.channels_last)
         ),
-        ("_sum_rows",),
+        ("_place_sums",),
     ),
     "float64": Case(
         lambda module: module.channel_dot(_float64(64, 256, 14, 14), _float64(64, 256, 14, 14)),
-        ("_sum_rows",),
-        {"_sum_rows": (16, 0)},
+        ("_place_sums",),
+        {"_place_sums": (16, 0)},
     ),
-    "4 numbers": Case(_dot(1, 4, 1, 1), ("_sum_along",)),
-    "2^32 elements": Case(_dot(2**10, 2**10, 2**6, 2**6), ("_sum_rows",), {"_sum_rows": (8, 0)}, True),
-    "2^32 positions": Case(_dot(1, 1, 2**16, 2**16), ("_sum_rows",), {"_sum_rows": (8, 0)}, True),
-    "sums of 2^31 terms": Case(
-        _over_positions(1, 2, 2**16, 2**15), ("_sum_along", "_add_shares"), {"_sum_along": (4, 0)}, True
-    ),
+    "4 numbers": Case(_dot(1, 4, 1, 1), ("_row_dots",)),
+    "2^32 elements": Case(_dot(2**10, 2**10, 2**6, 2**6), ("_place_sums",), {"_place_sums": (8, 0)}, True),
+    "2^32 positions": Case(_dot(1, 1, 2**16, 2**16), ("_place_sums",), {"_place_sums": (8, 0)}, True),
+    "sums of 2^31 terms": Case(_over_positions(1, 2, 2**16, 2**15), ("_row_dots",), {"_row_dots": (4, 0)}, True),
     "scaled": Case(_scale_maps(64, 2048, 7, 7), ("_scale",), {"_scale": (4, 4)}),
     "scaled, bfloat16": Case(_scale_maps(64, 2048, 7, 7, dtype=torch.bfloat16), ("_scale",), {"_scale": (2, 2)}),
     "scaled, channels_last": Case(_scale_maps(64, 2048, 7, 7, last=True), ("_scale",), {"_scale": (4, 4)}),
