@@ -131,7 +131,9 @@ Tensor channel_dot(const Tensor& gradient, const Tensor& feature) {
     if (last) {
       RowDots<T> job = {data<T>(a), data<T>(g), data<A>(weights), samples * positions, positions, channels};
       job.out = data<A>(out);
-      const bool wide = aligned && channels % kWidest<T> == 0;
+      // A pack of weights is as many elements, of twice the size beside half precision.
+      const bool whole = reinterpret_cast<uintptr_t>(job.weights) % (kWidest<T> * sizeof(A)) == 0;
+      const bool wide = aligned && whole && channels % kWidest<T> == 0;
       wide ? dot_rows<T, kWidest<T>>(device, scratch, job) : dot_rows<T, 1>(device, scratch, job);
     } else {
       PlaceSums<T> job = {{}, data<T>(a), data<T>(g), data<A>(weights), data<A>(out)};

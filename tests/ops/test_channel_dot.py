@@ -124,6 +124,13 @@ def test_rows_begin_anywhere_in_memory(way, shape, layout, dtype):
 
 
 @every_way("channel_dot")
+@pytest.mark.parametrize("offset", (1, 4, 8))
+def test_numbers_begin_anywhere_in_memory(way, offset):
+    weight = torch.full((offset + 48,), math.nan)[offset:].view(3, 16).copy_(normal(3, 16))
+    check(way, weight, lay_out(normal(3, 16, 2, 3, seed=1, dtype=torch.bfloat16), "channels_last"))
+
+
+@every_way("channel_dot")
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_gradient_expanded_from_one_number_a_channel_is_that_number(way, layout):
     # What autograd gives behind global average pooling.
