@@ -83,7 +83,8 @@ class Backdoor {
     const Product<A> job = {
         data<const A>(x), data<const A>(y), x.size(1), y.size(1), padded(terms), data<A>(out), height, width, add};
     const int64_t tiles = padded(height) / kProductTile * (padded(width) / kProductTile);
-    device_.launch(Grid{tiles, kBackdoorThreads}, product_kernel<A, X_ACROSS, Y_ACROSS>, job);
+    constexpr int64_t kShared = sizeof(ProductTerms<A>);
+    device_.launch(Grid{tiles, kBackdoorThreads, kShared}, product_kernel<A, X_ACROSS, Y_ACROSS>, job);
   }
 
   void take_logs(const Tensor& sums, const Scaled& rows, const Scaled& columns, const Tensor* base) const {

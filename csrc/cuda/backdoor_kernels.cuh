@@ -92,6 +92,13 @@ __device__ __forceinline__ void load_shared(const A* from, A (&to)[4]) {
   }
 }
 
+// The terms of a tile that a block multiplies, and those that come after them.
+template <typename A>
+struct ProductTerms {
+  using Moved = ProductPack<A, false>;
+  A x[2][Moved::kDepth][Moved::kPitch], y[2][Moved::kDepth][Moved::kPitch];
+};
+
 template <typename A>
 struct Product {
   const A *x, *y;  // padded
@@ -107,7 +114,7 @@ template <typename A, bool X_ACROSS, bool Y_ACROSS>
 __global__ void __launch_bounds__(kBackdoorThreads) product_kernel(const Product<A> job) {
   using X = ProductPack<A, X_ACROSS>;
   constexpr int kDepth = X::kDepth;
-  __shared__ __align__(16) A xs[2][kDepth][X::kPitch], ys[2][kDepth][X::kPitch];
+  DEBIASKD_DYNAMIC_SHARED(ProductTerms<A>, shared);
   const unsigned tiles = static_cast<unsigned>(padded(job.width) / kProductTile);
   const int64_t i = static_cast<int64_t>(blockIdx.x / tiles) * kProductTile;
   const int64_t j = static_cast<int64_t>(blockIdx.x % tiles) * kProductTile;
@@ -119,7 +126,7 @@ __global__ void __launch_bounds__(kBackdoorThreads) product_kernel(const Product
   int buffer = 0;
 #pragma unroll 1
   for (int64_t term = 0; term < job.terms; term += kDepth) {
-    x.put(xs[buffer]), y.put(ys[buffer]);
+    x.put(shared->x[buffer]), y.put(shared->y[buffer]);
     // The one barrier a turn: nobody passes it before all have multiplied what the other buffer held.
     __syncthreads();
     if (term + kDepth < job.terms) {
@@ -128,7 +135,7 @@ __global__ void __launch_bounds__(kBackdoorThreads) product_kernel(const Product
 #pragma unroll
     for (int l = 0; l < kDepth; ++l) {
       A left[4], right[4];
-      load_shared(&xs[buffer][l][row], left), load_shared(&ys[buffer][l][column], right);
+      load_shared(&shared->x[buffer][l][row], left), load_shared(&shared->y[buffer][l][column], right);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll

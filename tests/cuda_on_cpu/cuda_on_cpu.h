@@ -25,7 +25,6 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __grid_constant__
-#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __noinline__ __attribute__((noinline))
 #define DEBIASKD_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::cuda_on_cpu::dynamic_shared())
 #define DEBIASKD_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(debiaskd_on_cpu, CPU, m)
