@@ -100,15 +100,14 @@ __global__ void __launch_bounds__(kChannelThreads, 2) place_sums_kernel(__grid_c
   } else {
     g = job.g + (sample_packs + lane.pack) * WIDTH;
   }
+  constexpr int kUnroll = WIDTH > 4 ? kChannelUnroll / 2 : kChannelUnroll;  // as many as registers hold
   double total[WIDTH] = {};
 #pragma unroll 1
   for (int count = lane.count; count > 0; count -= kChannelRun) {
     A sum[WIDTH] = {};
     int left = count < kChannelRun ? count : kChannelRun;
 #pragma unroll 1
-    for (; left >= kChannelUnroll; left -= kChannelUnroll) {
-      add_packs<kChannelUnroll, WEIGHTED>(a, g, weights, lane, sum);
-    }
+    for (; left >= kUnroll; left -= kUnroll) add_packs<kUnroll, WEIGHTED>(a, g, weights, lane, sum);
 #pragma unroll 1
     for (; left > 0; --left) add_packs<1, WEIGHTED>(a, g, weights, lane, sum);
 #pragma unroll

@@ -29,7 +29,7 @@ HOT = {
     "gradient_kernelINS0_9OwnPixelsIfLi4EEEfLin1E": (4, 4),
     "place_sums_kernelIfLi4ELb0E": (8, 0),
     "place_sums_kernelIfLi4ELb1E": (4, 0),
-    "place_sums_kernelIN3c108BFloat16ELi8ELb0E": (8, 0),
+    "place_sums_kernelIN3c108BFloat16ELi8ELb0E": (4, 0),
     "row_dots_kernelIfLi4ELb0E": (8, 0),
     "row_dots_kernelIN3c108BFloat16ELi8ELb0E": (8, 0),
     "scale_kernelIfLi4ELb1E": (4, 4),
