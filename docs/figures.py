@@ -51,7 +51,7 @@ def quickstart_block() -> str:
     lines += [
         "",
         f"{report.headline(summaries)} Means ± standard deviation over {seeds} seeds, test split; torch "
-        f"{where['torch']}, {where['threads']} threads{_duration(where)} "
+        f"{where['torch']}, {where['threads']} thread{'s' * (where['threads'] > 1)}{_duration(where)} "
         "([results.json](docs/results/quickstart.json)).",
         "",
         "![Accuracy by group, and where each method looks](docs/results/quickstart.png)",
