@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         help="train the student that a recipe describes",
         usage="%(prog)s [-h] [--out RUN] [--print] RECIPE [--KEY VALUE ...]",
         description="Trains what RECIPE describes, with all that it needs before: teacher, weights, pretraining. "
-        "Interrupted and started again it goes on where it was; finished stages are used again. Whatever a recipe "
-        "says can be said anew: --schedule.epochs 5 --terms.guide.loss l1.",
+        "An interrupted run resumes when it is started again; finished stages are reused. Any key "
+        "can be overridden on the command line: --schedule.epochs 5 --terms.guide.loss l1.",
     )
     train.takes_keys, train.more = True, _keys
     train.add_argument(

@@ -1,1 +1,1 @@
-"""What is done with a finished run: evaluate, explain, probe."""
+"""Evaluate, explain and probe the networks of a finished run."""

@@ -1,4 +1,4 @@
-"""Finished runs, loaded again: their models, and what these are worth."""
+"""Load the networks of finished runs and evaluate them on a split."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from debiaskd.training.validation import Evaluator, Judged, attribution_options,
 from debiaskd.utils import files
 from debiaskd.version import __version__
 
-#: Counts up when what a figure means changes, so that reports measure anew.
+#: Increased when the meaning of a metric changes, so that reports evaluate again.
 FIGURES = 3
-#: Of the IoU where validation gave none, as in the public code of Rao et al. 2023.
+#: IoU threshold where validation gave none, as in the public code of Rao et al. 2023.
 THRESHOLD = 0.5
 
 
 class LoadedStage:
-    """A stage of a finished run.
+    """The network of a finished stage.
 
     Attributes:
         folder, name: of the run; of the stage.
@@ -79,7 +79,7 @@ class LoadedStage:
 
 
 def _header(stage: Stage) -> tuple[dict[str, Any], set[str]]:
-    """What a stage's weights say of themselves, and the names of their tensors."""
+    """Metadata of a stage's weights, and the names of the tensors."""
     import json
 
     from safetensors import safe_open
@@ -89,10 +89,10 @@ def _header(stage: Stage) -> tuple[dict[str, Any], set[str]]:
 
 
 def evaluation_split(loaded: LoadedStage, split: str | None) -> Split:
-    """The split that is named, or the one that the recipe calls test.
+    """Open the named split, or the recipe's test split.
 
     Raises:
-        RecipeError: there is none such.
+        RecipeError: no such split.
         RunError: it has a class that the run does not know; it may lack some, and have them in another order.
     """
     data = loaded.recipe.data
@@ -118,7 +118,7 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
 def evaluate_run(
     folder: Path, stage: str, split: str | None, data: str | None, *, faithful: int | None = None
 ) -> tuple[dict[str, Any], Path]:
-    """(figures and what they are of, the file that holds them).
+    """Evaluate a stage of a run; return (metrics with their provenance, the file that was written).
 
     Args:
         folder, stage: of the run.
@@ -142,7 +142,7 @@ def _training_data(loaded: LoadedStage, otherwise: str) -> str:
 
 
 def _training_groups(loaded: LoadedStage, names: Sequence[str], data: str) -> Tensor | None:
-    """int64 [M], the run's training pictures by number in the names of the data that is measured; None where nothing is
+    """int64 [M], the run's training images by number in the names of the data that is measured; None where nothing is
     known of them, or no group has its name there."""
     found = [stage.facts["training_groups"] for stage in _finished_stages(loaded) if stage.facts.get("training_groups")]
     known: dict[str, int] = found[0] if found else _count_training_groups(loaded, data)
@@ -151,7 +151,7 @@ def _training_groups(loaded: LoadedStage, names: Sequence[str], data: str) -> Te
 
 
 def _count_training_groups(loaded: LoadedStage, data: str) -> dict[str, int]:
-    """Of a run that did not save its training pictures' groups: from its data, where that can still be read."""
+    """Of a run that did not save its training images' groups: from its data, where that can still be read."""
     places = [open_run(loaded.folder).data]
     if data == _training_data(loaded, data):
         places.append(loaded.recipe.data)
@@ -165,7 +165,7 @@ def _count_training_groups(loaded: LoadedStage, data: str) -> dict[str, int]:
 
 
 def _finished_stages(loaded: LoadedStage) -> list[Stage]:
-    """All of a run that are finished, the loaded one first."""
+    """All finished stages of a run, the loaded one first."""
     found = [loaded.stage]
     for path in sorted(loaded.folder.glob(f"*/{STAGE}")):
         with suppress(RunError):  # a damaged one of another name is no matter here
@@ -174,7 +174,7 @@ def _finished_stages(loaded: LoadedStage) -> list[Stage]:
 
 
 class StageEvaluation:
-    """The evaluation of a loaded model on a split.
+    """Evaluate a loaded model on a split.
 
     Args:
         loaded, split: see there.
@@ -184,8 +184,8 @@ class StageEvaluation:
         path: the file in the run's folder that holds it; where it is of other data than the run was trained on, with
             the name and the fingerprint of that.
         data: the fingerprint of the data.
-        fingerprint: of all that decides the figures: weights, pictures, where attributions are looked at.
-        threshold: of the IoU; None: training did not look at attributions, validation chooses it when it is needed.
+        fingerprint: of all that decides the metrics: weights, images, layer and method of the attributions.
+        threshold: of the IoU; None: training computed no attributions, and validation decides it when it is needed.
     """
 
     def __init__(self, loaded: LoadedStage, split: Split, threshold: float | None = None) -> None:
@@ -220,7 +220,7 @@ class StageEvaluation:
         )
 
     def found(self) -> dict[str, Any] | None:
-        """What an earlier evaluation of the same wrote; None if there is none such."""
+        """Read an earlier evaluation with the same fingerprint; None if there is none."""
         try:
             document = files.read_json(self.path)
         except (ValueError, OSError):
@@ -229,7 +229,7 @@ class StageEvaluation:
         return document if same else None
 
     def _best_threshold(self) -> float:
-        """The threshold that is best on the run's validation pictures."""
+        """The IoU threshold that is best on the run's validation images."""
         with suppress(RecipeError, DataError, OSError):  # which may not be there any more
             validation = open_split(open_run(self.loaded.folder).data, "validation")
             if has_boxes(validation):
@@ -255,7 +255,7 @@ class StageEvaluation:
         files.write_json(self.path, document)
 
     def measure(self, *, faithful: int | None = None) -> dict[str, Any]:
-        """The figures, and what they are of.
+        """The metrics, and what they are of.
 
         Args:
             faithful: images that the faithfulness of maps is measured on; None: it is not.

@@ -1,4 +1,4 @@
-"""Where a run's student looks: pictures with the evidence for a class laid over them, before and after guidance."""
+"""Draw a student's attributions over images, before and after guidance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NUMBERED = re.compile(r"(?P<split>[^/:]+):(?P<number>\d+)")
 
 @dataclass
 class Example:
-    """One picture: its name, pixels uint8 [3,S,S], and what is known of it."""
+    """An image to explain: its name, pixels uint8 [3,S,S], boxes and labels where known."""
 
     name: str
     image: Tensor
@@ -61,20 +61,20 @@ def explain_run(
     out: Path | None = None,
     data: str | None = None,
 ) -> list[Path]:
-    """One PNG for each picture and class: the picture with the class's boxes, and the maps of each model.
+    """One PNG for each image and class: the image with the class's boxes, and the maps of each model.
 
     Args:
         folder: of the run.
-        images: files, whose boxes are known if the run's data holds a picture of that name, or pictures of the run's
+        images: files, whose boxes are known if the run's data holds an image of that name, or images of the run's
             data, such as "val:12".
-        target: a class's name or number; None: the labels of a picture where they are known, else what the student
+        target: a class's name or number; None: the labels of an image where they are known, else what the student
             predicts.
         before: another run, whose student is shown first; None: this run's pretraining, if it has one.
         out: folder; None: RUN/explanations.
         data: where the prepared data lies now.
 
     Raises:
-        RunError, RecipeError, DataError, NetworkError: as their names say; for a picture or a class that is none, too.
+        RunError, RecipeError, DataError, NetworkError: as their names say; for an image or a class that is none, too.
     """
     after = LoadedStage(folder, "student", data)
     models = [("after guidance" if after.recipe.terms.guide else "student", after)]
@@ -102,13 +102,13 @@ def explain_run(
 
 
 def _unused_path(path: Path, written: Sequence[Path]) -> Path:
-    """Pictures in different folders may have the same name."""
+    """A path that no other image of this call has; images in different folders may share a name."""
     names = (f"{path.name}{more}.png" for more in ("", *(f"-{n}" for n in range(2, len(written) + 2))))
     return next(path.with_name(name) for name in names if path.with_name(name) not in written)
 
 
 class _RunData:
-    """The run's data, as far as it is there: it knows boxes and labels."""
+    """The run's data, as far as it is available, for boxes and labels."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.data, self.splits, self.fit = recipe.data, {}, "squash"
@@ -118,7 +118,7 @@ class _RunData:
             try:
                 split = open_split(recipe.data, key)
             except RecipeError:
-                continue  # a picture file needs none
+                continue  # an image file needs none
             self.splits[split.whole.split] = split
 
     def picture(self, text: str, side: int) -> Example:

@@ -1,7 +1,7 @@
-"""Transfer: what a linear classifier can read from a frozen student's features about another data set.
+"""Fit a linear probe on a frozen student's features for another data set.
 
 The student's pooled features, as its last layer reads them, standardised; logistic regression on them, its strength of
-regularisation chosen on a fifth of the probe's training pictures; measured on the probe's test pictures. Nothing of the
+regularisation chosen on a fifth of the probe's training images; measured on the probe's test images. Nothing of the
 student is trained. CID claims that its students' features transfer better (Deng & Zhang 2021).
 """
 
@@ -27,11 +27,11 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 
 def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> tuple[dict[str, Any], Path]:
-    """(figures and what they are of, the file that holds them).
+    """Fit and evaluate a probe; return (metrics with their provenance, the file that was written).
 
     Args:
         folder, stage: whose features.
-        data: prepared pictures of another task.
+        data: prepared images of another task.
         splits: of them, to fit on and to measure on.
 
     Raises:
@@ -91,7 +91,7 @@ def _multi_label(
 
     def worth(strength: float) -> float:
         found = _f1(_scores(strength, fitted[rest], target[rest], fitted[held]), target[held])
-        return found if found == found else 1.0  # nothing is shown, and nothing said to be
+        return found if found == found else 1.0  # no positives, and none predicted
 
     strength = max(STRENGTHS, key=worth)
     scores = _scores(strength, fitted, target, measured)
@@ -115,7 +115,7 @@ def _solver(strength: float, feature: NDArray[Any], target: NDArray[Any]) -> Any
 
 
 def _scores(strength: float, feature: NDArray[Any], target: NDArray[Any], measured: NDArray[Any]) -> NDArray[Any]:
-    """[N,K] logits; -inf for a class that no picture to fit on shows, inf for one that all do."""
+    """[N,K] logits; -inf for a class that no image to fit on shows, inf for one that all do."""
     columns = []
     for column in target.T:
         if len(np.unique(column)) < 2:
@@ -132,7 +132,7 @@ def _f1(scores: NDArray[Any], target: NDArray[Any]) -> float:
 
 
 def _map(scores: NDArray[Any], target: NDArray[Any]) -> float:
-    """Over the classes that are shown."""
+    """Mean average precision over the classes that occur."""
     from sklearn.metrics import average_precision_score
 
     shown = [k for k in range(target.shape[1]) if target[:, k].any()]

@@ -1,4 +1,4 @@
-"""How far the figures of an evaluation can be trusted: intervals, calibration, and whether maps are faithful."""
+"""How far the metrics of an evaluation can be trusted: intervals, calibration, and whether maps are faithful."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def faithfulness(model: nn.Module, pictures: SplitLoader, options: GuideOptions)
     """Deletion curves of a model's maps of the true classes.
 
     Args:
-        model: in evaluation mode, on the pictures' device.
-        pictures: in order, of one class an image. `first_of_each` chooses a few.
+        model: in evaluation mode, on the images' device.
+        images: in order, of one class an image. `first_of_each` chooses a few.
         options: of the maps.
 
     Returns:

@@ -37,7 +37,7 @@ class StageContext:
         return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
 
     def scatter_weights(self, weights: Tensor) -> Tensor:
-        """Scatter weights of the training pictures to the whole prepared split, by sample number."""
+        """Scatter weights of the training images to the whole prepared split, by sample number."""
         whole = torch.zeros(len(self.trainer.train.whole))
         whole[self.trainer.train.numbers] = weights
         return whole

@@ -1,8 +1,8 @@
-"""DFR's last layer: logistic regression with an L1 penalty, on as many pictures of each group.
+"""Refit a last layer as DFR does: L1-regularised logistic regression on equally many images of each group.
 
 Kirichenko et al. 2023 (arXiv 2204.02937), as the authors' code does it (PolinaKirichenko/deep_feature_reweighting). The
-strength of regularisation is the one whose fit to balanced pictures of one half has the highest worst-group accuracy on
-the other half. The layer is then fitted to balanced draws from all of the pictures, and the draws' layers are averaged.
+strength of regularisation is the one whose fit to balanced images of one half has the highest worst-group accuracy on
+the other half. The layer is then fitted to balanced draws from all of the images, and the draws' layers are averaged.
 Features are standardised. The solver is liblinear, which regularises the intercept as well. Where the authors' code
 halves at random, each group is halved here, so that both halves hold every class.
 """
@@ -22,12 +22,12 @@ from debiaskd.training.split_parts import divided
 
 #: Inverse strengths of the L1 penalty that are tried, and balanced draws whose fits are averaged.
 STRENGTHS, DRAWS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), 20
-#: Pictures of a group that both halves can have one of.
+#: Images of a group that both halves can have one of.
 LEAST = 2
 
 
 class FitWarning(UserWarning):
-    """Fits of the last layer ended before they converged."""
+    """Fits of the last layer stopped before they converged."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Refit:
         weight, bias: float64 [K,D] and [K]; the bias is 0 without an intercept.
         strength: the inverse strength that was chosen.
         tuned: worst-group accuracy on the other half by inverse strength.
-        draw: pictures of each balanced draw.
+        draw: images of each balanced draw.
     """
 
     weight: Tensor
@@ -81,12 +81,12 @@ def too_small(
     least: int = LEAST,
     names: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> str | None:
-    """Why a last layer cannot be fitted to these pictures; None if it can.
+    """The reason why a last layer cannot be fitted to these images; None if it can.
 
     Args:
         target, groups: int64 [N].
         classes: K.
-        least: pictures that every group must have.
+        least: images that every group must have.
         names: of the classes and of the groups.
     """
     if classes < 2:
@@ -111,8 +111,8 @@ def refit(
     Args:
         feature: float64 [N,D].
         target: int64 [N], 0…K-1, all of which occur.
-        groups: int64 [N]; every group has two pictures at least.
-        scale: what the final fits standardise features by: those of the training pictures.
+        groups: int64 [N]; every group has two images at least.
+        scale: what the final fits standardise features by: those of the training images.
         intercept: fit a bias; without one, features are scaled and not centred.
         seed: decides the halves and the draws.
 
@@ -121,7 +121,7 @@ def refit(
         rest, each logit that class's decision function.
 
     Raises:
-        ValueError: too few pictures of a class or a group.
+        ValueError: too few images of a class or a group.
 
     Warns:
         FitWarning: fits ended before they converged.
@@ -162,7 +162,7 @@ def halves(groups: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def balanced(groups: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers of as many pictures of each group as the smallest has, at random."""
+    """Numbers of as many images of each group as the smallest has, at random."""
     least = int(groups.bincount()[groups.unique()].min())
     drawn = []
     for group in groups.unique():

@@ -1,4 +1,4 @@
-"""Groups that are found before anything is trained that needs them: the stages discovery and groups.
+"""Discover groups before the stages that need them: the stages discovery and groups.
 
 A student is trained plainly and briefly (stage `discovery`); its logits, or its features and the losses after the first
 epochs, part the images of each class into groups (stage `groups`: `groups.safetensors` and `bias.csv`). Training images

@@ -1,8 +1,8 @@
-"""Fit a teacher's last layer on the training pictures (`teacher.head: probe`).
+"""Fit a teacher's last layer on the training images (`teacher.head: probe`).
 
 A network without a classifier (DINO, CLIP's image tower), or with one of other classes, is built with a random last
 layer. This stage fits that layer alone: logistic regression on the standardised features that it reads, with the
-strength of regularisation chosen on a held-out fifth of the training pictures.
+strength of regularisation chosen on a held-out fifth of the training images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 def probed(context: StageContext, options: Teacher) -> Stage:
-    """The stage that fitted a teacher's last layer to the training pictures."""
+    """The stage that fits a teacher's last layer to the training images."""
     by = options.probe or "plain"
     inputs = {**context.base, **context.common(), **context.trainer.contracts.decisive(options)}
     inputs |= {"teacher": [options.name, options.pretrained], "head": "probe", "by": by}

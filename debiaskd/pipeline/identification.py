@@ -29,7 +29,7 @@ def train_identification(
         schedule: of the training.
 
     Returns:
-        (a function that gives bool [N], whether the model predicts each training picture correctly; the fingerprint
+        (a function that gives bool [N], whether the model predicts each training image correctly; the fingerprint
         of the stage).
     """
     trainer, run = context.trainer, context.run

@@ -1,4 +1,4 @@
-"""The stages of a recipe, in their order: teacher, weights, pretraining, student."""
+"""Run the stages of a recipe in order: teacher, weights, pretraining, student."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Pipeline(StageContext):
         recipe: as checked.
         folder: of the run.
         fabric: see `debiaskd.training.fabric`.
-        say: is told what is being done.
+        progress: is called with what is being done.
 
     Raises:
         RecipeError, RunError, DataError, NetworkError: before anything is trained.
@@ -117,17 +117,17 @@ class Pipeline(StageContext):
         return self.recipe.terms.given()
 
     def _required_outputs(self) -> set[str]:
-        """What the terms need of the teacher."""
+        """The teacher outputs that the terms need."""
         return {need.partition(".")[2] for need in self.recipe.terms.needs() if need.startswith("teacher.")}
 
     def _freeze_teacher(self, source: nn.Module, options: Teacher) -> FrozenTeacher | FrozenExtractor:
-        """The teacher, frozen; cut in two only where its head is transplanted."""
+        """The frozen teacher; cut into body and head only where its head is transplanted."""
         example = self.trainer.example(options)
         if self.recipe.transplant is not None:
             return frozen(source, options, example)
         return observed(source, options, example, sorted(self._required_outputs() - {"logits"}))
 
-    # -- the chain ----------------------------------------------------------------------------------------------------
+    # -- stages -------------------------------------------------------------------------------------------------------
 
     def student(self) -> Stage:
         """The last stage, after all those that it needs. The folder is free for others afterwards.
@@ -239,7 +239,7 @@ class Pipeline(StageContext):
         inputs = {**self.base, **self.common(), **self.trainer.contracts.decisive(recipe.student)}
         inputs |= {"student": self.run.document["student"], "schedule": self.run.document["pretraining"]}
         older = dict(inputs)
-        if recipe.terms.guide is not None:  # its layer and attribution are those of the figures on validation
+        if recipe.terms.guide is not None:  # its layer and attribution are those of the metrics on validation
             guide = self.run.document["terms"]["guide"]
             inputs["looked_at"] = [guide.get(key) for key in ("layer", "attribution", "steps")]
 
@@ -271,7 +271,7 @@ class Pipeline(StageContext):
 
 
 def _later(news: list[tuple[str, float, str]], progress: ProgressCallback) -> ProgressCallback:
-    """What was to be said while networks were put together, once something is trained: a refusal is one line alone."""
+    """Delay messages from building the networks until training starts, so that an error is the only output."""
 
     def said(task: str, done: float, text: str) -> None:
         while news:

@@ -1,8 +1,8 @@
 """Debiased teachers that are trained here: erm, balanced, group_dro, jtt, dfr, and those of `debiaskd.pipeline.refits`.
 
 `dfr` is debiased in its last layer alone, its features stay what the labels made of them: the layer is fitted anew on
-validation pictures, with as many of each group (`debiaskd.pipeline.dfr`). What fitted it says too much good of students
-that follow it, so that those pictures do not select the student's epoch unless the recipe says so.
+validation images, with as many of each group (`debiaskd.pipeline.dfr`). What fitted it says too much good of students
+that follow it, so that those images do not select the student's epoch unless the recipe says so.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from debiaskd.utils import files
 
 
 def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
-    """The loss of its training; jtt's is weighted."""
+    """The loss terms of a teacher's training; those of jtt are weighted."""
     if options.method == "group_dro":
         return {"group_dro": GroupDroOptions(step_size=0.01 if options.step_size is None else options.step_size)}
     return {"supervised": SupervisedOptions(weighted=options.method == "jtt")}
 
 
 def trained_teacher(context: StageContext, options: Teacher) -> Stage:
-    """The stage that trained it."""
+    """The stage that trains the teacher."""
     assert options.schedule is not None
     groups, schedule = context.trainer.train.groups, options.schedule
     terms = teacher_terms(options)
@@ -122,7 +122,7 @@ def _refit(
     intercept, split = classifier.bias is not None, context.trainer.validation
     assert split.groups is not None
     feature = torch.cat(list(_read(context, options, model, split)))
-    # By the training pictures, as the authors' code does it: of the few that are fitted to, moments are uncertain.
+    # By the training images, as the authors' code does it: of the few that are fitted to, moments are uncertain.
     sums = [feature.new_zeros(()), feature.new_zeros(feature.shape[1]), feature.new_zeros(feature.shape[1])]
     for part in _read(context, options, model, context.trainer.train):
         for total, more in zip(sums, (part.new_tensor(float(len(part))), part.sum(0), part.square().sum(0))):
@@ -162,7 +162,7 @@ def _read(context: StageContext, options: Teacher, model: nn.Module, split: Spli
 
 
 def shares(trainer: Trainer, options: Teacher) -> tuple[Tensor, Tensor]:
-    """Numbers of the validation pictures that dfr fits the last layer to, and of the rest: of each group as large a
+    """Numbers of the validation images that dfr fits the last layer to, and of the rest: of each group as large a
     part, drawn by `data.seed`."""
     groups = trainer.validation.groups
     assert groups is not None
@@ -171,14 +171,14 @@ def shares(trainer: Trainer, options: Teacher) -> tuple[Tensor, Tensor]:
 
 
 def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> None:
-    """Refuse what dfr cannot do with the validation pictures, before hours of training.
+    """Check before training that dfr can use the validation images.
 
     Args:
         trainer, options: of the recipe.
         begun: the run was begun before; how it selects the student's epoch is not asked again.
 
     Raises:
-        RecipeError: too few pictures of a class or a group; a rule that would select on what fitted the layer.
+        RecipeError: too few images of a class or a group; a rule that would select on what fitted the layer.
     """
     split, selection = trainer.validation, trainer.recipe.selection
     if split.groups is None:
@@ -204,7 +204,7 @@ def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> Non
 
 
 def student_selection(trainer: Trainer) -> dict[str, Any]:
-    """By which rule, and on which pictures, the student's epoch is selected: what `Trainer.fit` is told of it.
+    """The rule and the images that select the student's epoch, as arguments of `Trainer.fit`.
 
     Empty where validation fitted nothing.
     """

@@ -34,7 +34,7 @@ def sample_weights(context: StageContext) -> Stage:
 
 
 def read_weights(stage: Stage) -> Tensor:
-    """float32 [N], by training picture."""
+    """float32 [N], by training image."""
     from safetensors.torch import load_file
 
     return load_file(stage.folder / "weights.safetensors")["weights"]

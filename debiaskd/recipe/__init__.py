@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say what a run is, typed by dataclasses, checked before anything is loaded."""
+"""Recipes: YAML files that describe a run, typed by dataclasses, checked before anything is loaded."""
 
 from debiaskd.recipe.bias_options import REFITS, Discovery, Refit, RefitOptions
 from debiaskd.recipe.checking import check

@@ -1,4 +1,4 @@
-"""What a recipe says has to fit together. Everything is refused here, by name, before anything is loaded."""
+"""Check that the options of a recipe fit together, before anything is loaded; errors name the key."""
 
 from __future__ import annotations
 

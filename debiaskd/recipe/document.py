@@ -1,4 +1,4 @@
-"""YAML text as Python values, without what YAML lets pass in silence and a reader would not expect."""
+"""Parse YAML strictly: duplicate keys and other surprises that YAML accepts silently are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe's keys may be called and must hold, before any of it is typed. Refusals name the key."""
+"""Check names and types of a recipe's keys before they are parsed; errors name the key."""
 
 from __future__ import annotations
 

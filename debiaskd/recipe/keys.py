@@ -1,4 +1,4 @@
-"""The keys of a recipe, from the dataclasses: what each may hold, its default, and its meaning."""
+"""List the keys of a recipe from the dataclasses: type, default and description of each."""
 
 from __future__ import annotations
 

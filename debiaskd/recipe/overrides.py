@@ -1,4 +1,4 @@
-"""`--key value` on the command line, over what the file says."""
+"""Override keys of a recipe with `--key value` on the command line."""
 
 from __future__ import annotations
 

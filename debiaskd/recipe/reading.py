@@ -1,4 +1,4 @@
-"""From a YAML file and `--key value` overrides to a `Recipe`, and back. jsonargparse does the typing."""
+"""Read a `Recipe` from a YAML file and `--key value` overrides, and write it back; jsonargparse parses the types."""
 
 from __future__ import annotations
 

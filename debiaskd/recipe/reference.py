@@ -1,4 +1,4 @@
-"""All keys of a recipe as text for a terminal, and as a page."""
+"""Format the reference of all recipe keys, for the terminal and as a page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""CID's intervention: a second head that sees each sample's feature and the contexts of all classes.
+"""CID's intervention: a second head on each sample's features and the contexts of all classes.
 
     start - 1    this epoch builds the contexts: each class's mean student feature, weighted by the teacher's certainty
-    start ...    cross-entropy of the adjusted logits; the contexts are built anew during every epoch
+    start ...    cross-entropy of the adjusted logits; the contexts are rebuilt in every epoch
 
 The head and its contexts are needed at test time and are part of the model that is saved: `Intervened`.
 Deng & Zhang 2021.

@@ -1,4 +1,4 @@
-"""Terms that compare the student with its teacher: softened logits, pooled features, relations within a class.
+"""Distillation losses: softened logits, pooled features, relations within a class.
 
 Hinton et al. 2015 (kd); Deng & Zhang 2021, CID (sample, relation).
 """

@@ -1,4 +1,4 @@
-"""Model guidance as a term: one class an image, its attribution pulled into that class's boxes (Rao et al. 2023)."""
+"""Model guidance: pull the attribution of one class per image into that class's boxes (Rao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class GuideTerm(Term):
         self.guide.load_state_dict(json.loads(bytes(state.tolist())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Checkpoints of versions that kept no decision: it is made anew.
+        # Older checkpoints hold no decision: it is made again.
         state_dict.setdefault(f"{prefix}_extra_state", GuideTerm.get_extra_state(self))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -84,7 +84,7 @@ def _annotated(inputs: StepInputs, target: Tensor) -> Tensor:
 
 
 def make_guide(options: GuideOptions, model: torch.nn.Module) -> Guide:
-    """The guide that watches the student; its loss is a sum over images, without the term's weight."""
+    """Create the guide of a student; its loss is a sum over images, without the term's weight."""
     steps = 32 if options.steps is None else options.steps
     layer, attribution = options.layer, options.attribution
     if attribution is None:

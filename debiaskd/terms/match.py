@@ -1,4 +1,4 @@
-"""DeTT and SimKD: the student's feature map is pulled to the teacher's, sample by sample as the weights say.
+"""Match the student's feature map with the teacher's, weighted by sample (DeTT, SimKD).
 
 Lee & Lee 2023 (arXiv 2302.11187); Chen et al. 2022. The student is a transplanted one (`debiaskd.models.transplant`).
 """

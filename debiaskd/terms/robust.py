@@ -1,4 +1,4 @@
-"""Group DRO: the groups that the model does worst on count most (Sagawa et al. 2020, arXiv 1911.08731).
+"""Group DRO: weight the groups with the highest losses most (Sagawa et al. 2020, arXiv 1911.08731).
 
 The weights of groups grow with the step's group losses before its gradient is taken (algorithm 1). Where a step has
 several passes, the losses of all of them have to be known before the first backward pass, so that each of them runs

@@ -1,4 +1,4 @@
-"""What a step offers to its terms, and what a term is."""
+"""The inputs of a training step, and the base class of loss terms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from debiaskd.boxes import Boxes
 
 
 class Outputs(NamedTuple):
-    """What a model gave for N images; None where no term asked for it.
+    """A model's outputs for N images; None where no term needs them.
 
     feature: [N,C,H,W] the last feature map. pooled: [N,D] what the last linear layer reads. logits: [N,K].
     """
@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
 
 
 class Ranks:
-    """The processes that train together; this one alone unless torch.distributed is initialised."""
+    """The processes that train together; a single one unless torch.distributed is initialised."""
 
     def __init__(self) -> None:
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -34,7 +34,7 @@ class Ranks:
         self.world_size = torch.distributed.get_world_size() if together else 1
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over ranks, the same on each; a constant."""
+        """Sum over ranks, the same on each; detached."""
         value = value.detach().clone()
         if self.world_size > 1:
             torch.distributed.all_reduce(value)
@@ -104,7 +104,7 @@ class StepTotals:
 
 @dataclass(kw_only=True)
 class StepInputs:
-    """What a forward pass begins with.
+    """The inputs of a forward pass.
 
     Attributes:
         images: [N,3,H,W], augmented and normalised.
@@ -183,7 +183,7 @@ class State(StepInputs):
 
 @dataclass
 class Setting:
-    """What terms are built for: widths of the last feature maps and pooled features, and the task."""
+    """What terms are built from: widths of the last feature maps and pooled features, and the task."""
 
     num_classes: int
     multi_label: bool
@@ -194,7 +194,7 @@ class Setting:
 
 @dataclass
 class TermOptions:
-    """When and how much a term counts.
+    """When a term is active, and its weight.
 
     Args:
         weight: its factor.
@@ -207,7 +207,7 @@ class TermOptions:
     ramp: int = 0
 
     def factor(self, epoch: int) -> float:
-        """In `epoch`; 0 where the term does not count."""
+        """The factor in `epoch`; 0 where the term is inactive."""
         if epoch < self.start:
             return 0.0
         return self.weight * min((epoch - self.start + 1) / (self.ramp + 1), 1.0)
@@ -237,7 +237,7 @@ class Term(nn.Module):
         self.options = options
 
     def active(self, epoch: int) -> bool:
-        """Whether it has something to do in an epoch."""
+        """Whether the term runs in an epoch."""
         return self.options.factor(epoch) > 0
 
     def tally(self, inputs: StepInputs, logits: Tensor | None) -> dict[str, Tensor]:
@@ -257,8 +257,8 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def end_epoch(self, epoch: int, ranks: Ranks) -> None:
-        """After the last step of an epoch, on every rank."""
+        """Called after the last step of an epoch, on every rank."""
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """What is evaluated and saved: the student, or the student with what the term adds to it."""
+        """The module to evaluate and save: the student, or the student with what the term adds to it."""
         return student

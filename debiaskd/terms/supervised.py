@@ -1,4 +1,4 @@
-"""The labels' own loss: cross-entropy, or binary cross-entropy where a picture may show several classes."""
+"""Supervised loss: cross-entropy, or binary cross-entropy where an image may have several classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recipe's `data` to batches on the device, the same whatever the number of processes."""
+"""Load batches of a recipe's data onto the device; the batches do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from debiaskd.training import split_parts as parts
 
 
 class Random(Protocol):
-    """Draws uniform numbers, a row for each picture."""
+    """Draw uniform random numbers, one row per image."""
 
     def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor: ...
 
 
 class SplitSubset(Dataset[Any]):
-    """Some of a data set's pictures, each with its number in the whole of it."""
+    """A subset of a data set; its samples keep their numbers in the whole data set."""
 
     def __init__(self, whole: PackedDataset, numbers: Tensor) -> None:
         self.whole, self.numbers = whole, numbers
@@ -50,8 +50,8 @@ class Split:
     Attributes:
         whole: the prepared split.
         dataset: what is read; a `SplitSubset` of it, or the whole.
-        numbers: int64 [N], the pictures' numbers in `whole`, rising.
-        target, groups, boxes: of these N pictures; `groups` None where there are none.
+        numbers: int64 [N], the images' numbers in `whole`, rising.
+        target, groups, boxes: of these N images; `groups` None where there are none.
         environments: int64 [N], groups that were found, by which selection may go; None: none are known yet.
         environment_names: of them; empty where none are known or expected.
     """
@@ -89,7 +89,7 @@ class Split:
         """The groups that were found, int64 [N] in the order of `expect`'s names.
 
         Args:
-            groups: one for each of these pictures.
+            groups: one for each of these images.
             as_groups: they also take the place of the groups that the data was prepared with.
         """
         self.environments = groups
@@ -103,7 +103,7 @@ class Split:
         self.groups = groups
 
     def part(self, rows: Tensor) -> Split:
-        """Some of these N pictures: int64 [M], in 0…N-1, rising."""
+        """Some of these N images: int64 [M], in 0…N-1, rising."""
         found = copy.copy(self)
         found.numbers = self.numbers[rows]
         found.dataset = SplitSubset(self.whole, found.numbers)
@@ -139,7 +139,7 @@ def _opened(data: Data, name: str, **options: Any) -> PackedDataset:
 
 
 class InputTransform:
-    """The way of stored pixels into a network.
+    """Transform stored pixels into a network's input, on the device.
 
     Args:
         contract: of what it reads.
@@ -147,11 +147,11 @@ class InputTransform:
         flip, crop_scale: see `Augment`.
         teacher: contract of the network that teaches it; None: there is none.
         with_teacher_input: whether the teacher's input is made as well, as `Batch.teacher_images`.
-        stored: (height, width) of the stored pictures; None: of several sizes.
+        stored: (height, width) of the stored images; None: of several sizes.
 
-    Both networks read the same augmented picture: a random crop is made at the larger of the two sizes, and each
-    network resizes and normalises its own input from it. Where nothing is cropped, each resizes the stored picture.
-    Boxes are in pixels of this network's input. Where both contracts are the same, the picture is normalised once.
+    Both networks read the same augmented image: a random crop is made at the larger of the two sizes, and each
+    network resizes and normalises its own input from it. Where nothing is cropped, each resizes the stored image.
+    Boxes are in pixels of this network's input. Where both contracts are the same, the image is normalised once.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class InputTransform:
         self.teacher = Preprocess(teacher).to(device) if with_teacher_input else None
 
     def __call__(self, batch: Batch, draws: Random | None = None) -> Batch:
-        """On the device, as the network reads it."""
+        """Move a batch to the device and transform it into the network's input."""
         batch = self.augment(batch.to(self.device, non_blocking=True), None if draws is None else draws.rand)
         if self.own is None:
             if self.contract.channels == 6:
@@ -199,15 +199,15 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 class SplitLoader:
-    """Batches of a split, augmented on the device.
+    """Load batches of a split and augment them on the device.
 
     Args:
         split, data: see there.
         training: shuffled and augmented, or in order and only normalised.
-        batch: pictures of this process a step.
+        batch: images of this process a step.
         contract: what the network reads; None: the default of three channels, at the data's size.
         teacher, with_teacher_input: see `InputTransform`.
-        sampling: float [N], probabilities up to a factor that an epoch's N pictures are drawn with; None: each once.
+        sampling: float [N], probabilities up to a factor that an epoch's N images are drawn with; None: each once.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, verified when they are loaded, the last two kept, and without any code in them.
+"""Save and load checkpoints: atomic, verified by checksum, loaded without executing code; the last two are kept.
 
 checkpoints/0000001200.pt      everything that training changes
 checkpoints/0000001200.json    its length and SHA-256, written afterwards: with it, the checkpoint is one
@@ -21,29 +21,29 @@ KEPT = 2
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint is damaged, and training goes on from an older one."""
+    """A checkpoint is damaged; training resumes from an older one."""
 
 
 class CheckpointError(ValueError):
-    """There are checkpoints, and none of them can be used."""
+    """None of the checkpoints can be used."""
 
 
 class Checkpoints:
-    """Those of one folder.
+    """The checkpoints in one folder.
 
     Args:
-        folder: made when the first is written.
-        identity: of what is trained; a checkpoint of something else is refused.
+        folder: created with the first checkpoint.
+        identity: fingerprint of the training; a checkpoint of another training is refused.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """After `step` steps. Older ones than the last two go.
+        """Save the state after `step` steps and delete all but the last two checkpoints.
 
         Raises:
-            OSError: it cannot be written; those before are as they were.
+            OSError: the checkpoint cannot be written; earlier ones are unchanged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{step:010d}.pt"
@@ -52,17 +52,17 @@ class Checkpoints:
         facts = {"step": step, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
         files.write_json(path.with_suffix(".json"), facts)
         for old in self._written()[:-KEPT]:
-            old.with_suffix(".json").unlink(missing_ok=True)  # first: without it the other is none
+            old.with_suffix(".json").unlink(missing_ok=True)  # first: without it the checkpoint does not count
             old.unlink(missing_ok=True)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest that is whole; None if there is none yet.
+        """Load (step, state) of the newest valid checkpoint; None if there is no checkpoint.
 
         Warns:
-            CheckpointWarning: a newer one is damaged.
+            CheckpointWarning: a newer checkpoint is damaged.
 
         Raises:
-            CheckpointError: all of them are damaged, or of something else.
+            CheckpointError: all checkpoints are damaged, or belong to another training.
         """
         reasons = []
         for path in reversed(self._written()):
@@ -79,14 +79,14 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """When they are needed no more."""
+        """Delete all checkpoints."""
         for path in self.folder.glob("*"):
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
 
     def _written(self) -> list[Path]:
-        """Oldest first. What lacks its facts was not finished."""
+        """Paths, oldest first; without its .json a checkpoint is incomplete."""
         return sorted(path for path in self.folder.glob("*.pt") if path.with_suffix(".json").exists())
 
     def _open(self, path: Path) -> tuple[int, dict[str, Any]]:
@@ -113,7 +113,7 @@ def _save(document: dict[str, Any], path: Path) -> None:
     try:
         torch.save(document, path)
     except RuntimeError as error:  # what torch makes of a full disk
-        with suppress(OSError), open(path, "ab") as file:  # a plain write says what is the matter
+        with suppress(OSError), open(path, "ab") as file:  # a plain write raises the actual error
             file.write(b"\0" * (1 << 20))
             file.flush()
         raise OSError(28, f"cannot be written ({one_line(error)[:100]})", str(path)) from None

@@ -1,4 +1,4 @@
-"""One training step of every network that a recipe trains, before any of them is trained.
+"""Run one training step of every network of a recipe before the training starts.
 
 Networks are built and probed in evaluation mode. What fails in training alone (batch norm on one value a channel, an
 attribution that cannot be differentiated twice, a pass that does not fit in memory) would otherwise show in the first
@@ -20,11 +20,11 @@ from debiaskd.training.learner import Learner, Step
 
 
 class DryRun:
-    """Runs single steps, forward and backward, without moving any weights.
+    """Run single training steps, forward and backward, without updating weights.
 
     Args:
         fabric: launched.
-        pictures: augmented as in training, read by this process alone.
+        loader: augmented as in training, read by this process alone.
         name: the network's.
         key: the recipe's section of the network, "student" or "teacher".
         schedule_key: the recipe's section of its schedule, "schedule".
@@ -51,10 +51,10 @@ class DryRun:
         self.count: int = loader.dataloader.batch_size
 
     def run(self, learner: Learner) -> None:
-        """One step of as many pictures as a pass has. `learner` is of no use afterwards.
+        """Run one step with a full pass of images; discard `learner` afterwards.
 
         Raises:
-            RecipeError: it fails; names the key that has to change.
+            RecipeError: the step fails; the message names the recipe key to change.
         """
         error = self._error(learner, max(self.count, 2) if self.several else self.count)
         if error is None:
@@ -98,7 +98,7 @@ class DryRun:
                 else:
                     total, _ = learner(Step(placed, last, draws, alone, batch.index))
                 total.backward()
-        except Exception as error:  # whatever a network of somebody else's raises
+        except Exception as error:  # a third-party network may raise anything
             return error
         finally:
             learner.zero_grad(set_to_none=True)
@@ -107,7 +107,7 @@ class DryRun:
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Random layers draw from a seed of their own, and leave the global generators as they were."""
+    """Seed random layers separately and restore the global generators afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield

@@ -1,4 +1,4 @@
-"""Where the processes, devices and precision come from: Lightning Fabric."""
+"""Set up processes, devices and precision with Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def launch(compute: Compute) -> Any:
-    """A Fabric whose processes run: those that torchrun started, or else the `devices` of this machine.
+    """Launch a Fabric on the processes that torchrun started, or on the `devices` of this machine.
 
     Raises:
-        RecipeError: there are no such devices.
+        RecipeError: the devices are not available.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
@@ -48,7 +48,7 @@ def launch(compute: Compute) -> Any:
         raise RecipeError("compute.precision: 16 needs a GPU, which there is none of here; bf16 runs on CPUs as well")
     if compute.sync_batchnorm and fabric.device.type == "cpu":
         raise RecipeError("compute.sync_batchnorm: PyTorch synchronises batch norm on GPUs only, this is the CPU")
-    # It says so for each process, once more than anybody wants to know.
+    # One line per process would be repeated by the progress output.
     logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore", "`broadcast_buffers` is deprecated", FutureWarning
@@ -60,7 +60,7 @@ def launch(compute: Compute) -> Any:
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision that a run was trained in, outside of a Fabric. Where the device does not have it, float32."""
+    """The autocast context of a run's precision without a Fabric; float32 where the device lacks that precision."""
     if compute.precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     if compute.precision == "16" and device.type == "cuda":
@@ -76,7 +76,7 @@ def rank() -> int | None:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error only says that another process does not answer any more. Gloo has no type for it."""
+    """Whether an error only reports that another process has died; Gloo has no exception type for that."""
     if rank() is None or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)

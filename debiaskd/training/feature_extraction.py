@@ -1,7 +1,7 @@
-"""One pass of a model that gives its last feature map, what its last layers read, and its logits.
+"""Extract the last feature map, the pooled features and the logits of a model in one forward pass.
 
-Any model will do: the two places are found on a small run, and looked at while the model runs as ever. Nothing is
-computed twice, and nothing that is not asked for.
+Works for any model: a trial run finds the two layers, and hooks record them during the normal forward pass. Nothing is
+computed twice, and only what was requested is recorded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from debiaskd.training.batches import SplitLoader
 
 @dataclass(frozen=True)
 class FeatureLayers:
-    """Where a model's last feature map comes from, and the layers that it ends in: names of modules.
+    """Names of the layers that give a model's last feature map and read its pooled features.
 
     feature: "" where it was not asked for; `width` of its channels.
     readers: the layers whose inputs are the pooled features, one after another; `pooled_width` of all of them.
@@ -54,7 +54,7 @@ def find_feature_layers(
     head: str | None = None,
     wanted: Iterable[str] = ("feature", "pooled"),
 ) -> FeatureLayers:
-    """Finds them.
+    """Find the layers that `FeatureExtractor` records.
 
     Args:
         model: from images to logits [N,K].
@@ -92,12 +92,12 @@ def _output(model: nn.Module, name: str, images: Tensor) -> Tensor:
 
 
 class FeatureExtractor(nn.Module):
-    """`model`, looked at while it runs. Under torch.compile the looking is compiled with it.
+    """Wrap `model` and record its features during the forward pass. torch.compile compiles the hooks with it.
 
     Args:
         model: see `find_feature_layers`.
-        at: what `find_feature_layers` found; None where nothing is wanted.
-        wanted: any of "feature" and "pooled": what is kept beside the logits.
+        at: the result of `find_feature_layers`; None where nothing is wanted.
+        wanted: any of "feature" and "pooled": what is recorded besides the logits.
     """
 
     def __init__(self, model: nn.Module, at: FeatureLayers | None, wanted: Iterable[str]) -> None:
@@ -105,7 +105,7 @@ class FeatureExtractor(nn.Module):
         self.model, self.at = model, at
         self.caught: dict[str, Tensor] = {}
         self.read: list[Tensor] = []
-        self.looking = False  # nothing is held on to when others run the model
+        self.recording = False  # nothing is stored when others run the model
         if at is None:
             return
         if "feature" in wanted:
@@ -115,21 +115,21 @@ class FeatureExtractor(nn.Module):
                 model.get_submodule(name).register_forward_pre_hook(self._catch_pooled)
 
     def _catch_feature(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        if self.looking:
+        if self.recording:
             self.caught["feature"] = output
 
     def _catch_pooled(self, module: nn.Module, arguments: Any) -> None:
-        if self.looking:
+        if self.recording:
             self.read.append(arguments[0])
 
     def forward(self, images: Tensor, guide: Guide | None = None) -> tuple[Outputs, Seen | None]:
-        """What the model gives; with a guide, of the same model, what that watches in the same pass."""
-        self.looking = True
+        """Run the model; with a guide on the same model, also return what the guide records in the same pass."""
+        self.recording = True
         try:
             seen = guide.watch(images) if guide is not None else None
             logits = seen.logits if seen is not None else self.model(images)
         finally:
-            self.looking = False
+            self.recording = False
         if not isinstance(logits, Tensor):
             raise TypeError(f"model must give logits [N,K], got {type(logits).__name__}")
         feature = self.caught.pop("feature", None)
@@ -171,7 +171,7 @@ def read_outputs(
     """Run a model over all images of a split, in order.
 
     Args:
-        model: on the pictures' device; is put into evaluation mode. It keeps the hooks that look at it.
+        model: on the images' device; is put into evaluation mode. Its hooks stay registered.
         at: where its pooled features are, of `find_feature_layers`.
         loader: not augmented, and all of the images for this process.
         autocast: makes the context that the model runs in.

@@ -11,11 +11,11 @@ from debiaskd.recipe import Network, Recipe, Teacher
 
 
 class InputContracts:
-    """What student and teacher read.
+    """The input contracts of student and teacher.
 
     Args:
         recipe: as checked.
-        prepared: (height, width) of the prepared pictures.
+        prepared: (height, width) of the prepared images.
     """
 
     def __init__(self, recipe: Recipe, prepared: tuple[int, int]) -> None:
@@ -41,17 +41,17 @@ class InputContracts:
         return self.found.get("teacher")
 
     def new_messages(self) -> list[str]:
-        """A line for each network the first time that this is asked for, none afterwards."""
+        """One line per network on the first call, none afterwards."""
         lines, self.lines = self.lines, []
         return lines
 
     def of(self, network: Network) -> InputContract:
-        """What one of the recipe's networks reads."""
+        """The input contract of one of the recipe's networks."""
         return self.found[_key(network)]
 
     def decisive(self, *networks: Network) -> dict[str, Any]:
-        """The contracts among a stage's inputs. One that reads what every network read before there were contracts is
-        left out, so that runs of that time go on."""
+        """The contracts as fingerprint inputs of a stage. A contract that equals the default of runs
+        from before there were contracts is left out, so that those runs can be resumed."""
         found = {}
         for network in networks:
             contract, default = self.of(network), default_contract(network.name, (self.side, self.side))

@@ -1,4 +1,4 @@
-"""A student with the terms that train it, as one module whose forward is a step's loss."""
+"""Combine a student and its loss terms into one module whose forward computes the loss of a step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from debiaskd.training.teacher_outputs import TeacherOutputs
 
 
 class Step:
-    """What a forward pass of a step is of. Opaque, since Fabric looks for tensors to convert in whatever it can look
-    into.
+    """The inputs of one forward pass of a step.
+
+    Not a dataclass: Fabric converts the precision of every tensor that it finds in one.
 
     Attributes:
-        batch: augmented pictures of this process.
+        batch: augmented images of this process.
         epoch: from 0.
         draws, ranks: random numbers, and the other processes.
-        numbers: int64 [N], the pictures' on the host, or None.
+        numbers: int64 [N], the images' on the host, or None.
         totals: sums over the whole step, from `Learner.totals`.
         number: which of the step's passes this is, from 0.
     """
@@ -44,14 +45,17 @@ class Step:
 
 
 class Learner(nn.Module):
-    """Its parameters are all that is trained, its state dict all that training changes in modules.
+    """A student with its loss terms.
+
+    Its parameters are all that is trained, its state dict is all that training changes in modules.
 
     Args:
-        watched: the student.
+        extractor: the student.
         terms: by name.
-        teacher: kept outside of the module: it has nothing to train, save or synchronise. None: no term needs it.
+        teacher: not registered as a submodule, since nothing of it is trained, saved or synchronised; None: no term
+            needs it.
         guide: of the student's own model, if there is a guided term.
-        weight: float32 [M], a weight for every picture of the training split, by its number; or None.
+        weight: float32 [M], a weight for every image of the training split, by its number; or None.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Learner(nn.Module):
         return found
 
     def place(self, device: torch.device) -> None:
-        """Brings to the device what is not part of the module."""
+        """Move to the device what is not registered in the module."""
         teacher, guide, weight = self._unregistered
         self._unregistered = (
             None if teacher is None else teacher.to(device),
@@ -88,7 +92,7 @@ class Learner(nn.Module):
         )
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what is to be minimised, each term's own loss without its factor)."""
+        """Return (the loss to minimise, the unweighted loss of each term)."""
         teacher, guide, _ = self._unregistered
         batch, epoch, active = step.batch, step.epoch, self._active(step.epoch)
         taught = any(need.startswith("teacher.") for term in active.values() for need in term.needs)
@@ -119,7 +123,7 @@ class Learner(nn.Module):
         return total, {name: loss.detach().float() for name, loss in losses.items() if factors[name]}
 
     def tallied(self, epoch: int) -> bool:
-        """Whether terms need more of a whole step than its samples' weights; `totals` then reads augmented pictures."""
+        """Whether terms need more of a whole step than its samples' weights; `totals` then reads augmented images."""
         return any(term.tallied for term in self._active(epoch).values())
 
     @torch.no_grad()
@@ -189,7 +193,7 @@ class Learner(nn.Module):
             tensor.copy_(saved[rank] if rank is not None else saved.sum(0) if Ranks().rank == 0 else 0 * saved[0])
 
     def deployed(self) -> nn.Module:
-        """What is evaluated and saved."""
+        """The module to evaluate and save."""
         model = self.extractor.model
         for name in self.names:
             model = self.term(name).deployed(model)

@@ -1,8 +1,8 @@
-"""Logs of a stage, on the first rank alone.
+"""Write the logs of a stage, on the first rank only.
 
 log.csv      every so many steps: losses, learning rate. The same for the same recipe, interrupted or not
-epochs.csv   validation figures. Likewise
-speed.csv    images a second: what time it took is another matter every time
+epochs.csv   validation metrics. Likewise
+speed.csv    images per second, which differs between runs
 tensorboard/ the same for TensorBoard, if it is installed
 """
 
@@ -18,9 +18,9 @@ from debiaskd.utils import files
 
 
 class Table:
-    """A CSV file whose first column counts up. What lies behind the place where a run goes on is taken out again.
+    """A CSV file whose first column increases. Resuming removes the rows after the checkpoint.
 
-    A line is on the disk once `append` returns; one that was not finished is not one.
+    A row is on the disk once `append` returns; an incomplete last line is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class Table:
         self.columns: list[str] | None = None
 
     def resume(self, last: int) -> None:
-        """Keeps the lines up to the one of `last`; -1: none."""
+        """Keep the rows up to the one numbered `last`; -1: none."""
         if not self.path.exists():
             return
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -41,7 +41,7 @@ class Table:
             files.write_text(self.path, "\n".join(kept) + "\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Terms that begin later have a column from then on: lines before get an empty one."""
+        """Append a row; columns of terms that start later are empty in earlier rows."""
         if self.columns is None or any(name not in self.columns for name in row):
             self._widen([*(self.columns or []), *(name for name in row if name not in (self.columns or []))])
         assert self.columns is not None
@@ -81,7 +81,7 @@ def _text(value: Any) -> str:
 
 
 class Logs:
-    """Of the folder of a stage; `on` is false for all ranks but the first."""
+    """The log files in a stage's folder; `on` is False for all ranks but the first."""
 
     def __init__(self, folder: Path, on: bool) -> None:
         self.folder, self.on = folder, on
@@ -90,7 +90,7 @@ class Logs:
         self.board: Any = None
 
     def resume(self, step: int, epoch: int) -> None:
-        """Behind the last step and the last epoch that count; 0 and -1: from the beginning."""
+        """Continue after the given step and epoch; 0 and -1: from the start."""
         if not self.on:
             return
         self.steps.resume(step)

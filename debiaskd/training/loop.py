@@ -1,8 +1,8 @@
-"""The loop: steps, validation, checkpoints. One for every stage of every recipe.
+"""The training loop of every stage: steps, validation, checkpoints.
 
-Nothing waits for the device but every `log_every` steps, at checkpoints and between epochs. Random numbers are a
-function of seed and step, the learning rate of the step, the order of pictures of seed and epoch: what is left to be
-remembered is in the checkpoint, and a run that was killed goes on as if it had not been.
+The host waits for the device only every `log_every` steps, at checkpoints and between epochs. Random numbers depend on
+seed and step, the learning rate on the step, the order of images on seed and epoch. The checkpoint holds the rest, so
+that a killed run resumes with the same results as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from debiaskd.training.schedule import Ema, optimizer, rate
 from debiaskd.training.selection import CheckpointSelector
 from debiaskd.training.teacher_cache import ViewDraws
 
-#: Called after every step with the share of the epochs that is over, and with a line of news or "".
+#: Called after every step with the fraction of the training that is done, and with a message or "".
 Progress = Callable[[float, str], None]
 
-#: The figures of an epoch that are told at once; all of them are in the log.
+#: The metrics of an epoch that are reported at once; the log has all of them.
 _HEADLINE = ("f1", "map", "accuracy", "worst_group_accuracy", "epg", "iou")
 
 
@@ -40,16 +40,16 @@ class DivergedError(ArithmeticError):
 
 @dataclass
 class Plan:
-    """What is trained how.
+    """Everything that one training needs.
 
     Attributes:
         folder: of the stage.
         identity: of everything that decides the outcome; checkpoints of another are refused.
-        learner, pictures, schedule, compute, seed: see there.
-        validate: (model in evaluation mode) to its figures on the validation pictures; None: not validated.
+        learner, images, schedule, compute, seed: see there.
+        validate: (model in evaluation mode) to its metrics on the validation images; None: not validated.
         keeper: which epochs are kept.
         every: epochs between validations.
-        views: how many fixed augmentations each picture has; None: another one every time.
+        views: how many fixed augmentations each image has; None: another one every time.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass
 class PendingLosses:
-    """A step whose losses have not been looked at yet: `losses` [T] lie on the device."""
+    """The losses [T] of a step, on the device, not read yet."""
 
     step: int
     numbers: Tensor | None
@@ -76,7 +76,7 @@ class PendingLosses:
 
 
 class TrainingLoop:
-    """One training, of a `Plan`, on a Fabric that has been launched."""
+    """Run a `Plan` on a launched Fabric."""
 
     def __init__(self, plan: Plan, fabric: Any, progress: Progress | None = None) -> None:
         self.plan, self.fabric, self.progress = plan, fabric, progress
@@ -99,7 +99,7 @@ class TrainingLoop:
         self.clock, self.seen = time.perf_counter(), 0
 
     def run(self) -> None:
-        """To the end, from where it was.
+        """Train to the end, from the last checkpoint.
 
         Raises:
             DivergedError: a loss or the weights became NaN or infinite; the checkpoints are as they were before.
@@ -165,7 +165,7 @@ class TrainingLoop:
             yield Step(shown, epoch, draws, self.ranks, batch.index, number=number)
 
     def _totals(self, passes: list[Batch], epoch: int) -> StepTotals:
-        """What the step's losses divide by. Pictures are augmented twice where a term looks at them for it: to hold all
+        """What the step's losses divide by. Images are augmented twice where a term looks at them for it: to hold all
         of them would take the memory that several passes are to save."""
         if len(passes) == 1:
             return StepTotals()
@@ -183,7 +183,7 @@ class TrainingLoop:
             self.progress(self.step / (self.plan.schedule.epochs * self.steps), news)
 
     def _read_losses(self) -> None:
-        """Reads the losses that have piled up, all at once."""
+        """Read all pending losses at once."""
         pending, self.pending = self.pending, []
         if not pending:
             return

@@ -1,6 +1,6 @@
-"""Which epochs to keep, by several validation figures at once.
+"""Pareto-front checkpoint selection by several validation metrics.
 
-An epoch is on the Pareto front if no other is at least as good in every figure and better in one. Figures are rounded
+An epoch is on the Pareto front if no other is at least as good in every metric and better in one. Figures are rounded
 to bins before they are compared, so that noise in the third digit does not keep every epoch; of epochs in the same
 bins the earliest stays.
 
@@ -21,7 +21,7 @@ from debiaskd.utils import checks
 
 @dataclass(frozen=True)
 class Candidate:
-    """An epoch: its figures in the order of the front's names, and whatever belongs to it, such as a file's name."""
+    """An epoch: its metrics in the order of the front's names, and whatever belongs to it, such as a file's name."""
 
     values: tuple[float, ...]
     epoch: int
@@ -37,11 +37,11 @@ class Change:
 
 
 class ParetoFront:
-    """The epochs that no other beats, kept up to date epoch by epoch.
+    """The Pareto front of the epochs so far.
 
     Args:
-        names: of the figures, each a fraction in [0,1], larger is better.
-        bin: figures are rounded to multiples of it before they are compared, > 0.
+        names: of the metrics, each a fraction in [0,1], larger is better.
+        bin: metrics are rounded to multiples of it before they are compared, > 0.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -76,7 +76,7 @@ class ParetoFront:
         return any(candidate.epoch == epoch for candidate in self.front)
 
     def add(self, values: Mapping[str, float] | Sequence[float], epoch: int, payload: Any = None) -> Change:
-        """One more epoch.
+        """Add an epoch.
 
         Args:
             values: fractions in [0,1] by name (further names are ignored), or in the order of `names`; numbers or
@@ -131,7 +131,7 @@ class ParetoFront:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict()` was taken, also after JSON or `torch.save`.
+        """Restore a state from `state_dict()`, also after JSON or `torch.save`.
 
         Raises:
             ValueError: it is of a front of other names or another bin, or not of one at all.
@@ -146,10 +146,10 @@ class ParetoFront:
             raise ValueError(f"state must be of names {self.names} and bin {self.bin}, got {names} and {width}")
         self.front, self.seen = front, seen
 
-    # -- a picture --------------------------------------------------------------------------------------------------
+    # -- an image --------------------------------------------------------------------------------------------------
 
     def plot(self, path: str | Path) -> None:
-        """Each pair of figures: epochs on the front with their numbers, all others in grey.
+        """Each pair of metrics: epochs on the front with their numbers, all others in grey.
 
         Args:
             path: where to; its ending says the format, such as .png or .svg.

@@ -1,4 +1,4 @@
-"""How the network of a finished run is put together, so that it can be built again: to be measured, or to teach.
+"""Rebuild the network of a finished run, for evaluation or as a teacher.
 
 A student is more than its network's name says: it may have a transplanted head, and CID's intervention; and the network
 that it began from may have been such a student itself.
@@ -33,11 +33,11 @@ BEFORE_REFIT = "student-before-refit"
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """What a network of a run is made of.
+    """How to build a network of a run.
 
     Attributes:
         recipe: of the run.
-        about: what the file of its weights says of itself.
+        about: metadata of its weights file.
         role: "student" or "teacher", whose network it is.
         whole: with what training put around the student's network.
         intervened: with CID's second head; an epoch before the contexts were built may have been the best.
@@ -65,11 +65,11 @@ class Design:
 
     @property
     def plain(self) -> bool:
-        """Whether it is what its name says."""
+        """Whether the registered network alone describes it."""
         return not (self.transplanted or self.intervened or self._base(self.role))
 
     def build(self, contract: InputContract | None = None) -> nn.Module:
-        """With weights of no meaning.
+        """Build the network with arbitrary weights.
 
         Args:
             contract: what it is to read; None: what it was trained with.
@@ -107,7 +107,7 @@ class Design:
         return self._bare(self.role, self.network, contract, classes)
 
     def inner(self) -> Design | None:
-        """What the network alone is, where that is more than its name says."""
+        """The design of the network without its head, where the registered network alone does not describe it."""
         base = self._base(self.role)
         return None if base is None else Design.from_dict(base)
 
@@ -127,29 +127,29 @@ class Design:
         recipe = self.recipe
         parts: dict[str, Any] = {"student": recipe.student, "teacher": recipe.teacher}
         parts |= {"transplant": recipe.transplant, "backdoor": recipe.terms.backdoor}
-        said = {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()}
-        found = {"recipe": said, "about": dict(self.about), "role": self.role, "whole": self.whole}
+        options = {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()}
+        found = {"recipe": options, "about": dict(self.about), "role": self.role, "whole": self.whole}
         return json.loads(json.dumps({**found, "intervened": self.intervened}))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Design:
-        said = document["recipe"]
+        options = document["recipe"]
         recipe = Recipe(
             Data(""),
-            _made(Network, said["student"]),
-            Terms(backdoor=_made(BackdoorOptions, said["backdoor"])),
-            teacher=_made(Teacher, said["teacher"]),
-            transplant=_made(Transplant, said["transplant"]),
+            _made(Network, options["student"]),
+            Terms(backdoor=_made(BackdoorOptions, options["backdoor"])),
+            teacher=_made(Teacher, options["teacher"]),
+            transplant=_made(Transplant, options["transplant"]),
         )
         return cls(recipe, document["about"], document["role"], document["whole"], document["intervened"])
 
 
-def _made(cls: type, said: Mapping[str, Any] | None) -> Any:
+def _made(cls: type, options: Mapping[str, Any] | None) -> Any:
     """A dataclass of those of its keys that building a network reads."""
-    if said is None:
+    if options is None:
         return None
     names = {field.name for field in dataclasses.fields(cls)} - {"input", "schedule"}
-    return cls(**{name: value for name, value in said.items() if name in names})
+    return cls(**{name: value for name, value in options.items() if name in names})
 
 
 def design_of_file(path: Path | str) -> Design | None:
@@ -179,7 +179,7 @@ def design_of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names:
 
     Args:
         recipe: of the run.
-        about: what the file of its weights says of itself.
+        about: metadata of its weights file.
         stage: its name.
         names: of the tensors in that file.
     """
@@ -191,7 +191,7 @@ def design_of_stage(recipe: Recipe, about: Mapping[str, Any], stage: str, names:
 
 @dataclasses.dataclass(frozen=True)
 class StartingNetwork:
-    """The network of a run that a recipe's network begins from.
+    """The network of a run that a recipe's network starts from.
 
     Attributes:
         design: of the run's network.
@@ -202,12 +202,12 @@ class StartingNetwork:
     new_head: bool
 
     def kept(self) -> dict[str, Any] | None:
-        """What has to be known of it to build a network that began from it: its design, as JSON."""
+        """The design as JSON, for the metadata of networks that start from this one."""
         design = self.design.inner() if self.new_head else self.design
         return None if design is None else design.to_dict()
 
     def load_projector(self, model: nn.Module, path: str) -> None:
-        """Into a student that was transplanted anew, the run's projector, if it is of the same shape."""
+        """Load the run's projector into a newly transplanted student, if the shapes match."""
         state, own = self._state(path), model.state_dict()
         there = {name: tensor for name, tensor in state.items() if name.startswith("projector.")}
         here = {name: tensor for name, tensor in own.items() if name.startswith("projector.")}
@@ -243,7 +243,7 @@ class StartingNetwork:
 
 
 def starting_network(key: str, network: Network, recipe: Recipe) -> StartingNetwork | None:
-    """The run's network that a recipe's network begins from, where that is more than its name says.
+    """The run's network that a recipe's network starts from, where the registered network alone does not describe it.
 
     Args:
         key: "student" or "teacher".

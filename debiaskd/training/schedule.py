@@ -1,4 +1,4 @@
-"""Learning rate and optimiser. The rate is a function of the step alone, so that there is no state to go on with."""
+"""Learning-rate schedule, optimiser and weight averaging. The rate depends on the step only, so it needs no state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from debiaskd.training.learner import Learner
 
 
 def rate(schedule: Schedule, step: int, steps: int) -> float:
-    """Of the step from 0, where an epoch has `steps`."""
+    """The learning rate of a step (from 0), with `steps` steps per epoch."""
     epoch = step / steps
     if epoch < schedule.warmup:
         return schedule.learning_rate * (step + 1) / (schedule.warmup * steps)
@@ -28,7 +28,7 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def brief_schedule(schedule: Schedule, epochs: int | None) -> Schedule:
-    """Of an identification model: too short for an average over many steps, or for a rate that first has to rise."""
+    """The schedule of an identification model: without EMA and warm-up, for which it is too short."""
     shape = "constant" if schedule.shape == "steps" else schedule.shape
     return dataclasses.replace(
         schedule, epochs=epochs or 1, ema=None, ema_warmup=None, warmup=0, shape=shape, milestones=None
@@ -60,7 +60,7 @@ class Ema:
     they were before.
 
     Args:
-        learner: whose weights it begins with.
+        learner: whose weights initialise the average.
         decay: the share of the average that stays in an update.
         warmup: smaller at first, as in timm's ModelEmaV3 with use_warmup: the n-th update keeps
             min(decay, 1 - n^(-2/3)), so that the first one replaces the initial weights.

@@ -1,4 +1,4 @@
-"""Which epochs of a training are kept, by their figures on validation alone."""
+"""Keep the best checkpoints by validation metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from debiaskd.models.registry import save_weights
 from debiaskd.training.pareto import ParetoFront
 from debiaskd.utils import files
 
-#: The figures that a rule looks at, each a fraction, larger is better.
+#: The validation metrics that a rule compares, each a fraction; larger is better.
 RULES: dict[str, tuple[str, ...]] = {
     "worst_group": ("worst_group_accuracy",),
     "worst_environment": ("worst_environment_accuracy",),
@@ -24,15 +24,15 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 class CheckpointSelector:
-    """Keeps weights as `kept/epoch-0007.safetensors`.
+    """Keep the weights of the best epochs as `kept/epoch-0007.safetensors`.
 
-    Of equals, a rule of one figure keeps the later, as does `last`; a Pareto front of several keeps all that no other
+    Of equals, a rule of one metric keeps the later, as does `last`; a Pareto front of several keeps all that no other
     beats, and puts the one with the highest sum in front.
 
     Args:
         folder: of the stage.
         rule: see `RULES`.
-        names: of the figures; None: the rule's own.
+        names: of the metrics; None: the rule's own.
         about: is written into the files.
     """
 
@@ -55,15 +55,15 @@ class CheckpointSelector:
     def update(
         self, epoch: int, figures: Mapping[str, float], model: nn.Module, last: bool, *, write: bool = True
     ) -> None:
-        """One more epoch; `last` says that there is no other.
+        """Consider one more epoch; `last`: the training ends with it.
 
         Raises:
-            OSError: its weights cannot be written.
+            OSError: the weights cannot be written.
         """
         values = {name: figures[name] for name in self.names}
         self.figures[str(epoch)] = dict(figures)
         if self.front is not None:
-            # A figure without a single picture to be measured on is no better than any.
+            # A metric without a single image to be measured on is no better than any.
             change = self.front.add({name: value if value == value else 0.0 for name, value in values.items()}, epoch)
             entered = change.entered
             self.best = max(self.front, key=lambda candidate: (sum(candidate.values), candidate.epoch)).epoch
@@ -82,7 +82,7 @@ class CheckpointSelector:
         return not values[name] < old[name]
 
     def prune(self, *, write: bool = True) -> None:
-        """Removes what is kept no more: once a checkpoint knows that, and not before."""
+        """Delete weights that are no longer selected; call it after the checkpoint that records the selection."""
         if write and self.folder.is_dir():
             wanted = {self.path(epoch) for epoch in self.selected}
             for path in self.folder.iterdir():

@@ -1,4 +1,4 @@
-"""Parts of a prepared split, "train[:80%]": which pictures they hold, and how many they share."""
+"""Parse parts of a prepared split such as "train[:80%]", and count the images that two parts share."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Part(NamedTuple):
 
 
 class OverlapWarning(UserWarning):
-    """Pictures that figures are of were trained on, or chosen by."""
+    """Evaluation images were also used for training or for selection."""
 
 
 def parse(text: str, key: str) -> Part:
-    """Raises RecipeError if it is no part; names `key`."""
+    """Parse a part; raises RecipeError, naming `key`, if the text is not one."""
     found = _PART.fullmatch(text)
     if found is None:
         raise RecipeError(f'{key}: must be a split such as "train" or "train[:80%]", got {text!r}')
@@ -37,7 +37,7 @@ def parse(text: str, key: str) -> Part:
 
 
 def numbers(part: Part, count: int, seed: int, key: str) -> Tensor:
-    """int64, rising: which of the `count` pictures of its split a part holds; of a random order that `seed` decides.
+    """int64, rising: which of the `count` images of its split a part holds; of a random order that `seed` decides.
 
     Raises:
         RecipeError: none. Names `key`.
@@ -73,9 +73,9 @@ def divided(groups: Tensor, share: float, generator: torch.Generator) -> tuple[T
 
 
 def shared(data: Data, key: str, other: str) -> int:
-    """How many pictures two of `data`'s keys train, validation and test have in common; opens neither.
+    """How many images two of `data`'s keys train, validation and test have in common; opens neither.
 
-    Pictures that were prepared in two splits are not seen, unless these are copies of each other.
+    Images that were prepared in two splits are not seen, unless these are copies of each other.
 
     Raises:
         RecipeError, DataError: no part; not prepared.
@@ -98,17 +98,17 @@ def _content(split: dict[str, Any]) -> list[str]:
 
 
 def check_overlap(recipe: Recipe, *, warn: bool = True) -> None:
-    """Pictures that are in more than one of train, validation and test.
+    """Images that are in more than one of train, validation and test.
 
     Args:
         recipe: as checked.
         warn: whether to warn, which one of several processes has to do.
 
     Raises:
-        RecipeError: an epoch would be chosen by pictures that were trained on.
+        RecipeError: an epoch would be chosen by images that were trained on.
 
     Warns:
-        OverlapWarning: the same where nothing is chosen (`selection.rule: last`); the test holds others' pictures.
+        OverlapWarning: the same where nothing is chosen (`selection.rule: last`); the test holds others' images.
     """
     data, found = recipe.data, []
     count = shared(data, "validation", "train")

@@ -27,7 +27,7 @@ class Stage:
 
     Attributes:
         folder, fingerprint, inputs: see `Run.stage`.
-        facts: which epoch was kept by which rule, its figures on validation, and the like.
+        facts: which epoch was kept by which rule, its metrics on validation, and the like.
         outputs: names of files and their SHA-256.
     """
 

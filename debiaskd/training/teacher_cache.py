@@ -1,9 +1,9 @@
-"""What a frozen teacher says of every training picture, computed once and kept on the disk.
+"""Cache the outputs of a frozen teacher for every training image on disk.
 
-A distillation epoch then costs the student alone. Augmentation comes from a fixed number of views: view v of a picture
-is the same in every epoch that shows it, e mod the number of views, so that the teacher has seen what the student sees.
+A distillation epoch then costs the student alone. Augmentation comes from a fixed number of views: view v of an image
+is the same in every epoch that shows it, e mod the number of views, so that the teacher's outputs belong to the student's input.
 
-    teacher-cache/view-00/00000/{feature,pooled,logits}.npy     512 pictures, whole once the folder has its name
+    teacher-cache/view-00/00000/{feature,pooled,logits}.npy     512 images, whole once the folder has its name
 
 bfloat16, which numpy does not know, is stored as the int16 of the same bits.
 """
@@ -27,14 +27,14 @@ from debiaskd.training.batches import SplitLoader
 from debiaskd.training.teacher_outputs import TeacherOutputs
 from debiaskd.utils import files
 
-#: Pictures a shard.
+#: Images a shard.
 SHARD = 512
 PARTS = ("feature", "pooled", "logits")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ViewDraws:
-    """Random numbers of a picture's number and its view alone; what `Draws` is to steps."""
+    """Random numbers that depend on an image's number and view only, in the way that `Draws` depends on the step."""
 
     def __init__(self, seed: int, numbers: Tensor, view: int, device: torch.device) -> None:
         seeds = ((seed * 1_000_003 + view) * 1_000_003 + int(n) for n in numbers)
@@ -48,11 +48,11 @@ class ViewDraws:
 
 
 class CachedTeacher:
-    """Reads what `write_cache` wrote; stands for the teacher.
+    """Teacher outputs read from the files of `write_cache`.
 
     Args:
         folder: of the cache.
-        place: int64 [M], of each picture's number in the prepared split its place in the cache; -1 for none.
+        place: int64 [M], of each image's number in the prepared split its place in the cache; -1 for none.
         views: how many there are.
         width: of pooled features.
     """
@@ -111,12 +111,12 @@ def write_cache(
     parts: tuple[str, ...],
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[float]:
-    """Writes every shard that is not there yet; gives the share of them that is.
+    """Write the missing shards and yield the fraction that is complete.
 
     Args:
         folder: of the cache.
-        teacher: on the pictures' device.
-        pictures: augmented as in training; which of them come when is of no matter here.
+        teacher: on the images' device.
+        loader: augmented as in training; its order does not matter.
         seed, views: see `ViewDraws`.
         dtype: "fp32" or "bf16".
         parts: those of PARTS that are wanted.

@@ -1,4 +1,4 @@
-"""Where a teacher's answers come from: the teacher itself, or what it once said of every picture."""
+"""Sources of teacher outputs: the teacher itself, or outputs that were computed before."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from debiaskd.training.feature_extraction import FeatureExtractor, FeatureLayers
 
 
 class TeacherOutputs(Protocol):
-    """Gives the teacher's outputs for a batch of an epoch; `numbers` are its pictures', on the host.
+    """Return the teacher's outputs for a batch of an epoch; `numbers` are the images' numbers, on the host.
 
-    width: of its pooled features. views: how many fixed augmentations of a picture it knows; None: it knows any.
+    width: of its pooled features. views: how many fixed augmentations of an image it knows; None: it knows any.
     """
 
     width: int
@@ -31,7 +31,7 @@ class TeacherOutputs(Protocol):
 
 
 class FrozenExtractor(Frozen):
-    """A teacher that is only looked at: frozen and whole, without any cut of it.
+    """A frozen, complete teacher whose features are recorded; it is not cut into body and head.
 
     Args:
         teacher: any module from images to logits; it is copied.
@@ -51,7 +51,7 @@ class FrozenExtractor(Frozen):
 
 
 class LiveTeacher:
-    """The teacher looks at every batch."""
+    """Teacher outputs computed for every batch."""
 
     def __init__(self, teacher: FrozenTeacher | FrozenExtractor) -> None:
         self.teacher = teacher
@@ -73,10 +73,10 @@ class LiveTeacher:
 
 
 class InMemoryTeacher:
-    """What it said of each of N pictures that are the same every time, in memory.
+    """Teacher outputs of N images without augmentation, in memory.
 
     Args:
-        outputs: [N,...] each, by the pictures' numbers.
+        outputs: [N,...] each, by the images' numbers.
     """
 
     def __init__(self, outputs: Outputs) -> None:

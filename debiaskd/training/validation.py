@@ -1,4 +1,4 @@
-"""What a model is worth on a split: figures as fractions in [0,1], over all ranks."""
+"""Evaluate a model on a split: metrics as fractions in [0,1], over all ranks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from debiaskd.recipe import Network, Recipe
 from debiaskd.terms import GuideOptions, make_guide
 from debiaskd.training.batches import Split, SplitLoader
 
-#: Where boxes count as small, middling or large: shares of the picture that they cover.
+#: Where boxes count as small, middling or large: shares of the image that they cover.
 SIZES = (0.1, 0.3)
 
 
 def has_boxes(split: Split) -> bool:
-    """Whether attributions can be compared with boxes: those of the labels of pictures that are annotated."""
+    """Whether a split has annotated boxes of its labels to compare attributions with."""
     labelled = split.target.any(1) if split.whole.multi_label else torch.ones(len(split), dtype=torch.bool)
     return bool((split.boxes.annotated & labelled).any()) and bool(len(split.boxes.coords))
 
 
 def available_metrics(split: Split) -> tuple[str, ...]:
-    """Names of the figures on a split that selection may look at: those that are defined, whatever the model says."""
+    """Names of the metrics that selection can use on a split: those that are defined for every model."""
     if split.whole.multi_label:
         found: tuple[str, ...] = ("f1",) if bool(split.target.any()) else ()
     else:
@@ -46,8 +46,8 @@ def annotated(split: Split) -> bool:
 
 
 def attribution_options(recipe: Recipe, stage: str) -> GuideOptions:
-    """Where and how the attributions of a stage's model are looked at: as the student is guided, and of others at
-    their last feature map."""
+    """The layer and method of a stage's attributions: those of the student's guidance; the last feature map for other
+    models."""
     if stage in ("student", "pretraining") and recipe.terms.guide is not None:
         return recipe.terms.guide
     network: Network = recipe.teacher if stage.startswith("teacher") and recipe.teacher else recipe.student
@@ -73,12 +73,12 @@ class Judged:
 
 
 class Evaluator:
-    """Of models on the pictures of a split.
+    """Evaluate models on the images of a split.
 
     Args:
-        pictures: in order, not augmented.
+        loader: in order, not augmented.
         training_groups: int64 [M] of the training split; None: not known, the adjusted accuracy is left undefined.
-        guide: where and how attributions are looked at.
+        guide: layer and method of the attributions.
         threshold: of the IoU; None: the best of a grid, as is right on validation.
         maps: compare attributions with boxes, where there are any: EPG and IoU.
         autocast: makes the context in which the model runs, of the precision that it was trained in.
@@ -106,7 +106,7 @@ class Evaluator:
         self.has_boxes = maps and has_boxes(split)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The model's figures, NaN where one is undefined; it is in evaluation mode, and on the pictures' device."""
+        """The model's metrics, NaN where undefined. The model is in evaluation mode and on the loader's device."""
         metrics = _Metrics(self)
         guide = make_guide(self.guide, model) if self.has_boxes else None
         self.loader.sampler.start_at(0, 0)
@@ -118,7 +118,7 @@ class Evaluator:
                 with (
                     self.autocast(),
                     torch.compiler.set_stance("force_eager"),
-                ):  # compiled, inner layers' outputs are not to be had
+                ):  # hooks do not see inner layers of a compiled model
                     found = attributions(guide, placed)
                 for one in found:
                     metrics.maps(*one)
@@ -127,7 +127,7 @@ class Evaluator:
 
 
 def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes | None]]:
-    """The maps [N,h,w] of each picture's first label, of its second, and so on, with that class's boxes and the areas
+    """The maps [N,h,w] of each image's first label, of its second, and so on, with that class's boxes and the areas
     of that class to be ignored."""
     if batch.target.dim() == 1:
         return [(guide.attribute(batch.images, batch.target), *judged(batch.boxes, batch.target, batch.ignore))]
@@ -243,7 +243,7 @@ HEADINGS: Sequence[tuple[str, str]] = (
     ("deletion", "deletion"),
     ("deletion_random", "deletion at random"),
 )
-#: (what is counted, its heading): numbers of classes and of pictures that other figures are of.
+#: (what is counted, its heading): numbers of classes and of images that other metrics are of.
 COUNTS: Sequence[tuple[str, str]] = (
     ("map_classes", "classes in the mAP"),
     ("smallest_group_pictures", "smallest group, pictures"),

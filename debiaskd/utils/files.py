@@ -15,7 +15,7 @@ from typing import IO, Any
 TEMPORARY = ".unfinished-"
 
 
-def write(path: Path, fill: Callable[[Path], None]) -> None:
+def write(path: Path, fill: Callable[[Path], object]) -> None:
     """`fill` writes another file, which gets its name once all of it is on the disk.
 
     Raises:

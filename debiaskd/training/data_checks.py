@@ -1,0 +1,63 @@
+"""Check a recipe against its data, before anything is trained."""
+
+from __future__ import annotations
+
+from debiaskd.bias import found_names
+from debiaskd.recipe import Recipe, RecipeError
+from debiaskd.training.batches import Split
+from debiaskd.training.validation import has_boxes
+
+
+def expect_groups(recipe: Recipe, train: Split, validation: Split) -> None:
+    """Tell the splits which groups the recipe's discovery is going to find.
+
+    Raises:
+        RecipeError: several classes an image.
+    """
+    options = recipe.discovery
+    if options is None:
+        return
+    if train.whole.multi_label:
+        raise RecipeError("discovery: needs one class an image, here it may be several")
+    names = found_names(train.whole.classes, options.clusters)
+    for split in (train, validation):
+        split.expect(names, as_groups=recipe.data.groups == "found")
+
+
+def check_data(recipe: Recipe, split: Split, validation: Split) -> None:
+    """Raise RecipeError if the data lacks what the recipe asks for.
+
+    Args:
+        recipe: as checked.
+        split, validation: the training split and the one that selects the epoch.
+    """
+    if split.whole.multi_label:
+        for name in ("kd", "relation", "backdoor"):  # kd softens a softmax
+            if getattr(recipe.terms, name) is not None:
+                raise RecipeError(f"terms.{name}: needs one class a picture, here it may be several")
+        if recipe.weights is not None and recipe.weights.method == "errors":
+            raise RecipeError("weights.method: errors needs one class a picture, here it may be several")
+        if recipe.teacher is not None and recipe.teacher.method == "jtt":
+            raise RecipeError("teacher.method: jtt needs one class a picture, here it may be several")
+        if recipe.terms.supervised is not None and recipe.terms.supervised.label_smoothing:
+            raise RecipeError("terms.supervised.label_smoothing: needs one class a picture, here there may be more")
+    grouped = recipe.weights is not None and recipe.weights.method == "groups"
+    if recipe.teacher is not None and recipe.teacher.method in ("balanced", "group_dro", "dfr"):
+        grouped = True
+    grouped = grouped or (recipe.teacher is not None and recipe.teacher.probe == "groups")
+    if split.groups is None and grouped:
+        hint = "those of your own pictures come from bias.csv (`debiaskd prepare folder`)"
+        raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
+    for name, term in recipe.terms.own.items():
+        if "groups" in term.needs and split.groups is None:
+            raise RecipeError(f"terms.{name}: needs groups, and the prepared data has none")
+        if "boxes" in term.needs and not len(split.boxes.coords):
+            raise RecipeError(f"terms.{name}: needs boxes, and the training pictures have none")
+    if recipe.terms.guide is not None and not len(split.boxes.coords):
+        raise RecipeError("terms.guide: the training pictures have no boxes")
+    if recipe.selection.attributions and not has_boxes(validation):
+        raise RecipeError("selection.attributions: the validation pictures have no boxes to compare them with")
+    for name, schedule in recipe.schedules().items():
+        if schedule.batch > len(split):
+            found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
+            raise RecipeError(f"{name}.batch: {found}")
