@@ -215,8 +215,8 @@ def _usage_errors() -> Iterator[None]:
     from debiaskd.models.registry import NetworkError
     from debiaskd.recipe import RecipeError
     from debiaskd.training.checkpoint import CheckpointError
+    from debiaskd.training.divergence import DivergedError
     from debiaskd.training.fabric import lost_another
-    from debiaskd.training.loop import DivergedError
     from debiaskd.training.run import RunError
 
     try:

@@ -21,6 +21,7 @@ from debiaskd.recipe import Compute, Schedule
 from debiaskd.terms import Draws, Ranks, StepTotals
 from debiaskd.training.batches import SplitLoader
 from debiaskd.training.checkpoint import Checkpoints
+from debiaskd.training.divergence import check_weights, diverged_loss
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.logs import Logs
 from debiaskd.training.schedule import Ema, optimizer, rate
@@ -32,10 +33,6 @@ Progress = Callable[[float, str], None]
 
 #: The metrics of an epoch that are reported at once; the log has all of them.
 _HEADLINE = ("f1", "map", "accuracy", "worst_group_accuracy", "epg", "iou")
-
-
-class DivergedError(ArithmeticError):
-    """A loss became NaN or infinite."""
 
 
 @dataclass
@@ -151,7 +148,7 @@ class TrainingLoop:
         if compute.checkpoint_every is not None and self.step % compute.checkpoint_every == 0:
             self._read_losses()
             if self.step % self.steps:  # an epoch's end has its own
-                self._check_weights()
+                check_weights(self.learner, self.step, self.steps)
                 self._save()
         self._report()
 
@@ -192,32 +189,9 @@ class TrainingLoop:
         for entry, losses in zip(pending, values):
             for name, value in zip(entry.names, losses.tolist()):
                 if value - value != 0:
-                    raise DivergedError(self._failure_message(entry, entry.names, losses.tolist()))
+                    found = dict(zip(entry.names, losses.tolist()))
+                    raise diverged_loss(entry.step, self.steps, found, entry.numbers, self.plan.loader.split.name)
                 self.window.setdefault(name, []).append(value)
-
-    def _check_weights(self) -> None:
-        """Before they are kept: a gradient may be NaN where the loss was not, and only the next loss would show it."""
-        weights = {name: tensor for name, tensor in self.learner.named_parameters() if tensor.requires_grad}
-        finite = torch.stack([tensor.detach().isfinite().all() for tensor in weights.values()]).tolist()
-        bad = [name for name, is_finite in zip(weights, finite) if not is_finite]
-        if bad:
-            more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise DivergedError(
-                f"training diverged by step {self.step - 1}, epoch {(self.step - 1) // self.steps}: its losses were "
-                f"finite, and the weights after it are not ({bad[0]}{more}); the last checkpoint is from before. "
-                "A smaller learning rate, or clip, may help"
-            )
-
-    def _failure_message(self, entry: PendingLosses, names: tuple[str, ...], values: list[float]) -> str:
-        bad = [f"terms.{name} {value}" for name, value in zip(names, values) if value - value != 0 and name != "loss"]
-        numbers = [] if entry.numbers is None else entry.numbers.tolist()
-        shown = ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
-        return (
-            f"training diverged in step {entry.step}, epoch {entry.step // self.steps}: "
-            f"{', '.join(bad) or 'the loss'}; "
-            f"pictures {shown} of {self.plan.loader.split.name}; the last checkpoint is from before. "
-            "A smaller learning rate, or clip, may help"
-        )
 
     def _log(self, epoch: int) -> None:
         window, self.window = self.window, {}
@@ -233,7 +207,7 @@ class TrainingLoop:
 
     def _end_epoch(self, epoch: int) -> None:
         self._read_losses()
-        self._check_weights()
+        check_weights(self.learner, self.step, self.steps)
         self.learner.end_epoch(epoch, self.ranks)
         plan, last = self.plan, epoch + 1 == self.plan.schedule.epochs
         if (epoch + 1) % plan.every == 0 or last:

@@ -31,7 +31,9 @@ def models() -> ModuleType:
     spec = importlib.util.spec_from_file_location("models_sweep", ROOT / "experiments" / "models.py")
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "experiments"))
+        spec.loader.exec_module(made)
     return made
 
 

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from debiaskd.models import registry as networks
 from debiaskd.recipe import RecipeError
 from debiaskd.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
-from debiaskd.training.loop import DivergedError, TrainingLoop
+from debiaskd.training.divergence import DivergedError
+from debiaskd.training.loop import TrainingLoop
 from debiaskd.training.run import RunError
 
 pytestmark = pytest.mark.xdist_group("training")
