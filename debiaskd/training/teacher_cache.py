@@ -1,7 +1,7 @@
 """Cache the outputs of a frozen teacher for every training image on disk.
 
-A distillation epoch then costs the student alone. Augmentation comes from a fixed number of views: view v of an image
-is the same in every epoch that shows it, e mod the number of views, so that the teacher's outputs belong to the student's input.
+A distillation epoch then runs the student alone. Augmentation comes from a fixed number of views: view v of an image is
+the same in every epoch e with e mod views = v, so that the teacher's outputs belong to the student's input.
 
     teacher-cache/view-00/00000/{feature,pooled,logits}.npy     512 images, whole once the folder has its name
 

@@ -127,7 +127,7 @@ def test_what_a_file_may_not_say(tmp_path: Path, document: Any, message: str) ->
         (["-x"], "unrecognized arguments: -x"),
         (["--schedule.learning_rate", "nan"], "schedule.learning_rate: must be of type float, got nan"),
         (["--terms.supervised.weight", "[1]"], "terms.supervised.weight: must be of type float, got [1]"),
-        (["--schedule.epochs="], "--schedule.epochs: must be of type int, got ''"),
+        (["--schedule.epochs="], "--schedule.epochs: has no value after '='"),
         (["--schedule.epochs", "{"], "--schedule.epochs: must be of type int, got '{' (not YAML (line 1, column 2: "),
         (["--schedule.epochs", "010"], "--schedule.epochs: must be of type int, got '010' ("),
         (["--schedule.milestones", "1,2"], "--schedule.milestones: must be a list [int, ...], got 1,2"),
