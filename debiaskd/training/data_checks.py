@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from debiaskd.bias import found_names
 from debiaskd.recipe import Recipe, RecipeError
 from debiaskd.training.batches import Split
+from debiaskd.training.split_parts import divided
 from debiaskd.training.validation import has_boxes
 
 
@@ -61,3 +64,17 @@ def check_data(recipe: Recipe, split: Split, validation: Split) -> None:
         if schedule.batch > len(split):
             found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
             raise RecipeError(f"{name}.batch: {found}")
+
+
+def hold_out(recipe: Recipe, train: Split, share: float) -> tuple[Split, Split]:
+    """Divide the training images into (a share of each class that nothing trains on, the rest).
+
+    Raises:
+        RecipeError: several classes an image, or no image is left to train on.
+    """
+    if train.whole.multi_label:
+        raise RecipeError("refit: needs one class an image, here it may be several")
+    held, rest = divided(train.target, share, torch.Generator().manual_seed(recipe.data.seed))
+    if not len(rest):
+        raise RecipeError(f"refit.holdout: {share} of {len(train)} training images leaves none to train on")
+    return train.part(held), train.part(rest)

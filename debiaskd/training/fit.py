@@ -17,7 +17,7 @@ from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
 from debiaskd.terms import GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.terms.own import build_term
 from debiaskd.training.batches import Split, SplitLoader, open_split
-from debiaskd.training.data_checks import check_data, expect_groups
+from debiaskd.training.data_checks import check_data, expect_groups, hold_out
 from debiaskd.training.dry_run import DryRun
 from debiaskd.training.feature_extraction import FeatureExtractor
 from debiaskd.training.learner import Learner
@@ -46,11 +46,18 @@ class Trainer(Networks):
 
     def __init__(self, recipe: Recipe, fabric: Any, progress: ProgressCallback) -> None:
         self.fabric, self.ranks = fabric, Ranks()
-        train, self.validation = open_split(recipe.data, "train", training=True), open_split(recipe.data, "validation")
+        train = open_split(recipe.data, "train", training=True)
+        #: Training images that nothing trains on, for the student's refit.
+        self.heldout: Split | None = None
+        if recipe.refit is not None and recipe.refit.method != "evals":
+            self.heldout, train = hold_out(recipe, train, recipe.refit.share)
+        self.validation = open_split(recipe.data, "validation")
         expect_groups(recipe, train, self.validation)
         check_overlap(recipe, warn=self.ranks.rank == 0)
         check_data(recipe, train, self.validation)
-        rule_metrics(selection_rule(recipe, self.validation, guided=recipe.terms.guide is not None), self.validation)
+        #: How the student's epoch is selected.
+        self.rule = selection_rule(recipe, self.validation, guided=recipe.terms.guide is not None)
+        rule_metrics(self.rule, self.validation)
         super().__init__(recipe, train, progress)
 
     def dry_run(
