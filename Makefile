@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \
 	$(shell g++ -print-file-name=libstdc++.so)
 
-.PHONY: quickstart test docs bench lint format sanitize abi old-torch clean
+.PHONY: quickstart test sass ptx docs bench lint format sanitize abi old-torch clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/debiaskd quickstart --out quickstart-out
@@ -22,6 +22,10 @@ test: $(VENV)/.dev
 # The documentation site in build/site: a broken link, a missing page or a docstring that cannot be read is an error.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# What the compilers made of an op's GPU kernels, without a GPU: make sass OP=localization KERNEL=sum_kernel ARCH=90
+sass ptx: $(VENV)/.dev
+	@$(BIN)/python tests/helpers/machine_code.py $@ $(OP) $(if $(ARCH),--arch $(ARCH)) $(if $(KERNEL),--kernel '$(KERNEL)')
 
 bench: $(VENV)/.dev
 	$(BIN)/debiaskd bench

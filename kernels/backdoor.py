@@ -28,13 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 
 TILE = 64  # rows and columns of a product that a program computes
-# Triton's interpreter pays by the operation and not by the element, hence larger tiles.
-DEPTH = 64 if INTERPRETED else 16  # terms of a product at a time
-SUMS, TERMS = (4096, 16) if INTERPRETED else (64, 8)  # of sums that are taken term by term
-FAR_ROWS, FAR_TERMS, FAR_COLS = (32, 32, 64) if INTERPRETED else (1, 8, 128)  # of a gradient
+DEPTH = 64 if LARGE_TILES else 16  # terms of a product at a time
+SUMS, TERMS = (4096, 16) if LARGE_TILES else (64, 8)  # of sums that are taken term by term
+FAR_ROWS, FAR_TERMS, FAR_COLS = (32, 32, 64) if LARGE_TILES else (1, 8, 128)  # of a gradient
 #: -log of the smallest sum that keeps its precision, as in csrc/common/log_range.h.
 FARTHEST = {torch.float32: 44.36141955583649, torch.float64: 354.8913564466919}
 _LOWEST = tl.constexpr(-3.4e38)  # a maximum is finite even where everything is -inf

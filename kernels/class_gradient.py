@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .class_cosines import Matrix, columns, read, vector
 from .class_groups import DIRECT, TILE, Classes, Stretch, first_kept, known, members, number_of_classes, place_of, share
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 from .layout import multiple
 from .precision import add, divide
 
-MATES = 64 if INTERPRETED else 16  # rows of a class that a program has in hand at a time
-PIECE = 2048 if INTERPRETED else 128  # columns of a program, of float32
-LOSSES = 64 if INTERPRETED else 512  # parts of the loss that are added up at a time
+MATES = 64 if LARGE_TILES else 16  # rows of a class that a program has in hand at a time
+PIECE = 2048 if LARGE_TILES else 128  # columns of a program, of float32
+LOSSES = 64 if LARGE_TILES else 512  # parts of the loss that are added up at a time
 
 _MATES = tl.constexpr(MATES)
 _DIRECT = tl.constexpr(DIRECT)

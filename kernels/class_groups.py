@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 from .layout import Values
 
-OWN = 32 if INTERPRETED else 256
-ROWS = 2 if INTERPRETED else 16  # samples that a program of _find finds the places of
-COLS = 64 if INTERPRETED else 128  # labels that it compares at a time
-DIRECT = 32 if INTERPRETED else 64  # members of a class up to which a program takes one of them at a time
+OWN = 32 if LARGE_TILES else 256
+ROWS = 2 if LARGE_TILES else 16  # samples that a program of _find finds the places of
+COLS = 64 if LARGE_TILES else 128  # labels that it compares at a time
+DIRECT = 32 if LARGE_TILES else 64  # members of a class up to which a program takes one of them at a time
 TILE = 32  # members of a larger class that it takes
-BAND = 32 if INTERPRETED else 64  # members of a class that no stretch parts: whole tiles
+BAND = 32 if LARGE_TILES else 64  # members of a class that no stretch parts: whole tiles
 
 _OWN = tl.constexpr(OWN)
 _BAND = tl.constexpr(BAND)

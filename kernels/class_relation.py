@@ -42,14 +42,14 @@ from .class_groups import (
     place_of,
     share,
 )
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 from .layout import Values
 from .precision import accumulator, add, divide
 
-FEW = 64 if INTERPRETED else 8  # rows of a class that a program multiplies with one at a time
-DEPTH = 256 if INTERPRETED else 16  # columns of TILE rows at a time
-COLS = 1024 if INTERPRETED else 256  # columns of a row, of float32, at a time
-KEPT = 2**11 if INTERPRETED else 2**22
+FEW = 64 if LARGE_TILES else 8  # rows of a class that a program multiplies with one at a time
+DEPTH = 256 if LARGE_TILES else 16  # columns of TILE rows at a time
+COLS = 1024 if LARGE_TILES else 256  # columns of a row, of float32, at a time
+KEPT = 2**11 if LARGE_TILES else 2**22
 
 _FEW = tl.constexpr(FEW)
 _DIRECT = tl.constexpr(DIRECT)

@@ -19,8 +19,7 @@ Launches: forward 2, or 1 where one program does it all; 1 more for the norms of
 more than MOST_PARTS weights. Backward the same without the loss: 1 in the ordinary case. Scaling: 1, which reads the
 upstream gradient where it lies and moves nothing where it is 1.
 
-Strides: whatever merges into MOST_AXES axes within a sample is read in place, expanded inputs too. Where more are left,
-which takes 6 dimensions, and cuts or other orders on all of them, student and teacher are copied first.
+Tensors are dense, and student and teacher in the same order: debiaskd/ops/feature_match.py copies others first.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from torch import Tensor
 
 from .launch import launch
 from .layout import (
-    MOST_AXES,
     MOST_PARTS,
     Values,
     elements_of,
@@ -87,7 +85,7 @@ def _match(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    dtype: tl.constexpr = tl.float64 if student.data.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     rows, part = samples_of(shape, ROWS)
     known = _factors(samples, shape, rows, part, weight, weights, count, norms, divisor, dtype)
     result = tl.zeros([ROWS], dtype)
@@ -109,7 +107,7 @@ def _match(
                 # Last, so that a backward pass through a retained graph rounds as _scale after the forward pass did.
                 element *= values_of(upstream, samples, rows, dtype)[:, None]
             place = pointers(gradient, shape, rows, cols, VECTOR)
-            tl.store(place, narrow(element, gradient.data.dtype.element_ty), mask=mask)
+            tl.store(place, narrow(element, gradient.dtype.element_ty), mask=mask)
     if loss is not None:
         if EACH:
             tl.store(loss + (rows * shape.parts + part), result, mask=rows < samples)
@@ -151,7 +149,7 @@ def _scale(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    dtype: tl.constexpr = tl.float64 if gradient.data.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     rows, part = samples_of(shape, ROWS)
     scale = values_of(upstream, samples, rows, dtype)
     changes = (scale != 1) & (rows < samples)
@@ -161,7 +159,7 @@ def _scale(
         mask = inside(samples, shape, rows, cols, VECTOR) & changes[:, None]
         place = pointers(gradient, shape, rows, cols, VECTOR)
         element = scale[:, None] * widen(tl.load(place, mask=mask, other=0), dtype)
-        tl.store(place, narrow(element, gradient.data.dtype.element_ty), mask=mask)
+        tl.store(place, narrow(element, gradient.dtype.element_ty), mask=mask)
 
 
 # ---- the functions of csrc/schema.cpp ----
@@ -190,12 +188,9 @@ def feature_match_backward(
 def feature_match_scale_(gradient: Tensor, grad_output: Tensor) -> None:
     if gradient.numel() == 0:
         return
-    layout = lay_out([gradient], alike=grad_output.dim() == 0)
-    if len(layout.sizes) > MOST_AXES:
-        gradient.mul_(grad_output.reshape(-1, *[1] * (gradient.dim() - 1)))
-        return
+    layout = lay_out(gradient, merged=grad_output.dim() == 0)
     upstream = Values.of(grad_output)
-    arguments = (layout.map(0, gradient), upstream, layout.samples, layout.shape)
+    arguments = (gradient, upstream, layout.samples, layout.shape)
     launch(_scale, layout.programs, gradient, *arguments, **layout.options(gradient.itemsize))
 
 
@@ -211,27 +206,22 @@ def _run(
 ) -> None:
     """The loss where there is one to fill, and the gradient, for an upstream gradient of 1 where none is given."""
     each = reduction == NONE
-    tensors = [student, teacher] if gradient is None else [student, teacher, gradient]
-    layout = lay_out(tensors, alike=weight is None and not normalize and not each)
-    if len(layout.sizes) > MOST_AXES:
-        # In the gradient's own order, which leaves two axes at most.
-        student, teacher = (torch.empty_like(student).copy_(x) for x in (student, teacher))
-        return _run(student, teacher, weight, normalize, reduction, gradient, loss, grad_output)
+    layout = lay_out(student, merged=weight is None and not normalize and not each)
     options = layout.options(student.itemsize)
     samples, mean = student.shape[0], reduction == MEAN
     divisor = (1 if normalize else student.numel() // samples) * (samples if mean and weight is None else 1)
     norms = None
     if normalize and layout.elements > layout.cols:
         norms = student.new_empty(layout.programs, dtype=accumulator(student.dtype))
-        launch(_norms, layout.programs, student, layout.map(1, teacher), norms, layout.samples, layout.shape, **options)
+        launch(_norms, layout.programs, student, teacher, norms, layout.samples, layout.shape, **options)
     partial = loss
     if loss is not None and (layout.parts if each else layout.programs) > 1:
         partial = loss.new_empty(layout.programs)
     weights = _few(weight, student.dtype) if mean and weight is not None else None
     arguments = (
-        layout.map(0, student),
-        layout.map(1, teacher),
-        None if gradient is None else layout.map(2, gradient),
+        student,
+        teacher,
+        gradient,
         partial,
         None if grad_output is None else Values.of(grad_output),
         None if weight is None else Values.of(weight),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,9 @@ from torch import Tensor
 
 #: Whether Triton interprets kernels on the CPU instead of compiling them. It reads that when it is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+#: The interpreter pays by the operation and not by the element, and it is there for tests: tiles are larger in it, and
+#: bounds low enough for tests to exceed. With DEBIASKD_GPU_TILES=1 it has the sizes of a GPU.
+LARGE_TILES: bool = INTERPRETED and os.environ.get("DEBIASKD_GPU_TILES") != "1"
 # The interpreter exchanges the functions of triton.language while a kernel runs: one kernel at a time.
 _interpreter = threading.Lock()
 

@@ -7,15 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .coverage import Boxes
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 from .localization_tiles import ENERGY, L1, PPCE, Tiles
 from .precision import add, divide
 from .sums import MEAN, NONE, add_up
 
 # Low enough in the interpreter for tests to exceed.
-MOST_IMAGES = 64 if INTERPRETED else 4096  # whose losses one program adds up
-_TILE = 8 if INTERPRETED else 1024  # sums that a program reads at once
-_MOST_PARTS = 8 if INTERPRETED else 64  # of a map among them
+MOST_IMAGES = 64 if LARGE_TILES else 4096  # whose losses one program adds up
+_TILE = 8 if LARGE_TILES else 1024  # sums that a program reads at once
+_MOST_PARTS = 8 if LARGE_TILES else 64  # of a map among them
 _COUNTED = tl.constexpr(1024)
 
 

@@ -8,13 +8,12 @@ import triton
 import triton.language as tl
 
 from .coverage import ROWS
-from .launch import INTERPRETED
+from .launch import LARGE_TILES
 from .precision import divide
 
 BANDS = 8  # of up to 32 rows each, in a tile, at most
-# Triton's interpreter pays by the operation and not by the element, hence larger tiles.
-COLUMNS = 512 if INTERPRETED else 256  # of a tile, at most
-WORDS = 4096 if INTERPRETED else 256  # of a tile, one for each column of a band, at most
+COLUMNS = 512 if LARGE_TILES else 256  # of a tile, at most
+WORDS = 4096 if LARGE_TILES else 256  # of a tile, one for each column of a band, at most
 
 # The codes of debiaskd/ops/localization.py.
 ENERGY, L1, PPCE, RRR = (tl.constexpr(kind) for kind in range(4))

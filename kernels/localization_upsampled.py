@@ -19,15 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .coverage import ROWS, Boxes, are_annotated, cover, is_covered
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 from .layout import Map, Values
 from .localization_tiles import COLUMNS, factors_of, pixel_gradients
 from .precision import divide, narrow, widen
 
-# Of a program, at most. Triton's interpreter pays by the operation and not by the element.
-CELLS = 64 if INTERPRETED else 16  # of a row of the map
-LINES = 1024 if INTERPRETED else 8  # rows of the output at once, half of that in float64: each thread keeps them all
-ELEMENTS = 2**19 if INTERPRETED else 4096  # of a tile, and of what its columns give to cells
+# Of a program, at most.
+CELLS = 64 if LARGE_TILES else 16  # of a row of the map
+LINES = 1024 if LARGE_TILES else 8  # rows of the output at once, half of that in float64: each thread keeps them all
+ELEMENTS = 2**19 if LARGE_TILES else 4096  # of a tile, and of what its columns give to cells
 
 
 class Resampling(NamedTuple):

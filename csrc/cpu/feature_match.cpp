@@ -10,14 +10,14 @@
 #include "common/stable.h"
 #include "cpu/half.h"
 #include "cpu/lanes.h"
-#include "cpu/sample_layout.h"
+#include "cpu/sample_blocks.h"
 #include "cpu/vectorize.h"
 #include "cpu/x86.h"
 
 namespace debiaskd {
 namespace {
 
-// ---- inner loops: one row of elements, evenly spaced ----
+// ---- inner loops: a row of elements ----
 
 template <typename T, typename A>
 DEBIASKD_INLINE double match_body(const T* s, const T* t, T* g, int64_t n, A scale) {
@@ -82,30 +82,6 @@ double match_streamed(const T* s, const T* t, T* g, int64_t n, A scale) {
   return match_row(s, t, g, n, scale);
 }
 
-// Elements that do not lie side by side: rare, correct, without a copy.
-template <typename T, typename A>
-double match_strided(const T* s, const T* t, T* g, int64_t n, int64_t ss, int64_t ts, int64_t gs, A scale) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const A d = load(s[i * ss]) - load(t[i * ts]);
-    sum += d * d;
-    if (g) store(scale * d, g + i * gs);
-  }
-  return sum;
-}
-
-template <typename T, typename A>
-double norm_strided(const T* t, int64_t n, int64_t ts) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += load(t[i * ts]) * load(t[i * ts]);
-  return sum;
-}
-
-template <typename T, typename A>
-void scale_strided(T* g, int64_t n, int64_t gs, A scale) {
-  for (int64_t i = 0; i < n; ++i) store(load(g[i * gs]) * scale, g + i * gs);
-}
-
 // ---- what each sample counts ----
 
 std::vector<double> read_weights(const std::optional<Tensor>& weight, int64_t samples) {
@@ -133,26 +109,19 @@ std::vector<double> read_vector(const Tensor& tensor) {
 // whose teacher is zero everywhere when distances are relative to it.
 template <typename T>
 std::vector<double> sample_factors(
-    const Layout& layout, const T* teacher, const std::optional<Tensor>& weight, bool normalize, int64_t reduction) {
-  using A = typename accumulator<T>::type;
-  std::vector<double> factors = read_weights(weight, layout.samples);
+    const Samples& samples, const T* teacher, const std::optional<Tensor>& weight, bool normalize, int64_t reduction) {
+  std::vector<double> factors = read_weights(weight, samples.count);
   double total = 1.0;
   if (reduction == kMean) {
     total = 0.0;
     for (double w : factors) total += w;
   }
-  std::vector<double> scale(layout.samples, static_cast<double>(layout.elements));
+  std::vector<double> scale(samples.count, static_cast<double>(samples.elements));
   if (normalize) {
-    scale = sum_per_sample(layout, [&](int64_t sample, int64_t block) {
-      double sum = 0.0;
-      for_each_piece(layout, sample, block, [&](int64_t, int64_t t, int64_t, int64_t n) {
-        sum += layout.contiguous() ? norm_row(teacher + t, n, A{})
-                                   : norm_strided<T, A>(teacher + t, n, layout.inner.teacher);
-      });
-      return sum;
-    });
+    scale = sum_per_sample(samples,
+        [&](int64_t, int64_t at, int64_t n) { return norm_row(teacher + at, n, typename accumulator<T>::type{}); });
   }
-  for (int64_t i = 0; i < layout.samples; ++i) {
+  for (int64_t i = 0; i < samples.count; ++i) {
     const double divisor = scale[i] * total;
     factors[i] = divisor > 0 ? factors[i] / divisor : 0.0;
   }
@@ -162,24 +131,14 @@ std::vector<double> sample_factors(
 // Squared distances; where `gradient` is given, also gradient = 2 * factor * (student - teacher).
 template <typename T>
 std::vector<double> match_pass(
-    const Layout& layout, const T* student, const T* teacher, T* gradient, const std::vector<double>& factors) {
+    const Samples& samples, const T* student, const T* teacher, T* gradient, const std::vector<double>& factors) {
   using A = typename accumulator<T>::type;
-  const bool stream = gradient && streams(layout.samples * layout.elements * static_cast<int64_t>(sizeof(T)));
-  return sum_per_sample(layout, [&](int64_t sample, int64_t block) {
+  const bool stream = gradient && streams(samples.count * samples.elements * static_cast<int64_t>(sizeof(T)));
+  return sum_per_sample(samples, [&](int64_t sample, int64_t at, int64_t n) {
     const A scale = static_cast<A>(2 * factors[sample]);
-    double sum = 0.0;
-    for_each_piece(layout, sample, block, [&](int64_t s, int64_t t, int64_t g, int64_t n) {
-      T* out = gradient ? gradient + g : nullptr;
-      if (!layout.contiguous()) {
-        sum += match_strided<T, A>(
-            student + s, teacher + t, out, n, layout.inner.student, layout.inner.teacher, layout.inner.gradient, scale);
-      } else if (stream) {
-        sum += match_streamed(student + s, teacher + t, out, n, scale);
-      } else {
-        sum += match_row(student + s, teacher + t, out, n, scale);
-      }
-    });
-    return sum;
+    T* out = gradient ? gradient + at : nullptr;
+    return stream ? match_streamed(student + at, teacher + at, out, n, scale)
+                  : match_row(student + at, teacher + at, out, n, scale);
   });
 }
 
@@ -189,9 +148,9 @@ std::tuple<Tensor, Tensor> feature_match(const Tensor& student, const Tensor& te
     const std::optional<Tensor>& weight, bool normalize, int64_t reduction, bool with_gradient) {
   const ScalarType type = student.scalar_type();
   Tensor gradient = with_gradient ? torch::stable::empty_like(student) : new_empty(student, {0}, type);
-  const Layout layout = make_layout(student, teacher, with_gradient ? &gradient : nullptr);
+  const Samples samples(student, teacher);
   std::vector<int64_t> loss_shape;
-  if (reduction == kNone) loss_shape.push_back(layout.samples);
+  if (reduction == kNone) loss_shape.push_back(samples.count);
   Tensor loss = new_empty(student, loss_shape, accumulator_type(type));
 
   dispatch_floating(type, "student", [&](auto zero) {
@@ -199,11 +158,11 @@ std::tuple<Tensor, Tensor> feature_match(const Tensor& student, const Tensor& te
     const T* s = static_cast<const T*>(student.data_ptr());
     const T* t = static_cast<const T*>(teacher.data_ptr());
     T* g = with_gradient ? static_cast<T*>(gradient.data_ptr()) : nullptr;
-    const auto factors = sample_factors(layout, t, weight, normalize, reduction);
-    const auto distances = match_pass(layout, s, t, g, factors);
+    const auto factors = sample_factors(samples, t, weight, normalize, reduction);
+    const auto distances = match_pass(samples, s, t, g, factors);
     auto* out = static_cast<typename accumulator<T>::type*>(loss.data_ptr());
     double sum = 0.0;
-    for (int64_t i = 0; i < layout.samples; ++i) {
+    for (int64_t i = 0; i < samples.count; ++i) {
       const double value = factors[i] * distances[i];
       if (reduction == kNone) out[i] = value;
       sum += value;
@@ -216,15 +175,15 @@ std::tuple<Tensor, Tensor> feature_match(const Tensor& student, const Tensor& te
 Tensor feature_match_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
     const std::optional<Tensor>& weight, bool normalize, int64_t reduction) {
   Tensor gradient = torch::stable::empty_like(student);
-  const Layout layout = make_layout(student, teacher, &gradient);
+  const Samples samples(student, teacher);
   dispatch_floating(student.scalar_type(), "student", [&](auto zero) {
     using T = decltype(zero);
     const T* s = static_cast<const T*>(student.data_ptr());
     const T* t = static_cast<const T*>(teacher.data_ptr());
-    auto factors = sample_factors(layout, t, weight, normalize, reduction);
+    auto factors = sample_factors(samples, t, weight, normalize, reduction);
     const auto upstream = read_vector(grad_output);
     for (size_t i = 0; i < factors.size(); ++i) factors[i] *= upstream[reduction == kNone ? i : 0];
-    match_pass(layout, s, t, static_cast<T*>(gradient.data_ptr()), factors);
+    match_pass(samples, s, t, static_cast<T*>(gradient.data_ptr()), factors);
   });
   return gradient;
 }
@@ -233,18 +192,14 @@ void feature_match_scale_(Tensor gradient, const Tensor& grad_output) {
   const auto upstream = read_vector(grad_output);
   const bool scalar = grad_output.dim() == 0;
   if (std::all_of(upstream.begin(), upstream.end(), [](double g) { return g == 1.0; })) return;
-  const Layout layout = make_layout(gradient, gradient, &gradient);
+  const Samples samples(gradient, gradient);
   dispatch_floating(gradient.scalar_type(), "gradient", [&](auto zero) {
     using T = decltype(zero);
     using A = typename accumulator<T>::type;
     T* data = static_cast<T*>(gradient.data_ptr());
-    sum_per_sample(layout, [&](int64_t sample, int64_t block) {
+    sum_per_sample(samples, [&](int64_t sample, int64_t at, int64_t n) {
       const double scale = upstream[scalar ? 0 : sample];
-      if (scale == 1.0) return 0.0;
-      for_each_piece(layout, sample, block, [&](int64_t, int64_t, int64_t g, int64_t n) {
-        if (layout.contiguous()) return scale_row(data + g, n, static_cast<A>(scale));
-        scale_strided(data + g, n, layout.inner.gradient, static_cast<A>(scale));
-      });
+      if (scale != 1.0) scale_row(data + at, n, static_cast<A>(scale));
       return 0.0;
     });
   });

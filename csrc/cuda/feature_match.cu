@@ -18,12 +18,12 @@
 namespace debiaskd {
 namespace {
 
-constexpr int64_t kOwnWeights = 4096;    // so many weights, or fewer, every block adds up for itself
-constexpr int64_t kOwnNorms = kThreads;  // likewise the partial sums of a teacher's squares
+constexpr int64_t kOwnWeights = 4096;         // so many weights, or fewer, every block adds up for itself
+constexpr int64_t kOwnNorms = kMatchThreads;  // likewise the partial sums of a teacher's squares
 
 // ---- what each sample counts ----
 
-struct Factors {
+struct SampleFactors {
   Numbers weight, upstream;  // without data: 1
   const double* total;       // the sum of weights; null: every block adds up `weights` of them
   int64_t weights;           // 0: what to divide by is known
@@ -34,7 +34,7 @@ struct Factors {
   bool normalize;
 };
 
-__device__ double total_weight(const Factors& factors) {
+__device__ double total_weight(const SampleFactors& factors) {
   if (factors.total) return *factors.total;
   if (factors.weights == 0) return factors.known_total;
   double sum = 0;
@@ -52,7 +52,7 @@ __global__ void total_weight_kernel(Numbers weight, int64_t count, double* total
 // Factor of a sample's squared distance in the loss: 0 where nothing has weight, or where all of a teacher is 0 and
 // distances are to be relative to it.
 template <typename A>
-__device__ __forceinline__ A sample_factor(const Factors& factors, int64_t sample, A total, A divisor) {
+__device__ __forceinline__ A sample_factor(const SampleFactors& factors, int64_t sample, A total, A divisor) {
   const A weight = factors.weight.data ? static_cast<A>(factors.weight[sample]) : A(1);
   return divisor > 0 && total > 0 ? weight / total / divisor : A(0);
 }
@@ -68,10 +68,10 @@ struct Losses {
 };
 
 template <typename T, int TEAM, int WIDTH>
-__global__ void __launch_bounds__(kThreads)
-    match_kernel(__grid_constant__ const Samples<T> in, Factors factors, Losses losses) {
+__global__ void __launch_bounds__(kMatchThreads)
+    match_kernel(__grid_constant__ const Samples<T> in, SampleFactors factors, Losses losses) {
   using A = typename accumulator<T>::type;
-  constexpr int kTeams = kThreads / TEAM;
+  constexpr int kTeams = kMatchThreads / TEAM;
   const int lane = threadIdx.x % TEAM;
   const A total = static_cast<A>(total_weight(factors));
   const int64_t tiles = in.count * in.tiles;
@@ -128,13 +128,14 @@ __global__ void __launch_bounds__(kThreads)
 // Sums of a tile's squares of the teacher, for samples of several tiles. Sets `finished` to 0 for the launch that
 // follows.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMatchThreads)
     norm_kernel(__grid_constant__ const Samples<T> in, double* norms, unsigned* finished) {
   using A = typename accumulator<T>::type;
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;
   for (int64_t tile = blockIdx.x; tile < in.count * in.tiles; tile += gridDim.x) {
     A s[kItems], t[kItems], square = 0;
-    read_tile<T, kThreads, WIDTH>(in, tile / in.tiles, tile % in.tiles * (kThreads * kItems), threadIdx.x, s, t);
+    read_tile<T, kMatchThreads, WIDTH>(
+        in, tile / in.tiles, tile % in.tiles * (kMatchThreads * kItems), threadIdx.x, s, t);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) square += t[i] * t[i];
     const double sum = block_sum(static_cast<double>(square));
@@ -144,10 +145,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // gradient *= upstream, where that is not 1.
 template <typename T, int TEAM, int WIDTH>
-__global__ void __launch_bounds__(kThreads) scale_kernel(__grid_constant__ const Samples<T> in, Numbers upstream) {
+__global__ void __launch_bounds__(kMatchThreads) scale_kernel(__grid_constant__ const Samples<T> in, Numbers upstream) {
   using A = typename accumulator<T>::type;
   if (upstream.stride == 0 && upstream[0] == 1) return;
-  constexpr int kTeams = kThreads / TEAM;
+  constexpr int kTeams = kMatchThreads / TEAM;
   const int lane = threadIdx.x % TEAM;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / TEAM; tile < in.count * in.tiles;
       tile += static_cast<int64_t>(gridDim.x) * kTeams) {
@@ -164,9 +165,9 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(__grid_constant__ const
 
 // ---- the ops ----
 
-Factors make_factors(const Device& device, Scratch& scratch, const std::optional<Tensor>& weight,
+SampleFactors make_factors(const Device& device, Scratch& scratch, const std::optional<Tensor>& weight,
     const Tensor* upstream, bool normalize, int64_t reduction, int64_t samples) {
-  Factors factors = {};
+  SampleFactors factors = {};
   if (weight) factors.weight = Numbers(*weight);
   if (upstream) factors.upstream = Numbers(*upstream);
   factors.normalize = normalize;
@@ -190,15 +191,15 @@ void match(const Tensor& student, const Tensor& teacher, const std::optional<Ten
   Samples<T> in = describe<T>(student, teacher, gradient);
   with_tiles(in, [&](auto team, auto width) {
     constexpr int kTeam = decltype(team)::value, kWidth = decltype(width)::value;
-    const int64_t tiles = in.count * in.tiles, blocks = grid_blocks(device, tiles, kThreads / kTeam);
-    Factors factors = make_factors(device, scratch, weight, upstream, normalize, reduction, in.count);
+    const int64_t tiles = in.count * in.tiles, blocks = grid_blocks(device, tiles, kMatchThreads / kTeam);
+    SampleFactors factors = make_factors(device, scratch, weight, upstream, normalize, reduction, in.count);
     Losses losses = {};
     losses.one_by_one = loss && reduction == kNone;
 
     if (normalize && in.tiles > 1 && tiles > 0) {
       double* norms = scratch.doubles(tiles);
       auto* finished = reinterpret_cast<unsigned*>(scratch.doubles(1));
-      device.launch(Grid{blocks, kThreads}, norm_kernel<T, kWidth>, in, norms, finished);
+      device.launch(Grid{blocks, kMatchThreads}, norm_kernel<T, kWidth>, in, norms, finished);
       factors.parts = in.tiles;
       if (in.tiles > kOwnNorms) {
         double* whole = scratch.doubles(in.count);
@@ -217,20 +218,13 @@ void match(const Tensor& student, const Tensor& teacher, const std::optional<Ten
       losses.partial = scratch.doubles(rows * parts);
       losses.sum = out;
     }
-    device.launch(Grid{blocks, kThreads}, match_kernel<T, kTeam, kWidth>, in, factors, losses);
+    device.launch(Grid{blocks, kMatchThreads}, match_kernel<T, kTeam, kWidth>, in, factors, losses);
     if (loss && !losses.each && !losses.finished) fold(device, losses.partial, rows, parts, out);
   });
 }
 
-// The tensor itself or, where its samples have more axes than kernels take, a copy.
-Tensor with_few_axes(const Tensor& tensor, const Tensor& student, const Tensor& teacher) {
-  return sample_axes(student, teacher, nullptr).size() > kAxes - 1 ? torch::stable::contiguous(tensor) : tensor;
-}
-
-std::tuple<Tensor, Tensor> feature_match(const Tensor& student_in, const Tensor& teacher_in,
+std::tuple<Tensor, Tensor> feature_match(const Tensor& student, const Tensor& teacher,
     const std::optional<Tensor>& weight, bool normalize, int64_t reduction, bool with_gradient) {
-  const Tensor student = with_few_axes(student_in, student_in, teacher_in);
-  const Tensor teacher = with_few_axes(teacher_in, student_in, teacher_in);
   const ScalarType type = student.scalar_type();
   Tensor gradient = with_gradient ? torch::stable::empty_like(student) : new_empty(student, {0}, type);
   std::vector<int64_t> shape;
@@ -243,10 +237,8 @@ std::tuple<Tensor, Tensor> feature_match(const Tensor& student_in, const Tensor&
   return {loss, gradient};
 }
 
-Tensor feature_match_backward(const Tensor& grad_output, const Tensor& student_in, const Tensor& teacher_in,
+Tensor feature_match_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
     const std::optional<Tensor>& weight, bool normalize, int64_t reduction) {
-  const Tensor student = with_few_axes(student_in, student_in, teacher_in);
-  const Tensor teacher = with_few_axes(teacher_in, student_in, teacher_in);
   Tensor gradient = torch::stable::empty_like(student);
   dispatch_floating(student.scalar_type(), "student", [&](auto zero) {
     match<decltype(zero)>(student, teacher, weight, normalize, reduction, &grad_output, nullptr, &gradient);
@@ -261,7 +253,7 @@ void feature_match_scale_(Tensor gradient, const Tensor& grad_output) {
     Samples<T> in = describe<T>(gradient, gradient, &gradient);
     with_tiles(in, [&](auto team, auto width) {
       constexpr int kTeam = decltype(team)::value;
-      const Grid grid = {grid_blocks(device, in.count * in.tiles, kThreads / kTeam), kThreads};
+      const Grid grid = {grid_blocks(device, in.count * in.tiles, kMatchThreads / kTeam), kMatchThreads};
       device.launch(grid, scale_kernel<T, kTeam, decltype(width)::value>, in, Numbers(grad_output));
     });
   });

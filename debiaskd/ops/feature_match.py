@@ -45,7 +45,9 @@ def feature_match_loss(
     """Weighted squared distance between the student's and the teacher's feature maps.
 
     Args:
-        student: [N, ...] feature maps or vectors; gets the gradient. Any floating dtype, any strides.
+        student: [N, ...] feature maps or vectors; gets the gradient. Any floating dtype. Contiguous and channels_last
+            tensors are read in place; tensors with other strides are copied first, and so is a teacher whose memory
+            format is not the student's.
         teacher: as student, same shape and dtype; a constant.
         weight: [N] >= 0, how much each sample counts (see `error_weights`, `group_weights`); a constant.
         normalize: divide each sample by the teacher's squared norm instead of its number of elements.
@@ -75,7 +77,7 @@ def feature_match_loss(
     if student.requires_grad and torch.is_grad_enabled():
         loss = _FeatureMatch.apply(backend, *arguments)
     else:
-        loss, _ = kernels(backend).feature_match(*arguments, False)
+        loss, _ = kernels(backend).feature_match(*_dense(student, teacher), *arguments[2:], False)
     return loss
 
 
@@ -93,6 +95,15 @@ def eager(student: Tensor, teacher: Tensor, weight: Tensor | None, normalize: bo
     return by_weight(distance, weight, reduction)
 
 
+def _dense(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without gaps and in the same order, the student's where it is contiguous or channels_last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    order = formats.get(student.dim(), torch.contiguous_format)
+    if student.is_contiguous() or not student.is_contiguous(memory_format=order):
+        order = torch.contiguous_format
+    return student.contiguous(memory_format=order), teacher.contiguous(memory_format=order)
+
+
 class _FeatureMatch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,6 +111,7 @@ class _FeatureMatch(torch.autograd.Function):
     ) -> Tensor:
         # Whether to write the gradient now.
         ahead = student.dtype != torch.float16 and not torch.compiler.is_compiling()
+        student, teacher = _dense(student, teacher)
         loss, gradient = kernels(backend).feature_match(student, teacher, weight, normalize, reduction, ahead)
         ctx.save_for_backward(student, teacher, weight)
         ctx.gradient = gradient if ahead else None

@@ -8,9 +8,10 @@ import cuda_on_cpu
 import native_build
 import pytest
 import torch
-from cases import attribution, normal, uniform
+from split_calls import CALLS
 
 import debiaskd as dk
+from debiaskd.ops import backend
 
 pytestmark = [
     pytest.mark.xdist_group("cuda_on_cpu"),
@@ -19,58 +20,15 @@ pytestmark = [
 ]
 
 
-BOXES = [[[3, 2, 40, 50], [20, 5, 60, 30]], [], None]
-
-
-def gradient_of(loss, tensor):
-    return loss.detach(), torch.autograd.grad(loss.sum(), tensor)[0]
-
-
-def localized(dtype, pixels, size, kind):
-    maps = attribution(kind, 3, pixels, pixels).to(dtype).requires_grad_()
-    return gradient_of(dk.localization_loss(maps, dk.Boxes.from_lists(BOXES), kind=kind, size=size), maps)
-
-
-def matched(dtype, samples, width, normalize):
-    x, teacher = (normal(samples, width, seed=i).to(dtype) for i in range(2))
-    x.requires_grad_()
-    return gradient_of(dk.feature_match_loss(x, teacher, uniform(samples), normalize=normalize), x)
-
-
-def dotted(dtype, shape, memory_format):
-    x, gradient = (normal(*shape, seed=i).to(dtype).to(memory_format=memory_format) for i in range(2))
-    x.requires_grad_()
-    return gradient_of(dk.channel_dot(gradient, x), x)
-
-
-def adjusted(dtype, samples, classes):
-    shapes = ((samples, 8), (samples, classes), (classes, 6), (classes, 14))
-    x, logits, context, weight = (normal(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes))
-    x.requires_grad_()
-    return gradient_of(dk.backdoor_logits(x, logits, context, weight, mode="exact"), x)
-
-
-#: Each has blocks, tiles or parts whose number depends on how many multiprocessors there are.
-LAUNCHES = {
-    "feature_match": lambda dtype: matched(dtype, 3, 100_000, False),
-    "feature_match, normalized": lambda dtype: matched(dtype, 2, 60_000, True),
-    "localization": lambda dtype: localized(dtype, 64, None, "energy"),
-    "localization, upsampled": lambda dtype: localized(dtype, 20, (64, 70), "rrr"),
-    "channel_dot": lambda dtype: dotted(dtype, (1, 700, 2, 4), torch.contiguous_format),
-    "channel_dot, channels_last": lambda dtype: dotted(dtype, (2, 600, 2, 2), torch.channels_last),
-    "backdoor": lambda dtype: adjusted(dtype, 70, 9),
-}
-
-
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", [name for name in CALLS if "cuda" in backend.IMPLEMENTATIONS[name.split(",")[0]]])
 def test_results_are_right_at_any_number_of_multiprocessors_and_do_not_depend_on_the_order_of_blocks(name):
     with dk.backend("eager"):
-        exact = LAUNCHES[name](torch.float64)
+        exact = CALLS[name](torch.float64)
     for processors in cuda_on_cpu.PROCESSORS:
         found = []
         for seed in (0, 1):
             with cuda_on_cpu.active(processors, seed):
-                found.append(LAUNCHES[name](torch.float32))
+                found.append(CALLS[name](torch.float32))
         for one, other, right in zip(*found, exact):
             assert torch.equal(one, other)
             torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-6 * float(right.abs().max()))

@@ -21,6 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import debiaskd as dk
+from debiaskd.ops import backend
+from debiaskd.ops.feature_match import _dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +47,36 @@ def check(way, student, teacher, weight=None, upstream=1.0, **options):
     exact = feature_match_oracle(student, teacher, weight, upstream=upstream, **options)
     for a, x, e, what in zip(actual, exact, eager, ("loss", "gradient")):
         assert_accurate(a, x, e, f"{what} {options} {student.dtype} {list(student.shape)} {student.stride()}")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "copied"),
+    [
+        (("contiguous", "contiguous"), (False, False)),
+        (("channels_last", "channels_last"), (False, False)),
+        (("channels_last", "contiguous"), (False, True)),
+        (("contiguous", "channels_last"), (False, True)),
+        (("stepped", "contiguous"), (True, False)),
+        (("reversed", "reversed"), (True, True)),
+        (("expanded", "contiguous"), (True, False)),
+    ],
+    ids=str,
+)
+def test_what_is_neither_contiguous_nor_channels_last_is_copied(layouts, copied):
+    student, teacher = (lay_out(normal(3, 4, 5, 6, seed=i), layout) for i, layout in enumerate(layouts))
+    dense = _dense(student, teacher)
+    assert tuple(d.data_ptr() != x.data_ptr() for d, x in zip(dense, (student, teacher))) == copied
+    assert torch.equal(dense[0], student)
+    assert torch.equal(dense[1], teacher)
+    assert dense[0].stride() == dense[1].stride()
+
+
+@pytest.mark.skipif(not backend.native, reason="the native libraries are not built")
+@pytest.mark.parametrize("layouts", (("stepped", "stepped"), ("contiguous", "channels_last")), ids=str)
+def test_native_op_refuses_what_is_not_dense_in_one_order(layouts):
+    student, teacher = (lay_out(normal(3, 4, 5, 6, seed=i), layout) for i, layout in enumerate(layouts))
+    with pytest.raises(RuntimeError, match="student and teacher must be dense"):
+        torch.ops.debiaskd.feature_match(student, teacher, None, False, 1, True)
 
 
 sizes = st.sampled_from((1, 2, 3, 5, 7, 16, 33))
