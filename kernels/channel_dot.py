@@ -28,14 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch
+from .launch import LARGE_TILES, launch
 from .layout import multiple
 from .precision import accumulator, widen
 
 # Triton's interpreter pays by the operation and not by the element, hence larger tiles and fewer programs.
-TILE = 32768 if INTERPRETED else 4096
-FEW_PROGRAMS = 4 if INTERPRETED else 512  # with fewer, rows are cut
-MOST_COLS = 4096 if INTERPRETED else 512  # of a tile of one long row; of several rows together, LONGEST
+TILE = 32768 if LARGE_TILES else 4096
+FEW_PROGRAMS = 4 if LARGE_TILES else 512  # with fewer, rows are cut
+MOST_COLS = 4096 if LARGE_TILES else 512  # of a tile of one long row; of several rows together, LONGEST
 LONGEST = 2048
 MOST_PERIODS = 64  # side by side in a tile, which the interpreter adds up one after the other
 MOST_STEPS = 128  # tiles that a program adds up in one sum
