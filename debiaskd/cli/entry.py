@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from debiaskd.cli import discover as cli_discover
+from debiaskd.cli import distill as cli_distill
 from debiaskd.cli import prepare as cli_prepare
 from debiaskd.cli import train as cli_train
 from debiaskd.cli.arguments import Parser, UsageError, parse
@@ -107,6 +108,7 @@ def _parser() -> Parser:
         "--seeds", type=_positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s"
     )
 
+    cli_distill.add(commands)
     cli_train.add(commands)
     cli_discover.add(commands)
     cli_prepare.add(commands)
@@ -181,6 +183,14 @@ def _train(options: argparse.Namespace) -> None:
         lines = cli_train.train(options, options.overrides, lambda: _progress(Console(stderr=True)))
     if lines:
         print("\n".join(lines))
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    with _usage_errors():
+        for line in cli_distill.run(options, lambda: _progress(Console(stderr=True))):
+            print(line, flush=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -263,6 +273,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "quickstart": _quickstart,
+    "distill": _distill,
     "train": _train,
     "evaluate": _evaluate,
     "discover": _discover,

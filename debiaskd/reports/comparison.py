@@ -29,6 +29,7 @@ def write_report(
     split: str | None = None,
     data: str | None = None,
     progress: ProgressCallback | None = None,
+    notes: Sequence[str] = (),
 ) -> list[str]:
     """Measures the runs where that was not done yet, and writes the page.
 
@@ -37,7 +38,8 @@ def write_report(
         out: the page; whole, or as it was before.
         split: that they are measured on; None: the test of each recipe.
         data: where the prepared data of all of them lies; None: as each recipe says.
-        say: is told what is being done.
+        progress: called with (task, share done, news).
+        notes: paragraphs at the top of the page.
 
     Returns:
         What each section is of, in words.
@@ -56,16 +58,22 @@ def write_report(
         measured.append(measure(folder, name, split, data))
     _check_twins(measured)
     sections = sectioned(measured)
-    files.write_text(out, page(sections))
+    files.write_text(out, page(sections, notes))
     return [f"{len(section.runs)} run{'s'[: len(section.runs) > 1]} on {section.title}" for section in sections]
 
 
-def page(sections: Sequence[Section]) -> str:
+def page(sections: Sequence[Section], notes: Sequence[str] = ()) -> str:
     """The HTML of `write_report`."""
     count = sum(len(section.runs) for section in sections)
     headline = sections[0].headline if len(sections) == 1 else f"{count} runs on {len(sections)} sets of pictures"
     charts = [(pareto(section), losses(section), validation(section)) for section in sections]
-    return render("comparison.html.j2", sections=list(zip(sections, charts)), headline=headline, version=__version__)
+    return render(
+        "comparison.html.j2",
+        sections=list(zip(sections, charts)),
+        headline=headline,
+        notes=list(notes),
+        version=__version__,
+    )
 
 
 def _check(folders: Sequence[Path]) -> None:
