@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "distill",
         help="from pictures and a teacher to a debiased student and a page that shows it",
         description="Prepares PICTURES once, says what is annotated there, trains the teacher or takes it from "
-        "--weights and measures how biased it is, chooses a method by what is annotated, distils, and measures teacher, "
+        "--weights, measures how biased it is, chooses a method by what is annotated, distils, and measures teacher, "
         "plain student and debiased student on the test pictures. Interrupted and started again it continues.",
     )
     distill.add_argument(
