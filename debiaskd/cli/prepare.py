@@ -18,6 +18,8 @@ _SOURCES = {
     "celeba": "CelebA: SRC/img_align_celeba/, SRC/list_attr_celeba.txt and SRC/list_eval_partition.txt (or .csv)",
     "folder": "SRC/CLASS/… or SRC/train/CLASS/…, and CSV files with boxes, path,x0,y0,x1,y1[,label], and with what "
     "goes along with the class, which makes the groups: path,bias",
+    "csv": "SRC.csv with the columns path and label and, if it has them, split, x0, y0, x1, y1 and attributes that "
+    "make groups",
     "cifar": "CIFAR-10 or CIFAR-100: the binary or the Python version, or SRC/train*.npz and SRC/test*.npz",
     "mnist_on_cifar": "digits of SRC/mnist/ drawn on ships, trucks and horses of SRC/cifar10/: a shortcut of chosen "
     "strength, with boxes and groups",
@@ -46,7 +48,8 @@ def add(commands: Any) -> None:
 
 def _options(parser: argparse.ArgumentParser, source: str) -> None:
     if source != "digits":
-        parser.add_argument("src", type=Path, metavar="SRC", help="the data set as it is distributed")
+        what = ("SRC.csv", "the CSV file") if source == "csv" else ("SRC", "the data set as it is distributed")
+        parser.add_argument("src", type=Path, metavar=what[0], help=what[1])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, empty or begun before")
     parser.add_argument(
         "--size",
@@ -97,6 +100,8 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         for name in ("boxes", "bias"):
             help = f"default: SRC/{name}.csv, if it is there"
             parser.add_argument(f"--{name}", type=Path, metavar="CSV", help=help)
+    if source == "csv":
+        _columns(parser)
     if source == "celeba":
         for name, default, what in (("target", "Blond_Hair", "to be told"), ("bias", "Male", "that goes along")):
             parser.add_argument(
@@ -108,6 +113,20 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         )
     if source in ("mnist_on_cifar", "digits"):
         _drawing(parser)
+
+
+def _columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder that the paths start from; default: that of SRC.csv"
+    )
+    for name in ("path", "label", "split"):
+        parser.add_argument(
+            f"--{name}-column", default=name, metavar="NAME", help=f"column with the {name}; default: %(default)s"
+        )
+    for name, what in (("label", "that is 1 where a class is shown"), ("bias", "of an attribute that makes groups")):
+        parser.add_argument(
+            f"--{name}-columns", type=_names, default=(), metavar="A,B", help=f"columns, each {what}; default: none"
+        )
 
 
 def _drawing(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +208,13 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names separated by commas, got {text!r}")
+    return names
 
 
 def _positive(text: str) -> int:

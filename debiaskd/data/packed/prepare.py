@@ -22,7 +22,7 @@ from debiaskd.data.packed import manifest, shards
 from debiaskd.data.packed import output_folder as output
 from debiaskd.data.packed import write_shard as making
 from debiaskd.data.packed.write_shard import Job
-from debiaskd.data.sources import celeba, cifar, coco, digits, folder, mnist_on_cifar, voc, waterbirds
+from debiaskd.data.sources import celeba, cifar, coco, csv_file, digits, folder, mnist_on_cifar, voc, waterbirds
 from debiaskd.data.sources.records import DataError, Problems, Source
 from debiaskd.utils import checks
 
@@ -36,12 +36,14 @@ class Reader:
         size: side at which its images are stored unless another is asked for.
         draws: whether it draws its images, and is told that size.
         files: whether it reads any files.
+        one_file: whether its source is one file and not a folder.
     """
 
     read: Callable[..., Source]
     size: int = 224
     draws: bool = False
     files: bool = True
+    one_file: bool = False
 
 
 READERS = {
@@ -50,6 +52,7 @@ READERS = {
     "waterbirds": Reader(waterbirds.read),
     "celeba": Reader(celeba.read),
     "folder": Reader(folder.read),
+    "csv": Reader(csv_file.read, one_file=True),
     "cifar": Reader(cifar.read, size=32),
     "mnist_on_cifar": Reader(mnist_on_cifar.read, size=64, draws=True),
     "digits": Reader(digits.read, size=48, draws=True, files=False),
@@ -96,8 +99,9 @@ def prepare(
     shard per process for "litdata".
 
     Args:
-        kind: "coco", "voc", "waterbirds", "celeba", "folder", "cifar", "mnist_on_cifar" or "digits".
-        src: the data set as it is distributed; see the reader of that name. None for digits, which reads no files.
+        kind: "coco", "voc", "waterbirds", "celeba", "folder", "csv", "cifar", "mnist_on_cifar" or "digits".
+        src: the data set as it is distributed, the CSV file for csv; see the reader of that name. None for digits,
+            which reads no files.
         out: output folder, created if needed; empty, or from an earlier run with the same options.
         size: side of the stored images in pixels; None: 32 for cifar, 64 for mnist_on_cifar, 48 for digits, 224
             for all others.
@@ -112,7 +116,8 @@ def prepare(
         shard_size: images per shard.
         progress: called with (split, share of the total that is done).
         **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
-            folder, target and bias for celeba, labels for cifar, and for mnist_on_cifar and digits agreement, seed,
+            folder, target and bias for celeba, images, path_column, label_column, label_columns, bias_columns and
+            split_column for csv, labels for cifar, and for mnist_on_cifar and digits agreement, seed,
             train, val and test.
 
     Raises:
@@ -148,11 +153,11 @@ def prepare(
     if format == "litdata":
         import litdata  # noqa: F401  # before anything is done, rather than after the annotations
     if (src is None) == reader.files:
-        wanted = "the folder of the data set" if reader.files else "None"
+        wanted = f"the {'CSV file' if reader.one_file else 'folder'} of the data set" if reader.files else "None"
         raise ValueError(f"src must be {wanted} for {kind}, got {src!r}")
     src, out = Path(kind if src is None else src), Path(out)
-    if reader.files and not src.is_dir():
-        raise DataError(f"{src}: no such folder")
+    if reader.files and not (src.is_file() if reader.one_file else src.is_dir()):
+        raise DataError(f"{src}: no such {'file' if reader.one_file else 'folder'}")
     if out.resolve() == src.resolve() or (kind == "folder" and src.resolve() in out.resolve().parents):
         raise DataError(f"{out}: must not lie in the data set that is read")
     problems = Problems(strict, lenient)
