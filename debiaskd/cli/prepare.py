@@ -48,8 +48,8 @@ def add(commands: Any) -> None:
 
 def _options(parser: argparse.ArgumentParser, source: str) -> None:
     if source != "digits":
-        what = ("SRC.csv", "the CSV file") if source == "csv" else ("SRC", "the data set as it is distributed")
-        parser.add_argument("src", type=Path, metavar=what[0], help=what[1])
+        source_help = ("SRC.csv", "the CSV file") if source == "csv" else ("SRC", "the data set as it is distributed")
+        parser.add_argument("src", type=Path, metavar=source_help[0], help=source_help[1])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, empty or begun before")
     parser.add_argument(
         "--size",
