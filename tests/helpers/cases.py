@@ -5,6 +5,7 @@ The oracles know nothing of the package: loops over single samples, in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +32,46 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def reference(name: str) -> dict[str, torch.Tensor]:
     """The arrays of one file of outputs of the papers' own code."""
     return {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / name).items()}
+
+
+def covering(**axes: Any) -> pytest.MarkDecorator:
+    """Parametrize a test so that every pair of values of two axes occurs together, in far fewer cases than the product.
+
+    Rows are chosen greedily: each begins with the first pair that is missing, and takes on each further axis the value
+    that adds the most missing pairs.
+
+    Args:
+        **axes: values by argument name; a tuple of names joined by "__" is one axis with tuples of values.
+    """
+    names, values = list(axes), [list(axis) for axis in axes.values()]
+    missing = {
+        (a, i, b, j): None
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(values[a]))
+        for j in range(len(values[b]))
+    }
+    rows = []
+    while missing:
+        a, i, b, j = next(iter(missing))
+        row = {a: i, b: j}
+        for axis in range(len(names)):
+            if axis not in row:
+                row[axis] = max(
+                    range(len(values[axis])),
+                    key=lambda k: sum(_pair(axis, k, other, v) in missing for other, v in row.items()),
+                )
+        for (x, u), (y, v) in itertools.combinations(sorted(row.items()), 2):
+            missing.pop((x, u, y, v), None)
+        rows.append([values[axis][row[axis]] for axis in range(len(names))])
+    arguments = [part for name in names for part in name.split("__")]
+    flat = [[v for name, value in zip(names, row) for v in (value if "__" in name else (value,))] for row in rows]
+    return pytest.mark.parametrize(
+        arguments, flat, ids=["-".join(str(v).replace("torch.", "") for v in r) for r in flat]
+    )
+
+
+def _pair(a: int, i: int, b: int, j: int) -> tuple[int, int, int, int]:
+    return (a, i, b, j) if a < b else (b, j, a, i)
 
 
 # ---- ways to run an op ----

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, GOLDEN, every_way, lay_out, normal, poisoned_memory, threads, uniform
+from cases import DTYPES, GOLDEN, covering, every_way, lay_out, normal, poisoned_memory, threads, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -77,9 +77,7 @@ def check(way, *tensors, tolerance=1e-5, gradient_tolerance=2e-5, scale=1.0, **o
 
 
 @every_way("backdoor")
-@every_mode
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@covering(mode=MODES, shape=SHAPES, dtype=DTYPES)
 def test_value_and_gradients(way, mode, shape, dtype):
     tensors = inputs(*shape, dtype=dtype)
     # Computed in float32, whatever the inputs; a gradient is rounded to the dtype of its tensor.

@@ -10,6 +10,7 @@ from cases import (
     GOLDEN,
     LAYOUTS,
     assert_accurate,
+    covering,
     every_way,
     lay_out,
     normal,
@@ -109,9 +110,11 @@ def cut_out(values, layout, larger):
 
 
 @every_way("channel_dot")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("shape", [(2, 16, 3, 5), (3, 7, 4, 8), (2, 40, 1, 1), (1, 64, 1, 9)], ids=str)
+@covering(
+    dtype=(torch.float32, torch.bfloat16),
+    layout=("contiguous", "channels_last"),
+    shape=[(2, 16, 3, 5), (3, 7, 4, 8), (2, 40, 1, 1), (1, 64, 1, 9)],
+)
 def test_rows_begin_anywhere_in_memory(way, shape, layout, dtype):
     gradient, feature = (lay_out(normal(*shape, seed=i, dtype=dtype), layout) for i in (0, 1))
     check(way, gradient, feature)
@@ -179,9 +182,11 @@ def test_every_element_is_written(way, layout, dtype):
 
 
 @every_way("channel_dot")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "reversed"))
-@pytest.mark.parametrize("shape", [(1, 3000, 9, 9), (9, 300, 15, 15)], ids=str)
+@covering(
+    dtype=DTYPES,
+    layout=("contiguous", "channels_last", "reversed"),
+    shape=[(1, 3000, 9, 9), (9, 300, 15, 15)],
+)
 def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, layout, dtype, shape):
     counts = (1, 2, 2)
     if way.name not in ("cpp", "eager"):  # the others have threads of their own

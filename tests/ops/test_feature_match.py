@@ -9,6 +9,7 @@ from cases import (
     LAYOUTS,
     REDUCTIONS,
     assert_accurate,
+    covering,
     every_way,
     feature_match_oracle,
     lay_out,
@@ -112,18 +113,16 @@ def test_any_shape_layout_and_dtype_agrees_with_the_oracle(way, problem, normali
 
 
 @every_way("feature_match")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalize", (False, True))
-@pytest.mark.parametrize(
-    ("shape", "layouts"),
-    [
+@covering(
+    dtype=DTYPES,
+    normalize=(False, True),
+    shape__layouts=[
         ((3, 40001), ("contiguous", "contiguous")),
         ((2, 40001), ("stepped", "offset")),
         ((2, 129, 17, 17), ("channels_last", "contiguous")),
         ((2, 33, 28, 28), ("channels_last", "channels_last")),
         ((500,), ("contiguous", "stepped")),
     ],
-    ids=str,
 )
 def test_samples_longer_than_a_block_and_awkward_lengths_are_as_accurate(way, dtype, normalize, shape, layouts):
     student, teacher = (lay_out(normal(*shape, seed=i, dtype=dtype), layout) for i, layout in enumerate(layouts))
@@ -151,9 +150,11 @@ def test_gradients_too_large_for_the_caches(way, upstream):
 
 
 @every_way("feature_match")
-@pytest.mark.parametrize("normalize", (False, True))
-@pytest.mark.parametrize("layout", ("contiguous", "stepped"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@covering(
+    normalize=(False, True),
+    layout=("contiguous", "stepped"),
+    dtype=(torch.float32, torch.bfloat16, torch.float16),
+)
 def test_long_sums_of_equal_differences_do_not_drift(way, normalize, layout, dtype):
     # Rounding that always errs to the same side shows in sums of equal numbers, and in no random ones.
     student, teacher = (lay_out(torch.full((1, 2**18), value, dtype=dtype), layout) for value in (0.1, 0.7))
@@ -257,9 +258,7 @@ def test_a_broken_feature_shows_in_the_loss(way, where, value):
 
 
 @every_way("feature_match")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@covering(layout=LAYOUTS, dtype=DTYPES, reduction=REDUCTIONS)
 def test_every_element_is_written(way, layout, dtype, reduction):
     student = way.put(lay_out(normal(3, 5, 6, 7, dtype=dtype), layout))
     teacher = way.put(normal(3, 5, 6, 7, seed=1, dtype=dtype))
@@ -287,9 +286,7 @@ def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, dtype,
 
 
 @every_way("feature_match")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("normalize", (False, True))
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "stepped"))
+@covering(reduction=REDUCTIONS, normalize=(False, True), layout=("contiguous", "channels_last", "stepped"))
 def test_gradcheck(way, reduction, normalize, layout):
     student = way.put(lay_out(normal(3, 2, 3, 2, dtype=torch.float64), layout)).requires_grad_()
     teacher = way.put(normal(3, 2, 3, 2, seed=1, dtype=torch.float64))

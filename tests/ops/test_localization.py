@@ -14,6 +14,7 @@ from cases import (
     assert_accurate,
     attribution,
     box_lists,
+    covering,
     energy_terms,
     every_way,
     lay_out,
@@ -109,9 +110,7 @@ def test_every_set_of_boxes_makes_its_union(way, kind, size):
 
 
 @every_way("localization")
-@every_kind
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "size"), [((2, 224, 224), None), ((2, 7, 7), (224, 224))], ids=str)
+@covering(kind=KINDS, dtype=DTYPES, shape__size=[((2, 224, 224), None), ((2, 7, 7), (224, 224))])
 def test_ordinary_sizes_are_as_accurate(way, kind, dtype, shape, size):
     boxes = [[[20, 30, 150, 224], [100, 0, 224, 60]], [[64, 64, 96, 96]]]
     check(way, attribution(kind, *shape, dtype=dtype), boxes, 3.0, kind=kind, size=size)
@@ -127,11 +126,10 @@ def test_long_sums_of_equal_pixels_do_not_drift(way, kind, dtype):
 
 
 @every_way("localization")
-@every_kind
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-@pytest.mark.parametrize(
-    ("shape", "size"),
-    [
+@covering(
+    kind=KINDS,
+    dtype=(torch.float32, torch.float64),
+    shape__size=[
         ((2, 40, 600), None),
         ((2, 40, 259), None),
         ((2, 2, 3), (70, 600)),
@@ -141,7 +139,6 @@ def test_long_sums_of_equal_pixels_do_not_drift(way, kind, dtype):
         ((2, 81, 600), (40, 300)),
         ((2, 3, 600), (40, 30)),
     ],
-    ids=str,
 )
 def test_maps_that_kernels_have_to_cut_agree_with_the_oracle(way, kind, dtype, shape, size):
     boxes = [[[250, 30, 262, 34], [0, 31, 300, 33], [509, 0, 600, 9], [20, 2, 28, 40]], [[3, 3, 590, 39]]]
@@ -266,9 +263,7 @@ def test_images_that_are_not_annotated_count_nothing(way, kind):
 
 
 @every_way("localization")
-@every_kind
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("images", (0, 2))
+@covering(kind=KINDS, reduction=REDUCTIONS, images=(0, 2))
 def test_nothing_annotated_is_zero_with_a_zero_gradient(way, kind, reduction, images):
     maps = way.put(attribution(kind, images, 5, 6))
     for size in (None, (9, 9)):
@@ -281,9 +276,7 @@ def test_nothing_annotated_is_zero_with_a_zero_gradient(way, kind, reduction, im
 
 
 @every_way("localization")
-@pytest.mark.parametrize("kind", ("energy", "l1", "ppce", "rrr"))
-@pytest.mark.parametrize("inside", (True, False))
-@pytest.mark.parametrize("size", [None, (16, 66)], ids=str)
+@covering(kind=KINDS, inside=(True, False), size=[None, (16, 66)])
 def test_nan_in_a_map_shows_in_its_loss(way, kind, inside, size):
     maps = attribution(kind, 2, 8, 33)
     maps[(1, 4, 15) if inside else (1, 1, 30)] = math.nan
@@ -296,10 +289,7 @@ def test_nan_in_a_map_shows_in_its_loss(way, kind, inside, size):
 
 
 @every_way("localization")
-@every_kind
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [None, (20, 40)], ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "reversed", "stepped"))
+@covering(kind=KINDS, dtype=DTYPES, size=[None, (20, 40)], layout=("contiguous", "reversed", "stepped"))
 def test_every_element_is_written(way, kind, dtype, size, layout):
     maps = way.put(lay_out(attribution(kind, 3, 13, 37, dtype=dtype), layout))
     boxes = dk.Boxes.from_lists([[[2, 3, 9, 9]], [], None])
@@ -326,9 +316,7 @@ def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, kind, 
 
 
 @every_way("localization")
-@every_kind
-@pytest.mark.parametrize("size", [None, (7, 9), (3, 2)], ids=["own", "up", "down"])
-@pytest.mark.parametrize("normalize", (False, True))
+@covering(kind=KINDS, size=[None, (7, 9), (3, 2)], normalize=(False, True))
 def test_gradcheck(way, kind, size, normalize):
     # Values apart from each other and from 0 and 1: no kink, and no second largest value, within a finite difference.
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3)).double()
