@@ -37,7 +37,7 @@ export PYTHONPATH=$work/path${PYTHONPATH:+:$PYTHONPATH}
 
 if [ "$dry" = 1 ]; then
   device=cpu ops=(feature_match localization) native=(cpp) processes=0
-  brief=(--quick --threads 1 --providers eager cpp) networks=(test_resnet:2 --size 32 --rounds 1 --threads 1)
+  brief=(--quick --threads 1 --providers eager cpp) networks=(test_resnet:2 --size 64 --rounds 1 --threads 1)
   export OMP_NUM_THREADS=1
   cat >build/gpu/compiler <<'COMPILER'
 #!/bin/sh

@@ -151,7 +151,7 @@ CACHING = {
         embed_dims=(8, 16, 16, 24), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), window_sizes=(2,) * 4, num_classes=3
     ),
     "efficientvit_msra": lambda: models.EfficientVitMsra(
-        img_size=64, embed_dim=(16, 16, 16), key_dim=(4, 4, 4), depth=(1, 1, 1), num_heads=(2, 2, 2), num_classes=3,
+        img_size=128, embed_dim=(16, 16, 16), key_dim=(4, 4, 4), depth=(1, 1, 1), num_heads=(2, 2, 2), num_classes=3,
         window_size=(4, 4, 4), kernels=(3, 3, 3, 3),
     ),
 }  # fmt: skip
@@ -160,7 +160,7 @@ CACHING = {
 @pytest.mark.parametrize("name", CACHING)
 def test_attention_biases_that_were_cached_are_not_used_again(name):
     torch.manual_seed(0)
-    model, x = CACHING[name]().eval(), images(64)
+    model, x = CACHING[name]().eval(), images(128 if name == "efficientvit_msra" else 64)  # maps of several positions
     for parameter in model.parameters():  # branches that begin at zero
         if not parameter.any():
             nn.init.normal_(parameter)

@@ -197,7 +197,9 @@ def test_a_whole_module_is_refused_with_the_lines_that_convert_it(
     content = model if key is None else {"epoch": 3, key: model, "args": OPTIONS}
     monkeypatch.chdir(tmp_path)
     torch.save(content, "w.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(NetworkError, match=r"w\.pt: holds a whole pickled module \(debiaskd\.models\.SmallNet\)") as e:
+    with pytest.raises(
+        NetworkError, match=r"w\.pt: holds a whole pickled module \(debiaskd\.models\.zoo\.small\.SmallNet\)"
+    ) as e:
         load_weights(net(), "w.pt")
     assert "\x1b" not in str(e.value) and "\n" not in str(e.value)
     exec("import torch\n" + str(e.value).partition("its package is installed: ")[2], {})

@@ -202,7 +202,7 @@ def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_pa
     read_recipe = runs.read(recipe)
     chain = Pipeline(read_recipe, tmp_path / "run", runs.launch(read_recipe.compute), lambda *news: None)
     split = chain.trainer.train
-    spread = chain.spread(torch.arange(24.0) + 1)
+    spread = chain.scatter_weights(torch.arange(24.0) + 1)
     assert torch.equal(spread[split.numbers], torch.arange(24.0) + 1)
     assert int((spread > 0).sum()) == 24 and len(spread) == 48
 

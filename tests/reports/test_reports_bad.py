@@ -61,7 +61,7 @@ def test_data_and_logs_that_do_not_fit(capsys: pytest.CaptureFixture[str], root:
         assert (code, told) == (2, "") and not out.exists() and "Traceback" not in err
         return err.splitlines()[-1]
 
-    assert "data.test: " in refused("--split", "tests") and "tests" in refused("--split", "tests")
+    assert "--split: " in refused("--split", "tests") and "tests" in refused("--split", "tests")
     assert "nowhere" in refused("--data", "nowhere")
     others = Path(shutil.copytree(root / "birds16", run.parent / "others"))
     manifest = json.loads((others / "manifest.json").read_text())

@@ -117,7 +117,7 @@ def test_the_same_figures_for_the_same_weights(npy: Path, lit: Path, far: Path, 
     for moved in (npy, lit):
         there, _ = evaluate_run(run, "student", None, str(moved))
         # What was measured tells the formats apart; what came out does not.
-        same = {"fingerprint": None, "data": None}
+        same = {"fingerprint": None, "data": None, "images": None}
         assert there["data"] != here["data"] and {**there, **same} == {**here, **same}
     assert here["pictures"] == 16 and here["figures"]["epg"] > 0
 
