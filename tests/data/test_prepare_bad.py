@@ -205,7 +205,7 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare"], "{coco,voc,waterbirds,celeba,folder,cifar,mnist_on_cifar,digits}"),
+        (["prepare"], "{coco,voc,waterbirds,celeba,folder,csv,cifar,mnist_on_cifar,digits}"),
         (["prepare", "imagenet", "a", "b"], "imagenet"),
         (["prepare", "coco", "a"], "OUT"),
         (["prepare", "coco", "/nowhere/at/all", "b"], "/nowhere/at/all: no such folder"),
