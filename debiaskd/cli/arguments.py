@@ -135,3 +135,17 @@ def _values(parser: Parser) -> dict[str, int]:
         name: 1 if action.nargs is None else action.nargs if isinstance(action.nargs, int) else 0
         for name, action in parser._option_string_actions.items()
     }
+
+
+def positive(text: str) -> int:
+    """Parse an integer >= 1, as an argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """Parse an integer >= 0, as an argparse type."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
+    return int(text)

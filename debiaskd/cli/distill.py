@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from debiaskd.cli.arguments import UsageError
+from debiaskd.cli.arguments import UsageError, natural, positive
 
 if TYPE_CHECKING:
     from debiaskd.pipeline.distillation import Asked, Findings, Plan
@@ -47,8 +47,8 @@ def add(commands: Any) -> None:
         help="begin from published weights, which are downloaded",
     )
     distill.add_argument("--minutes", type=_minutes, metavar="N", help="budget: fewer epochs than 30, if need be")
-    distill.add_argument("--size", type=_positive, metavar="N", help="side in pixels; default: theirs, at most 224")
-    distill.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: %(default)s")
+    distill.add_argument("--size", type=positive, metavar="N", help="side in pixels; default: theirs, at most 224")
+    distill.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     distill.add_argument("--out", type=Path, metavar="DIR", help="default: runs/distill-PICTURES")
 
 
@@ -266,15 +266,3 @@ def _minutes(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
-    return int(text)

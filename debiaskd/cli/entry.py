@@ -19,7 +19,7 @@ from debiaskd.cli import discover as cli_discover
 from debiaskd.cli import distill as cli_distill
 from debiaskd.cli import prepare as cli_prepare
 from debiaskd.cli import train as cli_train
-from debiaskd.cli.arguments import Parser, UsageError, parse
+from debiaskd.cli.arguments import Parser, UsageError, parse, positive
 from debiaskd.utils.progress import shown as _progress
 from debiaskd.version import __version__
 
@@ -104,9 +104,7 @@ def _parser() -> Parser:
     quickstart.add_argument(
         "--out", type=Path, default=Path("quickstart-out"), metavar="DIR", help="default: %(default)s"
     )
-    quickstart.add_argument(
-        "--seeds", type=_positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s"
-    )
+    quickstart.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s")
 
     cli_distill.add(commands)
     cli_train.add(commands)
@@ -127,12 +125,6 @@ def _check_environment() -> None:
         backend.requested()
     except ValueError as error:
         raise UsageError(error) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
 
 
 def _doctor(options: argparse.Namespace) -> None:

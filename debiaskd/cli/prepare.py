@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from debiaskd.cli.arguments import natural, positive
+
 if TYPE_CHECKING:
     from debiaskd.data import Prepared
 
@@ -53,7 +55,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, empty or begun before")
     parser.add_argument(
         "--size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"side of the stored pictures; default: {_SIZES.get(source, '224')}",
     )
@@ -65,7 +67,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
             help="squash to the square, or keep the shape, centred on black; default: %(default)s",
         )
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="processes that decode; default: one for each core"
+        "--workers", type=positive, metavar="N", help="processes that decode; default: one for each core"
     )
     parser.add_argument(
         "--format",
@@ -137,10 +139,10 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="share of the training pictures whose photograph agrees with the class; default: %(default)s",
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     for name, count in (("train", 6000), ("val", 1000), ("test", 2000)):
         parser.add_argument(
-            f"--{name}", type=_positive, default=count, metavar="N", help="number of pictures; default: %(default)s"
+            f"--{name}", type=positive, default=count, metavar="N", help="number of pictures; default: %(default)s"
         )
 
 
@@ -215,18 +217,6 @@ def _names(text: str) -> tuple[str, ...]:
     if not all(names):
         raise argparse.ArgumentTypeError(f"must be names separated by commas, got {text!r}")
     return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
-    return int(text)
 
 
 def _share(text: str) -> float:
