@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train the student that a recipe describes",
-        usage="%(prog)s [-h] [--out RUN] [--print] RECIPE [--KEY VALUE ...]",
+        usage="%(prog)s [-h] [--out RUN] [--only teacher] [--print] RECIPE [--KEY VALUE ...]",
         description="Trains what RECIPE describes, with all that it needs before: teacher, weights, pretraining. "
         "An interrupted run resumes when it is started again; finished stages are reused. Any key "
         "can be overridden on the command line: --schedule.epochs 5 --terms.guide.loss l1.",
@@ -29,6 +29,12 @@ def add(commands: Any) -> None:
         help="a YAML file, or the name of one that comes with debiaskd: waterbirds_dett, ...; another word lists them",
     )
     train.add_argument("--out", type=Path, metavar="RUN", help="folder of the run; default: runs/RECIPE")
+    train.add_argument(
+        "--only",
+        choices=("teacher",),
+        metavar="STAGE",
+        help="teacher: train the recipe's teacher and nothing after it; without --only, train continues from there",
+    )
     train.add_argument("--print", action="store_true", help="only print the whole recipe, with every default")
     evaluate = commands.add_parser(
         "evaluate",
@@ -114,19 +120,30 @@ def train(options: argparse.Namespace, overrides: Sequence[str], progress: Calla
 
         return as_yaml(recipe).rstrip().split("\n")
     from debiaskd.pipeline.stages import Pipeline
+    from debiaskd.pipeline.teachers import trained_options
     from debiaskd.training.fabric import launch
 
+    if options.only is not None:
+        trained_options(recipe)
     folder = options.out or Path("runs") / options.recipe.stem
     fabric = launch(recipe.compute)
     with progress() if fabric.is_global_zero else _silence() as say:
-        stage = Pipeline(recipe, folder, fabric, say).student()
-    if not fabric.is_global_zero:
-        return []
-    facts = stage.facts
+        pipeline = Pipeline(recipe, folder, fabric, say)
+        stage = pipeline.student() if options.only is None else pipeline.teacher_alone()
+    return _trained(stage.facts, stage.model) if fabric.is_global_zero else []
+
+
+def _trained(facts: Mapping[str, Any], model: Path) -> list[str]:
+    """The lines about a finished stage; one that only fits a last layer has no metrics of epochs."""
+    if "figures" not in facts:
+        return [*(f"{name}: {value}" for name, value in facts.items()), str(model)]
     names = {f"group_{g}_accuracy": f"accuracy of {name}" for g, name in enumerate(facts["training_groups"] or {})}
     lines = [f"{names.get(key, key)}: {_number(value)}" for key, value in facts["figures"].items() if value is not None]
     kept = f"epoch {facts['epoch'] + 1} of {facts['epochs']}, by {facts['selection']}"
-    return [f"validation figures of {kept}", *lines, str(stage.model)]
+    if facts.get("stopped"):
+        stopped = facts["stopped"]
+        kept += f"; stopped after epoch {stopped['epochs']}: {stopped['why']}"
+    return [f"validation figures of {kept}", *lines, str(model)]
 
 
 def _number(value: float) -> str:

@@ -17,7 +17,7 @@ from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed
 from debiaskd.pipeline.last_layer import last_layer
 from debiaskd.pipeline.refits import check_refit, refitted
-from debiaskd.pipeline.teachers import check_dfr, student_selection, teacher_terms, trained_teacher
+from debiaskd.pipeline.teachers import check_dfr, student_selection, teacher_terms, trained_options, trained_teacher
 from debiaskd.pipeline.weights import read_weights, sample_weights
 from debiaskd.recipe import REFITS, Recipe, RefitOptions, Teacher
 from debiaskd.terms import SupervisedOptions, TermOptions
@@ -140,6 +140,20 @@ class Pipeline(StageContext):
         finally:
             self.run.release()
 
+    def teacher_alone(self) -> Stage:
+        """The teacher's stage, after those that it needs, and nothing after it. `student` continues from there.
+
+        Raises:
+            RecipeError: the recipe trains no teacher.
+            DivergedError, CheckpointError, OSError: see `TrainingLoop.run`.
+        """
+        try:
+            options = trained_options(self.recipe)
+            discovered(self)
+            return self._teacher_stage(options)
+        finally:
+            self.run.release()
+
     def _student(self) -> Stage:
         discovered(self)
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
@@ -254,13 +268,16 @@ class Pipeline(StageContext):
     def teacher(self, options: Teacher) -> tuple[nn.Module, str]:
         """The teacher, trained here if need be, and a fingerprint of its weights."""
         model = self.trainer.network(options, "teacher")
-        if options.method == "checkpoint" and options.head != "probe":
+        if not options.is_trained:
             what = "pretrained" if options.weights is None else weights_hash(options.weights)
             head = f" {files.sha256(Path(options.made_head))}" if options.made_head else ""
             return model, f"{options.name} {what}{head}"
-        stage = probed(self, options) if options.head == "probe" else trained_teacher(self, options)
+        stage = self._teacher_stage(options)
         load_weights(model, stage.model)
         return model, stage.fingerprint
+
+    def _teacher_stage(self, options: Teacher) -> Stage:
+        return probed(self, options) if options.head == "probe" else trained_teacher(self, options)
 
     def _transplanted(self, teacher: FrozenTeacher, student: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,7 @@ from debiaskd.pipeline.dfr import DRAWS, Scale, refit, too_small
 from debiaskd.pipeline.identification import train_identification
 from debiaskd.pipeline.last_layer import last_layer
 from debiaskd.pipeline.refits import halves, held_out, refitted
-from debiaskd.recipe import REFITS, RecipeError, RefitOptions, Teacher
+from debiaskd.recipe import REFITS, Recipe, RecipeError, RefitOptions, Teacher
 from debiaskd.reweight import error_weights, group_weights
 from debiaskd.terms import GroupDroOptions, SupervisedOptions, TermOptions
 from debiaskd.training.batches import Split
@@ -30,6 +30,19 @@ from debiaskd.training.run import Stage
 from debiaskd.training.schedule import brief_schedule
 from debiaskd.training.split_parts import divided
 from debiaskd.utils import files
+
+
+def trained_options(recipe: Recipe) -> Teacher:
+    """The recipe's teacher, which the run trains.
+
+    Raises:
+        RecipeError: there is none, or it is given by its weights.
+    """
+    if recipe.teacher is None:
+        raise RecipeError("--only teacher: the recipe has no teacher")
+    if not recipe.teacher.is_trained:
+        raise RecipeError("--only teacher: teacher.method is checkpoint, so that there is no teacher to be trained")
+    return recipe.teacher
 
 
 def teacher_terms(options: Teacher) -> dict[str, TermOptions]:
@@ -195,6 +208,12 @@ def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> Non
             problem = f"needs pictures of every group, and there are none of {split.whole.groups[lost[0]]}"
     if problem is not None:
         raise RecipeError(f"teacher.method: dfr {problem} ({where})")
+    unmeasured = options.validation_share is None and not selection.reuse
+    if unmeasured and trainer.recipe.schedule.patience is not None:
+        raise RecipeError(
+            "schedule.patience: all of validation fits the dfr teacher's last layer, so that no metric of the student "
+            "is compared; say teacher.validation_share: 0.5, or selection.reuse: true"
+        )
     if options.validation_share is None and selection.rule not in (None, "last") and not selection.reuse and not begun:
         raise RecipeError(
             f"selection.rule: {selection.rule} would select the student's epoch on the validation pictures that the "

@@ -8,7 +8,6 @@ from debiaskd.recipe.options import (
     Input,
     Network,
     Recipe,
-    Schedule,
     Selection,
     Teacher,
     Terms,
@@ -16,6 +15,7 @@ from debiaskd.recipe.options import (
     Weights,
 )
 from debiaskd.recipe.reading import RecipeError, names, read, to_dict
+from debiaskd.recipe.schedule_options import Schedule
 
 __all__ = [
     "REFITS",

@@ -8,7 +8,8 @@ from dataclasses import fields
 
 from debiaskd.models.input import inverse_added
 from debiaskd.recipe.bias_options import REFITS, RefitOptions
-from debiaskd.recipe.options import Input, Network, Recipe, Schedule, Teacher
+from debiaskd.recipe.options import Input, Network, Recipe, Teacher
+from debiaskd.recipe.schedule_options import Schedule
 from debiaskd.terms import TermOptions
 
 OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor")
@@ -34,6 +35,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _ranges(recipe)
     for name, schedule in recipe.schedules().items():
         yield from _schedule(name, schedule)
+        if schedule.patience is not None and recipe.selection.rule == "last":
+            yield f"{name}.patience: selection.rule last compares no metric; got {schedule.patience}"
     yield from _terms(recipe)
     yield from _teacher(recipe)
     yield from _weights(recipe)
@@ -279,6 +282,10 @@ def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
     yield from _number(f"{name}.weight_decay", schedule.weight_decay, zero=True)
     yield from _number(f"{name}.warmup", schedule.warmup, zero=True)
     yield from _number(f"{name}.clip", schedule.clip)
+    if schedule.warmup and schedule.shape == "one_cycle":
+        yield f"{name}.warmup: shape one_cycle has a rise of its own, got {schedule.warmup}"
+    if schedule.patience is not None and schedule.patience < 1:
+        yield f"{name}.patience: must be >= 1, got {schedule.patience}"
     if (schedule.milestones is not None) != (schedule.shape == "steps"):
         yield f"{name}.milestones: for shape steps and only for it, got {schedule.milestones} with {schedule.shape}"
     if schedule.milestones is not None and (not schedule.milestones or min(schedule.milestones) < 1):

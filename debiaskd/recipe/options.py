@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from debiaskd.recipe.bias_options import Discovery, Refit, RefitOptions
 from debiaskd.recipe.compute_options import Compute
+from debiaskd.recipe.schedule_options import Schedule
 from debiaskd.terms import (
     TERMS,
     BackdoorOptions,
@@ -119,41 +120,6 @@ class Network:
 
 
 @dataclass
-class Schedule:
-    """How long, how fast.
-
-    Args:
-        epochs: over the training pictures.
-        batch: pictures a step, of all processes and accumulated passes together.
-        optimizer: "sgd" has momentum 0.9 and Nesterov's step.
-        learning_rate: the highest.
-        weight_decay: not for biases, norms, and CID's regressor.
-        shape: of the learning rate over the epochs; "steps" multiplies it by 0.1 at `milestones`.
-        milestones: epochs, for "steps" alone.
-        warmup: epochs of linear rise before.
-        accumulate: forward and backward passes a step, of batch / accumulate pictures each; saves memory.
-        clip: largest norm of the gradient; not clipped if it is left out.
-        ema: decay of a moving average of the weights, which is what is evaluated and saved; none if it is left out.
-        ema_warmup: the decay of step n is min(ema, 1 - n^(-2/3)), as in timm's ModelEmaV3, so that a short training's
-            average is not mostly its initial weights; false: `ema` from the first step on. For ema; true if it is
-            left out.
-    """
-
-    epochs: int = 50
-    batch: int = 64
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    shape: Literal["constant", "cosine", "steps"] = "constant"
-    milestones: list[int] | None = None
-    warmup: int = 0
-    accumulate: int = 1
-    clip: float | None = None
-    ema: float | None = None
-    ema_warmup: bool | None = None
-
-
-@dataclass
 class Teacher(Network):
     """A teacher, and how it comes to be debiased.
 
@@ -194,6 +160,11 @@ class Teacher(Network):
     refit: RefitOptions | None = None
     cache: Literal["fp32", "bf16"] | None = None
     views: int | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run trains it, or fits its last layer."""
+        return self.method != "checkpoint" or self.head == "probe"
 
 
 @dataclass

@@ -181,6 +181,7 @@ class Trainer(Networks):
             "rule": rule,
             "front": selector.selected,
             **against_worst_group(selector, rule),
+            **_stopped(training, rule, names),
             "training_groups": self._group_counts(),
             "figures": {name: none_for_nan(value) for name, value in selector.figures[str(selector.best)].items()},
         }
@@ -261,6 +262,16 @@ class Trainer(Networks):
             with_teacher_input=teacher_outputs is not None and teacher_outputs.views is None,
             sampling=sampling,
         )
+
+
+def _stopped(training: TrainingLoop, rule: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Why a training ended before its last epoch: {"stopped": facts}; empty where it did not."""
+    schedule, done = training.plan.schedule, training.step // training.steps
+    if done >= schedule.epochs:
+        return {}
+    compared = "Pareto front over " + ", ".join(names) if rule == "pareto" else names[0]
+    why = f"no improvement of {compared} on validation in {training.waited} epochs"
+    return {"stopped": {"epochs": done, "patience": schedule.patience, "why": why}}
 
 
 def none_for_nan(value: float) -> float | None:

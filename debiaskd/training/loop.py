@@ -104,7 +104,7 @@ class TrainingLoop:
         """
         self._resume()
         schedule = self.plan.schedule
-        while self.step < schedule.epochs * self.steps:
+        while self.step < schedule.epochs * self.steps and self.waited is None:
             epoch, done = divmod(self.step, self.steps)
             per_pass = self.plan.loader.dataloader.batch_size
             self.plan.loader.sampler.start_at(epoch, done * schedule.accumulate * per_pass)
@@ -203,13 +203,24 @@ class TrainingLoop:
         losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
         self._report(f"step {self.step}: {losses}; {speed:.0f} images/s")
 
+    @property
+    def waited(self) -> int | None:
+        """Epochs without improvement after which training stops; None: it does not stop here. Decided by what the
+        checkpoint holds, and alike on every rank."""
+        patience = self.plan.schedule.patience
+        if patience is None:
+            return None
+        options = [self.learner.term(name).options for name in self.learner.names]
+        waited = self.plan.selector.waited(max(option.start + option.ramp for option in options))
+        return waited if waited >= patience else None
+
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
     def _end_epoch(self, epoch: int) -> None:
         self._read_losses()
         check_weights(self.learner, self.step, self.steps)
         self.learner.end_epoch(epoch, self.ranks)
-        plan, last = self.plan, epoch + 1 == self.plan.schedule.epochs
+        plan, last, news = self.plan, epoch + 1 == self.plan.schedule.epochs, []
         if (epoch + 1) % plan.every == 0 or last:
             if self.ema is not None:
                 self.ema.swap(self.learner)
@@ -223,7 +234,13 @@ class TrainingLoop:
             if figures:
                 self.logs.epoch(epoch, self.step, figures)
                 shown = ", ".join(f"{name} {figures[name]:.4f}" for name in _HEADLINE if name in figures)
-                self._report(f"epoch {epoch + 1} of {plan.schedule.epochs}: {shown}")
+                news.append(f"epoch {epoch + 1} of {plan.schedule.epochs}: {shown}")
+        if self.waited is not None and not last:
+            news.append(f"stopped after epoch {epoch + 1} of {plan.schedule.epochs}: {self.waited} without improvement")
+            if self.window:
+                self._log(epoch)
+        for line in news:
+            self._report(line)
         self._save()
         plan.selector.prune(write=self.fabric.is_global_zero)
         self.clock, self.seen = time.perf_counter(), 0

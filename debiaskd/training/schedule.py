@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch import Tensor
 from debiaskd.recipe import Schedule
 from debiaskd.training.learner import Learner
 
+#: Of one_cycle: share of the steps in which the rate rises; what the highest rate is divided by at first; what that is
+#: divided by at the end. The defaults of `torch.optim.lr_scheduler.OneCycleLR`.
+RISE, FIRST, FINAL = 0.3, 25.0, 1e4
+
 
 def rate(schedule: Schedule, step: int, steps: int) -> float:
     """The learning rate of a step (from 0), with `steps` steps per epoch."""
+    if schedule.shape == "one_cycle":
+        return schedule.learning_rate * _one_cycle(step, schedule.epochs * steps)
     epoch = step / steps
     if epoch < schedule.warmup:
         return schedule.learning_rate * (step + 1) / (schedule.warmup * steps)
@@ -27,11 +33,29 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.learning_rate
 
 
+def _one_cycle(step: int, total: int) -> float:
+    """The share of the highest rate in a step, from 0, of `total`: up and down by half a cosine each."""
+    top, first, last = RISE * total - 1, 1 / FIRST, 1 / FIRST / FINAL
+    if step <= top:
+        start, end, share = first, 1.0, step / top
+    else:
+        start, end, share = 1.0, last, (step - top) / (total - 1 - top)
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
 def brief_schedule(schedule: Schedule, epochs: int | None) -> Schedule:
-    """The schedule of an identification model: without EMA and warm-up, for which it is too short."""
-    shape = "constant" if schedule.shape == "steps" else schedule.shape
+    """The schedule of an identification model: without EMA and warm-up, for which it is too short, and
+    without early stopping; of one_cycle only its fall."""
+    shorter: dict[str, Literal["constant", "cosine"]] = {"steps": "constant", "one_cycle": "cosine"}
     return dataclasses.replace(
-        schedule, epochs=epochs or 1, ema=None, ema_warmup=None, warmup=0, shape=shape, milestones=None
+        schedule,
+        epochs=epochs or 1,
+        ema=None,
+        ema_warmup=None,
+        warmup=0,
+        patience=None,
+        shape=shorter.get(schedule.shape, schedule.shape),
+        milestones=None,
     )
 
 

@@ -41,6 +41,8 @@ class CheckpointSelector:
         self.names = RULES[rule] if names is None else names
         self.front = ParetoFront(self.names) if len(self.names) > 1 else None
         self.best: int | None = None
+        #: The last epoch that was better than all before it, and not only as good.
+        self.improved: int | None = None
         self.figures: dict[str, dict[str, float]] = {}
 
     def path(self, epoch: int) -> Path:
@@ -66,10 +68,14 @@ class CheckpointSelector:
             # A metric without a single image to be measured on is no better than any.
             change = self.front.add({name: value if value == value else 0.0 for name, value in values.items()}, epoch)
             entered = change.entered
+            if entered:
+                self.improved = epoch
             self.best = max(self.front, key=lambda candidate: (sum(candidate.values), candidate.epoch)).epoch
         else:
             old = None if self.best is None else self.figures[str(self.best)]
             entered = (not self.names and last) or (bool(self.names) and (old is None or self._beats(values, old)))
+            if self.names and (old is None or self._improves(values, old)):
+                self.improved = epoch
             if entered:
                 self.best = epoch
         if entered and write:
@@ -80,6 +86,21 @@ class CheckpointSelector:
     def _beats(self, values: Mapping[str, float], old: Mapping[str, float]) -> bool:
         (name,) = self.names
         return not values[name] < old[name]
+
+    def _improves(self, values: Mapping[str, float], old: Mapping[str, float]) -> bool:
+        """Better, and not only as good; a number is better than none."""
+        (name,) = self.names
+        return values[name] > old[name] or (old[name] != old[name] and values[name] == values[name])
+
+    def waited(self, settled: int = 0) -> int:
+        """Epochs from the last improvement to the last that was considered.
+
+        Args:
+            settled: the first epoch that can be compared with later ones; epochs before it do not count.
+        """
+        if self.improved is None or not self.figures:
+            return 0
+        return max(0, max(map(int, self.figures)) - max(self.improved, settled - 1))
 
     def prune(self, *, write: bool = True) -> None:
         """Delete weights that are no longer selected; call it after the checkpoint that records the selection."""
@@ -93,12 +114,14 @@ class CheckpointSelector:
         return {
             "rule": self.rule,
             "chosen": self.best,
+            "improved": self.improved,
             "figures": self.figures,
             "front": None if self.front is None else self.front.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.figures = state["chosen"], state["figures"]
+        self.improved = state.get("improved", self.best)  # earlier versions did not write it
         if self.front is not None:
             self.front.load_state_dict(state["front"])
 
