@@ -18,17 +18,17 @@ DEBIASKD_SCHEMA(DEBIASKD_NAMESPACE, m) {
   m.def("feature_match_scale_(Tensor(a!) gradient, Tensor grad_output) -> ()");
 
   m.def(
-      "localization(Tensor attribution, Tensor coords, Tensor offsets, Tensor annotated, int kind, int height, "
-      "int width, int reduction, bool with_state) -> (Tensor loss, Tensor coefficients, Tensor positive)");
+      "localization(Tensor attribution, Tensor coords, Tensor offsets, Tensor annotated, Tensor? mask, int kind, "
+      "int height, int width, int reduction, bool with_state) -> (Tensor loss, Tensor coefficients, Tensor positive)");
   m.def(
       "localization_backward(Tensor grad_output, Tensor? attribution, Tensor coords, Tensor offsets, "
-      "Tensor annotated, Tensor coefficients, Tensor positive, int kind, int height, int width, int map_height, "
-      "int map_width, ScalarType dtype) -> Tensor");
+      "Tensor annotated, Tensor? mask, Tensor coefficients, Tensor positive, int kind, int height, int width, "
+      "int map_height, int map_width, ScalarType dtype) -> Tensor");
 
   m.def(
-      "box_overlap(Tensor attribution, Tensor coords, Tensor offsets, Tensor annotated, Tensor? ignore_coords, "
-      "Tensor? ignore_offsets, Tensor? ignore_annotated, float[] thresholds, int height, int width) -> "
-      "(Tensor intersection, Tensor union_, Tensor defined)");
+      "box_overlap(Tensor attribution, Tensor coords, Tensor offsets, Tensor annotated, Tensor? mask, "
+      "Tensor? ignore_coords, Tensor? ignore_offsets, Tensor? ignore_annotated, Tensor? ignore_mask, "
+      "float[] thresholds, int height, int width) -> (Tensor intersection, Tensor union_, Tensor defined)");
 
   m.def("channel_dot(Tensor gradient, Tensor feature) -> Tensor");
   m.def("channel_scale(Tensor map, Tensor values, bool channels_last, ScalarType dtype) -> Tensor");

@@ -1,8 +1,8 @@
 """Bounding boxes of a batch of images, packed: no padding, no list of tensors, one copy to the device.
 
-`coords[offsets[i]:offsets[i + 1]]` are the boxes of image `i`, as half-open pixel ranges `[y0:y1, x0:x1]`. The union
-of an image's boxes is the mask M of the localization losses. An image may also be *not annotated*: then nothing is
-known about it, which differs from knowing that it contains no box.
+`coords[offsets[i]:offsets[i + 1]]` are the boxes of image `i`, as half-open pixel ranges `[y0:y1, x0:x1]`. Their union,
+together with the image's masks where it has any, is the mask M of the localization losses. An image may also be *not
+annotated*: then nothing is known about it, which differs from knowing that it contains no box.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from debiaskd.masks import Masks, checked, joined, unpack_bits
 from debiaskd.utils import checks
-
-_INT32 = torch.iinfo(torch.int32)
+from debiaskd.utils.packed_rows import INT32, as_box_rows, as_image_ids, as_labels, image_ids, rows_of_images
 
 
 class Boxes:
@@ -27,6 +27,8 @@ class Boxes:
         offsets: int64 [N+1], non-decreasing from 0 to M.
         labels: int64 [M], a class for each box, or None.
         annotated: bool [N], False where nothing is known about an image; None means that all are annotated.
+        masks: of the same N images, with labels if boxes have them: M is the union of boxes and masks. Every method
+            transforms both; None: there are only boxes.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
@@ -39,18 +41,25 @@ class Boxes:
         (3, [True, True, False], [30, 0, 0])
     """
 
-    __slots__ = ("annotated", "coords", "labels", "offsets")
+    __slots__ = ("annotated", "coords", "labels", "masks", "offsets")
 
     coords: Tensor
     offsets: Tensor
     labels: Tensor | None
     annotated: Tensor
+    masks: Masks | None
 
     def __init__(
-        self, coords: Tensor, offsets: Tensor, labels: Tensor | None = None, annotated: Tensor | None = None
+        self,
+        coords: Tensor,
+        offsets: Tensor,
+        labels: Tensor | None = None,
+        annotated: Tensor | None = None,
+        masks: Masks | None = None,
     ) -> None:
         checks.packed_boxes(coords, offsets, labels, annotated)
         self.coords, self.offsets, self.labels = coords, offsets, labels
+        self.masks = None if masks is None else checked(masks, offsets, labels)
         if annotated is None:
             annotated = torch.ones(offsets.numel() - 1, dtype=torch.bool, device=offsets.device)
         self.annotated = annotated
@@ -63,7 +72,7 @@ class Boxes:
         numbers: the caller chooses how to round fractions.
         """
         checks.sequence("boxes", boxes)
-        rows = [_as_rows(f"boxes[{i}]", b) for i, b in enumerate(boxes)]
+        rows = [as_box_rows(f"boxes[{i}]", b) for i, b in enumerate(boxes)]
         counts = torch.tensor([0] + [len(r) for r in rows], dtype=torch.int64)
         coords = torch.cat(rows) if rows else torch.zeros(0, 4, dtype=torch.int32)
         annotated = torch.tensor([b is not None for b in boxes], dtype=torch.bool)
@@ -71,7 +80,7 @@ class Boxes:
         if labels is not None:
             if len(checks.sequence("labels", labels)) != len(rows):
                 raise ValueError(f"labels must have one entry an image, {len(rows)}, got {len(labels)}")
-            per_image = [_as_labels(f"labels[{i}]", v, len(r)) for i, (v, r) in enumerate(zip(labels, rows))]
+            per_image = [as_labels(f"labels[{i}]", v, len(r)) for i, (v, r) in enumerate(zip(labels, rows))]
             packed = torch.cat(per_image) if per_image else torch.zeros(0, dtype=torch.int64)
         return cls(coords, counts.cumsum(0), packed, annotated)
 
@@ -92,36 +101,43 @@ class Boxes:
             counts.cumsum(0),
             torch.cat(labels) if labels else None,
             torch.cat([b.annotated for b in boxes]),
+            joined([b.masks for b in boxes]),
         )
 
     @classmethod
-    def _trusted(cls, coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor) -> Boxes:
+    def _trusted(
+        cls, coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor, masks: Masks | None
+    ) -> Boxes:
         """Make `Boxes` from computed tensors without checks."""
         made = cls.__new__(cls)
-        made.coords, made.offsets, made.labels, made.annotated = coords, offsets, labels, annotated
+        made.coords, made.offsets, made.labels, made.annotated, made.masks = coords, offsets, labels, annotated, masks
         return made
 
-    def _with_coords(self, coords: Tensor) -> Boxes:
-        return self._trusted(coords, self.offsets, self.labels, self.annotated)
+    def _with_coords(self, coords: Tensor, masks: Masks | None) -> Boxes:
+        return self._trusted(coords, self.offsets, self.labels, self.annotated, masks)
+
+    def with_masks(self, masks: Masks | None) -> Boxes:
+        """Return the same boxes with these masks instead of their own."""
+        return self._with_coords(self.coords, None if masks is None else checked(masks, self.offsets, self.labels))
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Boxes:
         """Return the boxes of one image, or of several, as `Boxes`: `boxes[3]`, `boxes[4:8]`, `boxes[[0, 2]]`."""
-        chosen = _as_image_ids(index, len(self), self.offsets.device)
-        counts = self.offsets.diff()[chosen]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        rows = torch.arange(int(offsets[-1]), device=offsets.device)
-        rows = rows + torch.repeat_interleave(self.offsets[:-1][chosen] - offsets[:-1], counts)
+        chosen = as_image_ids(index, len(self), self.offsets.device)
+        offsets, rows = rows_of_images(self.offsets, chosen)
         labels = None if self.labels is None else self.labels[rows]
-        return self._trusted(self.coords[rows], offsets, labels, self.annotated[chosen])
+        masks = None if self.masks is None else self.masks[chosen]
+        return self._trusted(self.coords[rows], offsets, labels, self.annotated[chosen], masks)
 
     def __iter__(self) -> Iterator[Boxes]:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else ", labels"
+        if self.masks is not None:
+            labels += f", {len(self.masks.words)} masks"
         return f"Boxes({len(self)} images, {self.coords.shape[0]} boxes{labels}, device={self.device})"
 
     @property
@@ -130,20 +146,25 @@ class Boxes:
 
     def image_ids(self) -> Tensor:
         """int64 [M]: which image each box belongs to."""
-        images = torch.arange(len(self), device=self.device)
-        return torch.repeat_interleave(images, self.offsets.diff(), output_size=self.coords.shape[0])
+        return image_ids(self.offsets, self.coords.shape[0])
+
+    @property
+    def objects(self) -> int:
+        """The number of boxes and masks of all images."""
+        return self.coords.shape[0] + (0 if self.masks is None else len(self.masks.words))
 
     def for_class(self, target: Tensor) -> Boxes:
         """Keep only the boxes whose label is their image's `target`, int64 [N]. `annotated` is unchanged."""
         if self.labels is None:
             raise ValueError("for_class needs boxes with labels, got labels=None")
         self._check("target", target, torch.int64)
-        return self._keep(self.labels == target[self.image_ids()])
+        masks = None if self.masks is None else self.masks.for_class(target)
+        return self._keep(self.labels == target[self.image_ids()], masks)
 
     def annotated_where(self, where: Tensor) -> Boxes:
         """Mark the images where bool [N] is False as not annotated."""
         self._check("where", where, torch.bool)
-        return self._trusted(self.coords, self.offsets, self.labels, self.annotated & where)
+        return self._trusted(self.coords, self.offsets, self.labels, self.annotated & where, self.masks)
 
     def _check(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         if checks.tensor(name, value).dtype != dtype:
@@ -151,15 +172,15 @@ class Boxes:
         checks.shape(name, value, "[N]", [len(self)])
         checks.same_device(name, value, "boxes", self.coords)
 
-    def _keep(self, keep: Tensor) -> Boxes:
+    def _keep(self, keep: Tensor, masks: Masks | None) -> Boxes:
         """Remove boxes that are not kept; on an accelerator make them empty, because counting the others would
         synchronise.
         """
         if self.device.type != "cpu":
-            return self._with_coords(self.coords * keep[:, None])
+            return self._with_coords(self.coords * keep[:, None], masks)
         kept_before = torch.cat([self.offsets.new_zeros(1), keep.cumsum(0)])
         labels = None if self.labels is None else self.labels[keep]
-        return self._trusted(self.coords[keep], kept_before[self.offsets], labels, self.annotated)
+        return self._trusted(self.coords[keep], kept_before[self.offsets], labels, self.annotated, masks)
 
     # -- geometry: the same transformations as for the pixels --------------------------------------------------------
 
@@ -167,14 +188,14 @@ class Boxes:
         """Move each side outwards by `fraction` of the box's width or height (rounded down), clipped to `size` (H, W).
 
         `inclusive_clip=True` clips at size - 1, which leaves the last pixel row and column outside every box: a flaw of
-        published code (Rao et al. 2023) that is needed to reproduce its numbers.
+        published code (Rao et al. 2023) that is needed to reproduce its numbers. Masks stay as they are.
         """
         fraction = checks.number("fraction", fraction, minimum=0)
         height, width = checks.size("size", size)
         x0, y0, x1, y1 = self.coords.double().unbind(1)
         by_x, by_y = ((x1 - x0) * fraction).floor(), ((y1 - y0) * fraction).floor()
         grown = torch.stack([x0 - by_x, y0 - by_y, x1 + by_x, y1 + by_y], 1)
-        return self._with_coords(_clip(grown, height, width, inclusive_clip))
+        return self._with_coords(_clip(grown, height, width, inclusive_clip), self.masks)
 
     def resize(self, old: tuple[int, int], new: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
         """Resize from images of `old` (H, W) to `new` (H, W), rounded to the nearest pixel edge and clipped to `new`.
@@ -191,7 +212,8 @@ class Boxes:
         last = torch.tensor([width - 1, height - 1], device=self.device)
         start = torch.where(nonempty, torch.minimum(moved[:, :2], last), moved[:, :2])
         end = torch.where(nonempty, torch.maximum(moved[:, 2:], start + 1), moved[:, 2:])
-        return self._with_coords(_clip(torch.cat([start, end], 1), height, width, inclusive_clip))
+        masks = None if self.masks is None else self.masks.resize((height, width))
+        return self._with_coords(_clip(torch.cat([start, end], 1), height, width, inclusive_clip), masks)
 
     def hflip(self, width: int) -> Boxes:
         """Mirror left to right in images `width` pixels wide."""
@@ -199,18 +221,20 @@ class Boxes:
             raise ValueError(f"width must be an integer >= 1, got {width!r}")
         x0, y0, x1, y1 = self.coords.long().unbind(1)
         flipped = torch.stack([width - x1, y0, width - x0, y1], 1)
-        return self._with_coords(flipped.clamp(_INT32.min, _INT32.max).to(torch.int32))
+        masks = None if self.masks is None else self.masks.hflip()
+        return self._with_coords(flipped.clamp(INT32.min, INT32.max).to(torch.int32), masks)
 
     def crop(self, y: int, x: int, h: int, w: int) -> Boxes:
         """Crop to `image[y:y + h, x:x + w]`: boxes that extend beyond it are clipped, boxes outside are removed."""
         checks.size("(h, w)", (h, w))
         y, x = checks.integer("y", y), checks.integer("x", x)
         shift = torch.tensor([x, y, x, y], device=self.device)
-        cropped = self._with_coords(_clip(self.coords - shift, h, w, False))
-        return cropped._keep((cropped.coords[:, 2:] > cropped.coords[:, :2]).all(1))
+        masks = None if self.masks is None else self.masks.crop(y, x, h, w)
+        cropped = self._with_coords(_clip(self.coords - shift, h, w, False), masks)
+        return cropped._keep((cropped.coords[:, 2:] > cropped.coords[:, :2]).all(1), masks)
 
     def mask(self, size: tuple[int, int]) -> Tensor:
-        """Return bool [N,H,W], the union of each image's boxes in an image of `size` (H, W)."""
+        """Return bool [N,H,W], the union of each image's boxes and masks in an image of `size` (H, W)."""
         height, width = checks.size("size", size)
         x0, y0, x1, y1 = _clip(self.coords, height, width, False).long().unbind(1)
         image = self.image_ids()
@@ -220,11 +244,26 @@ class Boxes:
         one = torch.ones_like(image, dtype=torch.int32)
         for rows, columns, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
             corners.index_put_((image, rows, columns), one * sign, accumulate=True)
-        return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
+        inside = corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
+        words = self.mask_words((height, width))
+        return inside if words is None else inside | unpack_bits(words, height)
+
+    def mask_words(self, size: tuple[int, int]) -> Tensor | None:
+        """Return int32 [N,ceil(H/32),W], the union of each image's masks (`debiaskd.masks`); None without masks.
+
+        Raises:
+            ValueError: the masks are of another size.
+        """
+        if self.masks is None:
+            return None
+        if self.masks.size != tuple(size):
+            raise ValueError(f"size must be that of the masks, {self.masks.size}, got {tuple(size)}")
+        return self.masks.union()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Boxes:
         labels = None if self.labels is None else function(self.labels)
-        return self._trusted(function(self.coords), function(self.offsets), labels, function(self.annotated))
+        masks = None if self.masks is None else self.masks.map(function)
+        return self._trusted(function(self.coords), function(self.offsets), labels, function(self.annotated), masks)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Boxes:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -256,44 +295,3 @@ def _clip(coords: Tensor, height: int, width: int, inclusive: bool) -> Tensor:
     x = coords[:, 0::2].clamp(0, x_limit)
     y = coords[:, 1::2].clamp(0, y_limit)
     return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1).to(torch.int32)
-
-
-def _as_rows(name: str, boxes: Any) -> Tensor:
-    if boxes is None:
-        return torch.zeros(0, 4, dtype=torch.int32)
-    rows = checks.convertible(name, boxes, "rows of four numbers")
-    if rows.numel() == 0 and rows.dim() <= 2:
-        return torch.zeros(0, 4, dtype=torch.int32)
-    if rows.dim() != 2 or rows.shape[1] != 4:
-        raise ValueError(f"{name} must have shape [k,4], got {list(rows.shape)}")
-    if rows.dtype.is_complex or rows.dtype == torch.bool:
-        raise TypeError(f"{name} must hold numbers, got {rows.dtype}")
-    wide = rows.double()  # NaN fails both comparisons
-    if not bool(((wide == wide.round()) & (wide >= _INT32.min) & (wide <= _INT32.max)).all()):
-        raise ValueError(f"{name} must hold whole numbers of pixels that fit into int32, got {rows.tolist()}")
-    return rows.to(torch.int32)
-
-
-def _as_labels(name: str, labels: Any, count: int) -> Tensor:
-    values = checks.convertible(name, [] if labels is None else labels, "one class a box")
-    if values.dim() != 1 or len(values) != count:
-        raise ValueError(f"{name} must have one class a box, {count}, got {list(values.shape)}")
-    if count and not checks.is_integer(values.dtype):
-        raise TypeError(f"{name} must hold integers, got {values.dtype}")
-    return values.to(torch.int64)
-
-
-def _as_image_ids(index: int | slice | Sequence[int] | Tensor, count: int, device: torch.device) -> Tensor:
-    if isinstance(index, slice):
-        return torch.arange(count, device=device)[index]
-    if isinstance(index, int):
-        if not -count <= index < count:
-            raise IndexError(f"image {index} is out of range for boxes of {count} images")
-        return torch.tensor([index % count], device=device)
-    ids = checks.convertible("index", index, "an integer, a slice, integers or bool [N]").to(device)
-    if ids.dtype == torch.bool:
-        checks.shape("index", ids, "[N]", [count])
-        return ids.nonzero()[:, 0]
-    if ids.dim() > 1 or (ids.numel() and not checks.is_integer(ids.dtype)):
-        raise TypeError(f"index must hold integers or be bool [N], got {ids.dtype} {list(ids.shape)}")
-    return ids.reshape(-1).long()

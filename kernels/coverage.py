@@ -1,8 +1,9 @@
-"""Which pixels of a tile lie inside of at least one box: a word a column of a band of up to 32 rows, a bit a row.
+"""Which pixels of a tile lie inside of a box or of the mask: a word a column of a band of up to 32 rows, a bit a row.
 
 A program looks at BOXES boxes at once. Each contributes its rows as bits to the columns that it spans, and all of them
 are joined by or: up to BOXES boxes take as long as one, and a pixel costs the test of one bit however many there are.
-What further boxes cost is about 4 instructions for each box and column, shared by the column's 32 rows.
+What further boxes cost is about 4 instructions for each box and column, shared by the column's 32 rows. A mask comes as
+such words, of 32 rows from a multiple of 32 on: two of them make up the word of a column.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ ROWS = 32  # of a band, at most: the bits of a word
 
 
 class Boxes(NamedTuple):
-    """The boxes of a batch in a kernel; coords are contiguous."""
+    """The boxes of a batch in a kernel, and its masks or None; coords and masks are contiguous."""
 
     coords: Tensor
     offsets: Values
     annotated: Values
+    mask: Tensor | None
+    mask_bands: int
+    mask_columns: int
 
     @classmethod
-    def of(cls, coords: Tensor, offsets: Tensor, annotated: Tensor) -> Boxes:
-        return cls(coords.contiguous(), Values.of(offsets), Values.of(annotated))
+    def of(cls, coords: Tensor, offsets: Tensor, annotated: Tensor, mask: Tensor | None) -> Boxes:
+        words, size = (None, (0, 0)) if mask is None else (mask.contiguous(), mask.shape[1:])
+        return cls(coords.contiguous(), Values.of(offsets), Values.of(annotated), words, *size)
 
 
 @triton.jit
@@ -80,7 +85,23 @@ def cover(boxes, images, counted, tops, cols):
         rows = _rows_above(below) & ~_rows_above(above)
         spans = (cols[None, None, :] >= x0) & (cols[None, None, :] < x1)
         words |= _joined(tl.where(spans, rows[:, :, None], 0))
+    if boxes.mask is not None:
+        words |= _masked(boxes, images, counted, tops, cols)
     return words
+
+
+@triton.jit
+def _masked(boxes, images, counted, tops, cols):
+    """The same words of the masks."""
+    band = tops // 32
+    shift = (tops % 32).to(tl.int32)[:, None]
+    first = ((images * boxes.mask_bands + band) * boxes.mask_columns)[:, None] + cols[None, :]
+    there = (counted & (band < boxes.mask_bands))[:, None] & (cols < boxes.mask_columns)[None, :]
+    upper = tl.load(boxes.mask + first, mask=there, other=0)
+    there = (counted & (band + 1 < boxes.mask_bands))[:, None] & (cols < boxes.mask_columns)[None, :] & (shift > 0)
+    lower = tl.load(boxes.mask + (first + boxes.mask_columns), mask=there, other=0)
+    # A shift of a signed number brings its sign along: the bits that come from it are taken off.
+    return ((upper >> shift) & _rows_above(32 - shift)) | (lower << ((32 - shift) & 31))
 
 
 @triton.jit

@@ -157,6 +157,7 @@ def localization(
     coords: Tensor,
     offsets: Tensor,
     annotated: Tensor,
+    mask: Tensor | None,
     kind: int,
     height: int,
     width: int,
@@ -171,7 +172,7 @@ def localization(
     positive = attribution.new_empty(bits, dtype=torch.int32)
     if images == 0:
         return loss.zero_(), coefficients, positive
-    boxes = Boxes.of(coords, offsets, annotated)
+    boxes = Boxes.of(coords, offsets, annotated, mask)
     axes = (None, None) if own else (Resampling(attribution.shape[1], height), Resampling(attribution.shape[2], width))
     tiles, programs, size = cut(images, height, width, WORDS if own else WORDS // 4)  # a blend has the registers of 4
     partial = loss.new_empty((images * tiles.parts, 2))
@@ -189,6 +190,7 @@ def localization_backward(
     coords: Tensor,
     offsets: Tensor,
     annotated: Tensor,
+    mask: Tensor | None,
     coefficients: Tensor,
     positive: Tensor,
     kind: int,
@@ -202,7 +204,7 @@ def localization_backward(
     gradient = coefficients.new_empty((images, map_height, map_width), dtype=dtype)
     if images == 0:
         return gradient
-    boxes, upstream = Boxes.of(coords, offsets, annotated), Values.of(grad_output)
+    boxes, upstream = Boxes.of(coords, offsets, annotated, mask), Values.of(grad_output)
     if attribution is not None and (map_height, map_width) != (height, width):
         upsampled_gradient(attribution, boxes, coefficients, upstream, kind, height, width, gradient)
         return gradient

@@ -87,12 +87,13 @@ void count(const Shape& shape, Rows<T>& rows, Judgement& judgement, const std::v
 }
 
 std::tuple<Tensor, Tensor, Tensor> box_overlap(const Tensor& attribution, const Tensor& coords, const Tensor& offsets,
-    const Tensor& annotated, const std::optional<Tensor>& ignore_coords, const std::optional<Tensor>& ignore_offsets,
-    const std::optional<Tensor>& ignore_annotated, std::vector<double> thresholds, int64_t height, int64_t width) {
+    const Tensor& annotated, const std::optional<Tensor>& mask, const std::optional<Tensor>& ignore_coords,
+    const std::optional<Tensor>& ignore_offsets, const std::optional<Tensor>& ignore_annotated,
+    const std::optional<Tensor>& ignore_mask, std::vector<double> thresholds, int64_t height, int64_t width) {
   const Shape shape{attribution.size(0), attribution.size(1), attribution.size(2), height, width};
-  const BoxTable boxes(coords, offsets, annotated);
+  const BoxTable boxes(coords, offsets, annotated, mask);
   std::optional<BoxTable> ignore;
-  if (ignore_coords) ignore.emplace(*ignore_coords, *ignore_offsets, *ignore_annotated);
+  if (ignore_coords) ignore.emplace(*ignore_coords, *ignore_offsets, *ignore_annotated, ignore_mask);
   const int64_t columns = static_cast<int64_t>(thresholds.size());
   Tensor intersection = new_empty(attribution, {shape.images, columns}, ScalarType::Long);
   Tensor joined = new_empty(attribution, {shape.images, columns}, ScalarType::Long);

@@ -1,7 +1,8 @@
-// Which pixels of a row lie inside of at least one box, kept up to date while the rows go by.
+// Which pixels of a row lie inside of at least one box or of the mask, kept up to date while the rows go by.
 //
 // A count for each column changes only in rows where a box starts or ends, so that the cost of the boxes does not
-// depend on the size of the map, and the cost of a row does not depend on the number of boxes.
+// depend on the size of the map, and the cost of a row does not depend on the number of boxes. A mask has a bit for
+// each pixel, 32 rows of a column in a word, and is joined to the boxes in each row.
 #pragma once
 
 #include <algorithm>
@@ -33,6 +34,12 @@ DEBIASKD_CLONES void add_range(int32_t* counts, int32_t* covered, int32_t x0, in
   }
 }
 
+// The bit of one row of a mask, joined to what the boxes cover.
+DEBIASKD_CLONES void join_mask(const int32_t* counts, const int32_t* words, int32_t bit, int32_t* covered, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) covered[i] = (counts[i] > 0) | (static_cast<uint32_t>(words[i]) >> bit & 1u);
+}
+
 DEBIASKD_CLONES int64_t count_covered(const int32_t* covered, int64_t n) {
   int32_t area = 0;
 #pragma omp simd reduction(+ : area)
@@ -57,8 +64,9 @@ class Coverage {
         counts_((width + kColumns - 1) / kColumns),
         covered_(counts_.size()) {}
 
-  // Begins a map with `count` boxes, packed as (x0, y0, x1, y1).
-  void start(const int32_t* boxes, int64_t count) {
+  // Begins a map with `count` boxes, packed as (x0, y0, x1, y1), and a mask's words, null where there is no mask.
+  void start(const int32_t* boxes, int64_t count, const int32_t* mask) {
+    mask_ = mask;
     std::fill(first_.begin(), first_.end(), -1);
     std::fill(counts_.begin(), counts_.end(), ColumnGroup{});
     std::fill(covered_.begin(), covered_.end(), ColumnGroup{});
@@ -81,7 +89,10 @@ class Coverage {
       changed = {std::min<int64_t>(changed.begin, event.x0), std::max<int64_t>(changed.end, event.x1)};
       add_range(counts_.data()->column, covered_.data()->column, event.x0, event.x1, event.value);
     }
-    return changed;
+    if (!mask_) return changed;
+    join_mask(
+        counts_.data()->column, mask_ + y / 32 * width_, static_cast<int32_t>(y % 32), covered_.data()->column, width_);
+    return {0, width_};
   }
 
   const int32_t* covered() const { return covered_.data()->column; }               // 0 or 1 for each column
@@ -98,6 +109,7 @@ class Coverage {
   }
 
   int64_t height_, width_;
+  const int32_t* mask_ = nullptr;
   std::vector<int32_t> first_;  // first event of each row, -1 for none
   std::vector<Event> events_;
   std::vector<ColumnGroup> counts_, covered_;

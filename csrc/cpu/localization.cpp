@@ -53,9 +53,10 @@ MapSums sum_image(int64_t kind, const Shape& shape, Rows<T>& rows, Coverage& cov
 // ---- the ops ----
 
 std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const Tensor& coords, const Tensor& offsets,
-    const Tensor& annotated, int64_t kind, int64_t height, int64_t width, int64_t reduction, bool with_state) {
+    const Tensor& annotated, const std::optional<Tensor>& mask, int64_t kind, int64_t height, int64_t width,
+    int64_t reduction, bool with_state) {
   const Shape shape{attribution.size(0), attribution.size(1), attribution.size(2), height, width};
-  const BoxTable boxes(coords, offsets, annotated);
+  const BoxTable boxes(coords, offsets, annotated, mask);
   const bool with_bits = with_state && kind == kEnergy && !shape.upsampled();
   const ScalarType type = accumulator_type(attribution.scalar_type());
   std::vector<int64_t> loss_shape;
@@ -132,9 +133,10 @@ void image_gradient(int64_t kind, const Shape& shape, Rows<T>* rows, const int32
 }
 
 Tensor localization_backward(const Tensor& grad_output, const std::optional<Tensor>& attribution, const Tensor& coords,
-    const Tensor& offsets, const Tensor& annotated, const Tensor& coefficients, const Tensor& positive, int64_t kind,
-    int64_t height, int64_t width, int64_t map_height, int64_t map_width, ScalarType dtype) {
-  const BoxTable boxes(coords, offsets, annotated);
+    const Tensor& offsets, const Tensor& annotated, const std::optional<Tensor>& mask, const Tensor& coefficients,
+    const Tensor& positive, int64_t kind, int64_t height, int64_t width, int64_t map_height, int64_t map_width,
+    ScalarType dtype) {
+  const BoxTable boxes(coords, offsets, annotated, mask);
   const Shape shape{boxes.images(), map_height, map_width, height, width};
   const int64_t image_words = height * words_per_row(width), map_pixels = map_height * map_width;
   const bool from_bits = positive.numel() > 0;

@@ -1,9 +1,12 @@
-// Which pixels of a tile lie inside of at least one box: a word a column, a bit a row.
+// Which pixels of a tile lie inside of at least one box or of the mask: a word a column, a bit a row.
 //
 // A warp makes the words of 32 columns, and each of its lanes takes a box. An interval of columns is the union of two
 // whose length is a power of two, so that a box costs two atomic ors however wide it is, and a pixel costs the test of
-// one bit however many boxes there are. Ors commute: the order in which lanes come to them shows nowhere.
+// one bit however many boxes there are. Ors commute: the order in which lanes come to them shows nowhere. A mask comes
+// as such words, of 32 rows from a multiple of 32 on: one or two of them make up the word of a column.
 #pragma once
+
+#include <optional>
 
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -22,24 +25,44 @@ struct ImageBoxes {
   int64_t begin, end;
 };
 
+inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
 struct BoxTable {
   const int32_t* coords;
   const int64_t* offsets;
   const bool* annotated;
-  int64_t images, offsets_step, annotated_step;
+  const int32_t* mask;  // null where there is none
+  int64_t images, offsets_step, annotated_step, mask_bands, mask_columns;
 
-  // `coords_in` must be contiguous.
-  BoxTable(const Tensor& coords_in, const Tensor& offsets_in, const Tensor& annotated_in)
+  // `coords_in` and `mask_in` must be contiguous.
+  BoxTable(const Tensor& coords_in, const Tensor& offsets_in, const Tensor& annotated_in,
+      const std::optional<Tensor>& mask_in)
       : coords(static_cast<const int32_t*>(coords_in.data_ptr())),
         offsets(static_cast<const int64_t*>(offsets_in.data_ptr())),
         annotated(static_cast<const bool*>(annotated_in.data_ptr())),
+        mask(mask_in ? static_cast<const int32_t*>(mask_in->data_ptr()) : nullptr),
         images(annotated_in.size(0)),
         offsets_step(offsets_in.stride(0)),
-        annotated_step(annotated_in.stride(0)) {}
+        annotated_step(annotated_in.stride(0)),
+        mask_bands(mask_in ? mask_in->size(1) : 0),
+        mask_columns(mask_in ? mask_in->size(2) : 0) {}
 
   __device__ ImageBoxes of(int64_t image) const {
     const int64_t* from = offsets + image * offsets_step;
     return {annotated[image * annotated_step], from[0], from[offsets_step]};
+  }
+
+  // The 32 rows from `row` on of a column of an image's mask; those below the last one are 0.
+  __device__ __forceinline__ uint32_t mask_word(int64_t image, int64_t row, int64_t column) const {
+    const int64_t band = row / 32;
+    const int shift = static_cast<int>(row % 32);
+    const int32_t* first = mask + (image * mask_bands + band) * mask_columns + column;
+    const uint32_t word = static_cast<uint32_t>(*first) >> shift;
+    if (shift == 0 || band + 1 >= mask_bands) return word;
+    return word | static_cast<uint32_t>(first[mask_columns]) << (32 - shift);
   }
 };
 
@@ -110,6 +133,9 @@ __device__ __forceinline__ void cover(
         const uint32_t before = __shfl_up_sync(kFullWarp, word, 1 << level);
         word |= starts[level][lane] | (lane >= 1 << level ? before : 0);
       }
+    }
+    if (table.mask && threadIdx.x < tile.columns) {
+      word |= table.mask_word(tile.image, tile.top, tile.left + threadIdx.x);
     }
     coverage.words[threadIdx.x] = word;
   }

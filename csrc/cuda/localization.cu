@@ -191,7 +191,8 @@ Cells deal_out(const Device& device, const Sizes& sizes, const Scaling& scaling,
 // ---- the ops ----
 
 std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const Tensor& coords, const Tensor& offsets,
-    const Tensor& annotated, int64_t kind, int64_t height, int64_t width, int64_t reduction, bool with_state) {
+    const Tensor& annotated, const std::optional<Tensor>& mask, int64_t kind, int64_t height, int64_t width,
+    int64_t reduction, bool with_state) {
   const Sizes sizes = {attribution.size(1), attribution.size(2), height, width};
   const int64_t images = attribution.size(0);
   const bool with_bits = with_state && kind == kEnergy && !sizes.upsampled();
@@ -206,7 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const
   const Device device(attribution);
   Scratch scratch(attribution);
   const Tensor packed = torch::stable::contiguous(coords);
-  const BoxTable table(packed, offsets, annotated);
+  const std::optional<Tensor> words = contiguous_or_none(mask);
+  const BoxTable table(packed, offsets, annotated, words);
   const Tiles tiles = cut(device, images, height, width);
   auto* partial = reinterpret_cast<Partial*>(scratch.doubles(2 * tiles.count()));
   auto* bits = with_bits ? static_cast<int32_t*>(positive.data_ptr()) : nullptr;
@@ -234,15 +236,17 @@ std::tuple<Tensor, Tensor, Tensor> localization(const Tensor& attribution, const
 }
 
 Tensor localization_backward(const Tensor& grad_output, const std::optional<Tensor>& attribution, const Tensor& coords,
-    const Tensor& offsets, const Tensor& annotated, const Tensor& coefficients, const Tensor& positive, int64_t kind,
-    int64_t height, int64_t width, int64_t map_height, int64_t map_width, ScalarType dtype) {
+    const Tensor& offsets, const Tensor& annotated, const std::optional<Tensor>& mask, const Tensor& coefficients,
+    const Tensor& positive, int64_t kind, int64_t height, int64_t width, int64_t map_height, int64_t map_width,
+    ScalarType dtype) {
   const Sizes sizes = {map_height, map_width, height, width};
   const int64_t images = annotated.size(0);
   Tensor gradient = new_empty(coefficients, {images, map_height, map_width}, dtype);
 
   const Device device(coefficients);
   const Tensor packed = torch::stable::contiguous(coords);
-  const BoxTable table(packed, offsets, annotated);
+  const std::optional<Tensor> words = contiguous_or_none(mask);
+  const BoxTable table(packed, offsets, annotated, words);
   dispatch_floating(dtype, "attribution", [&](auto zero) {
     using T = decltype(zero);
     using A = typename accumulator<T>::type;

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
+from debiaskd.masks import Masks
 from debiaskd.models.input import IMAGENET_MEAN as MEAN
 from debiaskd.models.input import IMAGENET_STD as STD
 from debiaskd.models.input import INTERPOLATIONS, resize
@@ -204,7 +205,7 @@ def crop_resize_boxes(boxes: Boxes, windows: Tensor, size: tuple[int, int]) -> B
     """Transform boxes like `crop_resize`: clip them to the window, and remove those outside it.
 
     On an accelerator they become empty instead of being removed, as in `Boxes.crop`. A box that covers part of the
-    window keeps at least one pixel.
+    window keeps at least one pixel. Masks move too, by `Masks.crop_resize`, and may lose what is thinner than a pixel.
 
     Args:
         boxes: of N images.
@@ -224,7 +225,8 @@ def crop_resize_boxes(boxes: Boxes, windows: Tensor, size: tuple[int, int]) -> B
     # Rounded to the nearest edge with integers: exact, and equal on every device.
     first = torch.div(2 * start * target + extent, 2 * extent, rounding_mode="floor").minimum(target - 1)
     last = torch.div(2 * end * target + extent, 2 * extent, rounding_mode="floor").maximum(first + 1)
-    return _kept(boxes, torch.cat([first, last], 1).to(torch.int32), seen)
+    masks = None if boxes.masks is None else boxes.masks.crop_resize(windows, size)
+    return _kept(boxes, torch.cat([first, last], 1).to(torch.int32), seen, masks)
 
 
 def flip_boxes(boxes: Boxes, flipped: Tensor, width: int) -> Boxes:
@@ -233,15 +235,16 @@ def flip_boxes(boxes: Boxes, flipped: Tensor, width: int) -> Boxes:
     x0, y0, x1, y1 = boxes.coords.unbind(1)
     mirrored = torch.stack([width - x1, y0, width - x0, y1], 1)
     coords = torch.where(flipped[boxes.image_ids()][:, None], mirrored, boxes.coords)
-    return Boxes(coords, boxes.offsets, boxes.labels, boxes.annotated)
+    masks = None if boxes.masks is None else boxes.masks.hflip(flipped)
+    return Boxes(coords, boxes.offsets, boxes.labels, boxes.annotated, masks)
 
 
-def _kept(boxes: Boxes, coords: Tensor, keep: Tensor) -> Boxes:
+def _kept(boxes: Boxes, coords: Tensor, keep: Tensor, masks: Masks | None) -> Boxes:
     if coords.device.type != "cpu":  # counting the remaining boxes would synchronise with the device
-        return Boxes(coords * keep[:, None], boxes.offsets, boxes.labels, boxes.annotated)
+        return Boxes(coords * keep[:, None], boxes.offsets, boxes.labels, boxes.annotated, masks)
     before = torch.cat([boxes.offsets.new_zeros(1), keep.cumsum(0)])
     labels = None if boxes.labels is None else boxes.labels[keep]
-    return Boxes(coords[keep], before[boxes.offsets], labels, boxes.annotated)
+    return Boxes(coords[keep], before[boxes.offsets], labels, boxes.annotated, masks)
 
 
 def _interval(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Localization metrics of attribution maps: energy pointing game, IoU with boxes, and box coverage.
 
-For a map `a` [H,W], its positive part `a⁺`, and the union `M` of its image's boxes:
+For a map `a` [H,W], its positive part `a⁺`, and the union `M` of its image's boxes and masks:
 
     EPG       sum(M a⁺) / sum(a⁺)
     IoU       |B ∩ M| / |B ∪ M|     B = { (a⁺ - min a⁺) / (max a⁺ - min a⁺) > threshold }
@@ -238,7 +238,9 @@ def _together(boxes: Boxes, areas: Boxes) -> Boxes:
     """The boxes of both, image by image; annotated as the first."""
     order = torch.cat([boxes.image_ids(), areas.image_ids()]).argsort(stable=True)
     coords = torch.cat([boxes.coords, areas.coords])[order]
-    return Boxes(coords, boxes.offsets + areas.offsets, annotated=boxes.annotated)
+    known = [b.masks for b in (boxes, areas) if b.masks is not None]
+    masks = known[0].either(known[1] if len(known) > 1 else None) if known else None
+    return Boxes(coords, boxes.offsets + areas.offsets, annotated=boxes.annotated, masks=masks)
 
 
 def _wide(maps: Tensor, size: tuple[int, int]) -> Tensor:

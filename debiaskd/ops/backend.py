@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import threading
@@ -234,14 +235,31 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 FAKES: dict[str, Callable[..., Any]] = {}
 
 
+def _takes(op: str) -> list[str]:
+    """The names of an op's arguments, as the native schema has them."""
+    schema = getattr(torch.ops.debiaskd, op).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
+def _refuse_libraries(reason: str) -> None:
+    """Libraries of another version than this code would fail at the first call."""
+    if "cpp" not in unavailable:
+        warnings.warn(f"debiaskd: no native ops ({reason}); every op runs on eager or triton", stacklevel=4)
+    unavailable.update(cpp=reason, cuda=reason)
+
+
 def register_fake(op: str) -> Callable[[_Function], _Function]:
     """Says, for every backend that is here, what the results of the decorated op's kernels look like."""
 
     def decorate(function: _Function) -> _Function:
         FAKES[op] = function
         for name in sorted(set(NAMESPACES.values())):
-            if hasattr(getattr(torch.ops, name), op):
-                torch.library.register_fake(f"{name}::{op}", function)
+            if not hasattr(getattr(torch.ops, name), op):
+                continue
+            if name == NAMESPACES["cpp"] and _takes(op) != list(inspect.signature(function).parameters):
+                _refuse_libraries(f"they are older than this code and know another {op}; reinstall to build them anew")
+                continue
+            torch.library.register_fake(f"{name}::{op}", function)
         return function
 
     return decorate

@@ -1,7 +1,7 @@
 """How the part of a map that lies above a threshold overlaps with the boxes, counted in pixels.
 
-Formula, with the positive part a+ of a map a [H,W], the union M of its image's boxes, and J, the pixels that are judged
-(all of them; or those of M and all that lie in no ignored area):
+Formula, with the positive part a+ of a map a [H,W], the union M of its image's boxes and masks, and J, the pixels that
+are judged (all of them; or those of M and all that lie in no ignored area):
 
     B = { p in J : (a+_p - min_J a+) / (max_J a+ - min_J a+) > threshold }
     intersection = |B and M|,  union = |B or M|
@@ -67,11 +67,16 @@ def box_overlap(
     backend = choose("box_overlap", attribution)
     if backend == "eager":
         return eager(attribution, boxes, values, (height, width), ignore)
-    areas = (None, None, None) if ignore is None else (ignore.coords, ignore.offsets, ignore.annotated)
+    size = (height, width)
+    areas = (None, None, None, None) if ignore is None else _packed(ignore, size)
     found: tuple[Tensor, Tensor, Tensor] = kernels(backend).box_overlap(
-        attribution, boxes.coords, boxes.offsets, boxes.annotated, *areas, values, height, width
+        attribution, *_packed(boxes, size), *areas, values, height, width
     )
     return found
+
+
+def _packed(boxes: Boxes, size: tuple[int, int]) -> tuple[Tensor | None, ...]:
+    return boxes.coords, boxes.offsets, boxes.annotated, boxes.mask_words(size)
 
 
 def eager(
@@ -102,9 +107,11 @@ def _(
     coords: Tensor,
     offsets: Tensor,
     annotated: Tensor,
+    mask: Tensor | None,
     ignore_coords: Tensor | None,
     ignore_offsets: Tensor | None,
     ignore_annotated: Tensor | None,
+    ignore_mask: Tensor | None,
     thresholds: Sequence[float],
     height: int,
     width: int,

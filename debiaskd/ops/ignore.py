@@ -20,14 +20,18 @@ def of_class(boxes: Boxes, target: Tensor) -> Boxes:
 def known_areas(areas: Boxes) -> Boxes:
     """Without those of images that are not annotated: of them nothing is known."""
     known = areas.annotated[areas.image_ids()]
-    return areas._with_coords(areas.coords * known[:, None])
+    masks = areas.masks
+    if masks is not None:
+        masks = masks.keep(areas.annotated[masks.image_ids()])
+    return areas._with_coords(areas.coords * known[:, None], masks)
 
 
 def covering(boxes: Boxes) -> Tensor:
-    """bool [N]: whether an image has a box that covers anything."""
+    """bool [N]: whether an image has a box or a mask that covers anything."""
     x0, y0, x1, y1 = boxes.coords.unbind(1)
     covers = ((x1 > x0) & (y1 > y0)).to(torch.int64)
-    return covers.new_zeros(len(boxes)).index_add_(0, boxes.image_ids(), covers) > 0
+    boxed = covers.new_zeros(len(boxes)).index_add_(0, boxes.image_ids(), covers) > 0
+    return boxed if boxes.masks is None else boxed | boxes.masks.covering()
 
 
 def judged(boxes: Boxes, target: Tensor, ignore: Boxes | None) -> tuple[Boxes, Boxes | None]:

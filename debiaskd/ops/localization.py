@@ -1,6 +1,6 @@
 """Localization losses: an attribution map pulled into the object's boxes.
 
-Formula, for one map a [H,W] and the union M of its image's boxes (1 inside, 0 outside):
+Formula, for one map a [H,W] and the union M of its image's boxes and mask (1 inside, 0 outside):
 
     energy  1 - sum(M a+) / sum(a+)     a+ = max(a, 0);  1 - sum(M a+) where sum(a+) < 1e-7
     l1      mean |a - M|
@@ -12,7 +12,7 @@ Gradient of energy, with E = sum(a+) and I = sum(M a+), where a > 0 and E >= 1e-
     dL/da = -(E - I) / E^2 inside,  I / E^2 outside
 
 so that two numbers a map and one bit a pixel make up all of it. A map smaller than `size` is upsampled bilinearly
-(align_corners=False) inside the op; the gradient is the transposed interpolation of the above.
+inside the op (align_corners=False); its gradient is the transposed interpolation.
 
 Images that are not annotated contribute nothing. `mean` divides by the number of annotated images (0 without any),
 `sum` adds up, `none` gives [N].
@@ -22,7 +22,7 @@ arXiv 2303.11932.
 
 Bytes that must move: the map read in forward, its gradient written in backward, and for energy 1/32 of the map in
 bits, written and read. The other kinds read the map again in backward. What the boxes cost does not depend on
-the size of the map; the upsampled map is never stored.
+the size of the map; a mask is read in both passes, one bit a pixel; the upsampled map is never stored.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from debiaskd.boxes import Boxes
 from debiaskd.ops.backend import REDUCTION_NAMES, REDUCTIONS, choose, kernels, register_fake
 from debiaskd.ops.ignore import left_out, without
+from debiaskd.ops.masked import with_mask
 from debiaskd.ops.once import differentiable_once, unrecorded
 from debiaskd.utils import checks
 
@@ -52,6 +53,7 @@ def localization_loss(
     normalize: bool = False,
     reduction: str = "mean",
     ignore: Boxes | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """How far an attribution map is from lying inside the boxes.
 
@@ -67,6 +69,8 @@ def localization_loss(
         ignore: of the N images, areas (crowds, for one) whose pixels count neither as inside nor as outside, unless
             they lie in one of the boxes too; nor do they set the largest value. None: no such areas, as for an image
             that `ignore` says is not annotated. Where there are any, upsampled maps and masks are kept in memory.
+        mask: bool [N,H,W] of `size`, joined to M, as are the masks that `boxes` may carry; None: none. `boxes` alone
+            says which images are annotated.
 
     Returns:
         Scalar, or [N] for "none" (0 where an image is not annotated). float32 for half precisions, else the dtype of
@@ -80,19 +84,20 @@ def localization_loss(
         >>> localization_loss(torch.ones(1, 4, 4), boxes).item()
         0.5
 
-    Source: Rao et al. 2023, arXiv 2303.11932.
     """
     height, width = _check(attribution, boxes, kind, size, normalize, reduction)
+    boxes = with_mask(boxes, mask, (height, width))
+    words = boxes.mask_words((height, width))
     if ignore is not None:
         _check_ignore(ignore, boxes)
-        if ignore.coords.shape[0]:
+        if ignore.objects:
             return _judged_loss(attribution, boxes, ignore, kind, (height, width), normalize, reduction)
     if normalize:
         attribution = normalize_attribution(attribution, kind)
     backend = choose("localization", attribution)
     if backend == "eager":
         return eager(attribution, boxes, kind, (height, width), reduction)
-    packed = (boxes.coords, boxes.offsets, boxes.annotated)
+    packed = (boxes.coords, boxes.offsets, boxes.annotated, words)
     arguments = (attribution, *packed, KINDS[kind], height, width, REDUCTIONS[reduction])
     loss: Tensor
     if attribution.requires_grad and torch.is_grad_enabled():
@@ -130,9 +135,10 @@ def energy_loss(
     size: tuple[int, int] | None = None,
     reduction: str = "mean",
     ignore: Boxes | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`localization_loss` of kind "energy": the share of positive attribution that lies outside of the boxes."""
-    return localization_loss(attribution, boxes, kind="energy", size=size, reduction=reduction, ignore=ignore)
+    return localization_loss(attribution, boxes, size=size, reduction=reduction, ignore=ignore, mask=mask)
 
 
 def normalize_attribution(attribution: Tensor, kind: str) -> Tensor:
@@ -197,18 +203,20 @@ class _Localization(torch.autograd.Function):
         coords: Tensor,
         offsets: Tensor,
         annotated: Tensor,
+        mask: Tensor | None,
         kind: int,
         height: int,
         width: int,
         reduction: int,
     ) -> Tensor:
         loss, coefficients, positive = kernels(backend).localization(
-            attribution, coords, offsets, annotated, kind, height, width, reduction, True
+            attribution, coords, offsets, annotated, mask, kind, height, width, reduction, True
         )
         # Energy at the map's own size is done with the map: its bits say the rest.
         map_size = attribution.shape[1:]
         by_bits = kind == KINDS["energy"] and map_size == (height, width)
-        ctx.save_for_backward(None if by_bits else attribution, coords, offsets, annotated, coefficients, positive)
+        state = (coords, offsets, annotated, mask, coefficients, positive)
+        ctx.save_for_backward(None if by_bits else attribution, *state)
         ctx.backend = backend
         ctx.options = (kind, height, width, map_size[0], map_size[1], attribution.dtype)
         return loss  # type: ignore[no-any-return]
@@ -217,7 +225,7 @@ class _Localization(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         with unrecorded():
             gradient = kernels(ctx.backend).localization_backward(grad_output, *ctx.saved_tensors, *ctx.options)
-        return None, differentiable_once(gradient, "localization_loss"), *[None] * 7
+        return None, differentiable_once(gradient, "localization_loss"), *[None] * 8
 
 
 @register_fake("localization")
@@ -226,6 +234,7 @@ def _(
     coords: Tensor,
     offsets: Tensor,
     annotated: Tensor,
+    mask: Tensor | None,
     kind: int,
     height: int,
     width: int,
@@ -248,6 +257,7 @@ def _(
     coords: Tensor,
     offsets: Tensor,
     annotated: Tensor,
+    mask: Tensor | None,
     coefficients: Tensor,
     positive: Tensor,
     kind: int,

@@ -198,6 +198,16 @@ def test_a_broken_library_is_left_alone(tmp_path, broken):
 
 
 @needs_native
+@needs_native
+def test_libraries_of_another_schema_are_refused(monkeypatch):
+    monkeypatch.setattr(backend, "unavailable", {})
+    monkeypatch.setattr(backend, "FAKES", {})
+    monkeypatch.setattr(backend, "NAMESPACES", {"cpp": "debiaskd"})
+    with pytest.warns(UserWarning, match="older than this code and know another localization"):
+        backend.register_fake("localization")(lambda attribution: attribution)
+    assert backend.choose("localization", cpu) == "eager"
+
+
 def test_a_missing_cpu_library_beside_a_good_schema_is_no_obstacle(tmp_path):
     shutil.copy(backend.library_directory() / "libdebiaskd_schema.so", tmp_path)
     assert_everything_runs_on_eager(probe(DEBIASKD_LIBRARY_DIR=str(tmp_path)), "libdebiaskd_cpu.so was not built")

@@ -169,7 +169,8 @@ def test_localization_is_registered_as_it_behaves(way, kind, images, layout, siz
     dtype = torch.bfloat16 if layout == "reversed" else torch.float32
     maps = way.put(lay_out(attribution(kind, images, 5, 40, dtype=dtype), layout))
     boxes = dk.Boxes.from_lists([[[2, 1, 9, 4]], [], None][:images])
-    packed = tuple(map(way.put, (boxes.coords, boxes.offsets, boxes.annotated)))
+    mask = None if images == 0 else way.put(torch.arange(3 * size[1], dtype=torch.int32).reshape(3, 1, -1))
+    packed = (*map(way.put, (boxes.coords, boxes.offsets, boxes.annotated)), mask)
     for reduction, upstream in ((0, uniform(images)), (1, torch.tensor(2.0))):
         options = (KIND_CODES[kind], *size, reduction)
         for with_state in (True, False):
@@ -188,6 +189,7 @@ def test_localization_is_registered_as_it_behaves(way, kind, images, layout, siz
 def test_box_overlap_is_registered_as_it_behaves(way, images, layout, size):
     maps = lay_out(normal(images, 5, 40, dtype=torch.bfloat16 if layout == "reversed" else torch.float32), layout)
     boxes, areas = (dk.Boxes.from_lists([row, [], None][:images]) for row in ([[2, 1, 9, 4]], [[0, 0, 3, 3]]))
-    packed = (boxes.coords, boxes.offsets, boxes.annotated)
-    for ignore in ((None, None, None), (areas.coords, areas.offsets, areas.annotated)):
+    packed = (boxes.coords, boxes.offsets, boxes.annotated, None)
+    mask = torch.arange(images * size[1], dtype=torch.int32).reshape(images, 1, size[1])
+    for ignore in ((None, None, None, None), (areas.coords, areas.offsets, areas.annotated, mask)):
         opcheck(way, "box_overlap", maps, *packed, *ignore, [0.25, 0.5], *size)

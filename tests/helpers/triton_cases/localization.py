@@ -10,24 +10,30 @@ import torch
 from . import Case, some
 
 
-def _boxes(images: int) -> tuple[torch.Tensor, ...]:
+def _boxes(images: int, mask: tuple[int, int] | None) -> tuple[torch.Tensor | None, ...]:
     integers, flags = some(3 * images, 4, dtype=torch.int32), some(images, dtype=torch.bool)
-    return integers, some(images + 1, dtype=torch.int64), flags
+    words = None if mask is None else some(images, (mask[0] + 31) // 32, mask[1], dtype=torch.int32)
+    return integers, some(images + 1, dtype=torch.int64), flags, words
 
 
 def _localized(
-    maps: Callable[[], torch.Tensor], kind: int = 0, size: tuple[int, int] | None = None, reduction: int = 1
+    maps: Callable[[], torch.Tensor],
+    kind: int = 0,
+    size: tuple[int, int] | None = None,
+    reduction: int = 1,
+    masked: bool = False,
 ) -> Callable[[Any], object]:
     def call(module: Any) -> object:
         attribution = maps()
         height, width = size or attribution.shape[1:]
-        return module.localization(attribution, *_boxes(len(attribution)), kind, height, width, reduction, True)
+        boxes = _boxes(len(attribution), (height, width) if masked else None)
+        return module.localization(attribution, *boxes, kind, height, width, reduction, True)
 
     return call
 
 
 def _localized_backward(
-    maps: Callable[[], torch.Tensor], kind: int = 0, size: tuple[int, int] | None = None
+    maps: Callable[[], torch.Tensor], kind: int = 0, size: tuple[int, int] | None = None, masked: bool = False
 ) -> Callable[[Any], object]:
     def call(module: Any) -> object:
         attribution = maps()
@@ -38,7 +44,8 @@ def _localized_backward(
         state = (some(images, 2, dtype=wide), some(*words, dtype=torch.int32))
         given = None if by_bits else attribution
         upstream, sizes = some(dtype=wide), (*(size or own), *own)
-        return module.localization_backward(upstream, given, *_boxes(images), *state, kind, *sizes, attribution.dtype)
+        boxes = _boxes(images, sizes[:2] if masked else None)
+        return module.localization_backward(upstream, given, *boxes, *state, kind, *sizes, attribution.dtype)
 
     return call
 
@@ -51,6 +58,13 @@ CASES = {
     "energy": Case(_localized(_images()), ("_sums", "_finish"), {"_sums": (8, 0)}),
     "bfloat16 energy": Case(
         _localized(_images(dtype=torch.bfloat16), reduction=0), ("_sums", "_finish"), {"_sums": (4, 0)}
+    ),
+    "energy, masked": Case(_localized(_images(), masked=True), ("_sums", "_finish"), {"_sums": (8, 0)}),
+    "backward by bits, masked": Case(
+        _localized_backward(_images(), masked=True), ("_gradient",), {"_gradient": (0, 8)}
+    ),
+    "backward, upsampled, masked": Case(
+        _localized_backward(_images(64, 7, 7), size=(224, 224), masked=True), ("_upsampled_gradient",)
     ),
     "l1 of many": Case(
         _localized(_images(5000, 56, 56), kind=1), ("_sums", "_add_up", "_finish", "_add_up"), {"_sums": (8, 0)}
