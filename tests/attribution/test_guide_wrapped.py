@@ -1,6 +1,7 @@
 """Guided models inside of what wraps them: DistributedDataParallel, Lightning Fabric, torch.compile, inference mode."""
 
 import guided_ranks
+import processes
 import pytest
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ needs_gloo = pytest.mark.skipif(
 
 
 @needs_gloo
+@pytest.mark.xdist_group("processes")
 def test_ranks_end_with_the_gradients_of_the_whole_batch(tmp_path):
     """With static_graph, where an attribution's gradient was taken for the step's; and through SyncBatchNorm."""
-    torch.multiprocessing.spawn(guided_ranks.run, args=(str(tmp_path),), nprocs=guided_ranks.RANKS)
+    processes.spawn(guided_ranks.run, str(tmp_path), ranks=guided_ranks.RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(guided_ranks.RANKS)]
     for task, layer in guided_ranks.TASKS:
         model = guided_ranks.make(task)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from debiaskd.cli import entry as cli
@@ -126,27 +127,20 @@ def test_doctor_names_every_op_and_backend(capsys: pytest.CaptureFixture[str]) -
     assert re.search(rf"feature_match\s+{chosen}\n", out)
 
 
-def interruptible() -> None:
-    """What was started in the background ignores Ctrl-C, and so do its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
+@pytest.mark.xdist_group("processes")
 def test_interrupt_leaves_no_results_and_exits_130(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the quickstart needs the train extra")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "debiaskd.cli", "quickstart", "--out", str(out), "--seeds", "1"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible
-    )
-    assert process.stderr is not None
-    # Libraries may warn of the machine while they are imported, before the command has begun.
-    first = next((line for line in process.stderr if " % " in line), "")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    # Caught while `exec` ran a string, as dataclasses do on import, Python ends by the signal: 130 to a shell as well.
-    assert process.returncode in (130, -signal.SIGINT), first + err
-    assert "Traceback" not in first + err
+    process = processes.Process("-m", "debiaskd.cli", "quickstart", "--out", out, "--seeds", "1")
+    try:
+        process.wait_for("stderr", " % ")
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        code, _, err = process.wait()
+    finally:
+        process.kill()
+    assert code == 130, err
+    assert "Traceback" not in err
     assert err.splitlines()[-1] == "debiaskd: stopped"
     assert not out.exists() or {path.name for path in out.iterdir()} <= {"data", "runs", "stages"}
 

@@ -29,11 +29,16 @@ PROCESSORS = (1, 132)
 @contextmanager
 def active(processors: int | None = None, seed: int = 0) -> Iterator[None]:
     """Every op inside runs csrc/cuda on CPU tensors; `seed` shuffles the blocks of launches."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    if "cuda_on_cpu" not in test:
+        raise RuntimeError(
+            f"{test}: parametrize by cases.every_way, so that `-m` finds what needs this library's build"
+        )
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
     if processors is None:
-        processors = PROCESSORS[zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode()) % 2]
+        processors = PROCESSORS[zlib.crc32(test.encode()) % 2]
     library.cuda_on_cpu_start(ctypes.c_int64(processors), ctypes.c_uint(seed))
     namespace, devices = backend.NAMESPACES["cuda"], backend._DEVICES["cuda"]
     reason = backend.unavailable.pop("cuda", None)

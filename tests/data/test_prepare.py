@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 pytest.importorskip("PIL", reason="pictures are decoded with pillow")
 
 import data_trees as trees
+import processes
 from data_trees import files_of, unfinished
 
 from debiaskd.data import DataError, PackedDataset, prepare
@@ -229,6 +229,7 @@ def test_damaged_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("moment", ["while its processes start", "while they write"])
 def test_ctrl_c_stops_all_processes_and_leaves_nothing_unfinished(tmp_path: Path, moment: str) -> None:
     src, out = trees.coco(tmp_path / "src", 300), tmp_path / "out"
@@ -237,24 +238,21 @@ def test_ctrl_c_stops_all_processes_and_leaves_nothing_unfinished(tmp_path: Path
     code += "if __name__ == '__main__': sys.exit(cli.main(sys.argv[1:]))"
     script = tmp_path / "command.py"
     script.write_text(code)
-    command = [sys.executable, str(script), "prepare", "coco", str(src), str(out), "--size", "16", "--workers", "2"]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
-    )
-    assert process.stderr is not None
-    first = next((line for line in process.stderr if " % " in line), "")
-    deadline = time.monotonic() + 60
-    while moment == "while they write" and not list(out.glob("train2017/0*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3 if moment == "while its processes start" else 0)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    _, err = process.communicate(timeout=60)  # ends when the last process that could write to it has
-    assert process.returncode == 130, first + err
+    command = (script, "prepare", "coco", src, out, "--size", "16", "--workers", "2")
+    process = processes.Process(*command, session=True)
+    try:
+        process.wait_for("stderr", " % ")
+        deadline = time.monotonic() + 60
+        while moment == "while they write" and not list(out.glob("train2017/0*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3 if moment == "while its processes start" else 0)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        code, _, err = process.wait()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # all that it started has ended, too
+    finally:
+        process.kill()
+    assert code == 130, err
     assert err.splitlines()[-1] == "debiaskd: stopped"
     assert "Traceback" not in err
     assert unfinished(out) == []

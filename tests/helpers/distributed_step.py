@@ -73,11 +73,13 @@ def make_guided() -> nn.Module:
 TASKS = {"losses": (make_student, loss), "guided": (make_guided, guided_loss)}
 
 
-def run(rank: int, ranks: int, folder: str, task: str) -> None:
-    make, task_loss = TASKS[task]
+def run(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    student = nn.parallel.DistributedDataParallel(make())
-    task_loss(student, rank).backward()
-    torch.save([p.grad for p in student.parameters()], f"{folder}/rank{rank}.pt")
+    gradients = {}
+    for task, (make, task_loss) in TASKS.items():
+        student = nn.parallel.DistributedDataParallel(make())
+        task_loss(student, rank).backward()
+        gradients[task] = [p.grad for p in student.parameters()]
+    torch.save(gradients, f"{folder}/rank{rank}.pt")
     leave()

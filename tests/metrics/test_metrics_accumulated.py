@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import distributed_metrics
+import processes
 import pytest
 import torch
 from cases import reference
@@ -372,9 +373,10 @@ except ModuleNotFoundError as error:
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
+@pytest.mark.xdist_group("processes")
 def test_metrics_over_ranks_are_those_of_one_process(tmp_path):
     ranks = range(distributed_metrics.RANKS)
-    torch.multiprocessing.spawn(distributed_metrics.run, args=(str(tmp_path),), nprocs=len(ranks))
+    processes.spawn(distributed_metrics.run, str(tmp_path), ranks=len(ranks))
     alone = distributed_metrics.computed(tuple(ranks))
     for rank in ranks:
         found = torch.load(tmp_path / f"metrics{rank}.pt")

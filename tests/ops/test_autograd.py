@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import REDUCTIONS, Way, every_way, feature_match_oracle, normal, poisoned_memory, uniform, ways
+from cases import REDUCTIONS, Way, every_way, feature_match_oracle, normal, poisoned_memory, uniform
 from every_loss import every_loss_every_way, every_native_loss
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -162,18 +162,16 @@ def test_changing_a_constant_between_forward_and_backward_gives_no_wrong_gradien
     assert_gradient_or_complaint(result, student, expected)
 
 
+@every_way("localization")
 @pytest.mark.parametrize("kind", ("energy", "rrr"))
-def test_changing_the_boxes_between_forward_and_backward_gives_no_wrong_gradient(kind):
-    for way in ways("localization"):
-        maps, boxes = (
-            way.put(normal(2, 8, 9)).requires_grad_(),
-            dk.Boxes.from_lists([[[1, 1, 4, 5]], []]).to(way.device),
-        )
-        with way.active():
-            expected = gradient_of(dk.localization_loss(maps, boxes, kind=kind), maps)
-            result = dk.localization_loss(maps, boxes, kind=kind)
-        boxes.coords.add_(2)
-        assert_gradient_or_complaint(result, maps, expected)
+def test_changing_the_boxes_between_forward_and_backward_gives_no_wrong_gradient(way, kind):
+    maps = way.put(normal(2, 8, 9)).requires_grad_()
+    boxes = dk.Boxes.from_lists([[[1, 1, 4, 5]], []]).to(way.device)
+    with way.active():
+        expected = gradient_of(dk.localization_loss(maps, boxes, kind=kind), maps)
+        result = dk.localization_loss(maps, boxes, kind=kind)
+    boxes.coords.add_(2)
+    assert_gradient_or_complaint(result, maps, expected)
 
 
 @every_loss_every_way
@@ -186,14 +184,14 @@ def test_backward_through_a_freed_graph_raises(loss, way):
         result.backward()
 
 
-def test_expanded_student_gets_the_sum_over_its_repetitions():
+@every_way("feature_match")
+def test_expanded_student_gets_the_sum_over_its_repetitions(way):
     row, teacher = normal(1, 5, dtype=torch.float64), normal(4, 5, seed=1, dtype=torch.float64)
     expected = feature_match_oracle(row.expand(4, 5), teacher)[1].sum(0, keepdim=True)
-    for way in ways("feature_match"):
-        leaf = row.clone().requires_grad_()
-        with way.active():
-            dk.feature_match_loss(way.put(leaf.expand(4, 5)), way.put(teacher)).backward()
-        torch.testing.assert_close(leaf.grad, expected)
+    leaf = row.clone().requires_grad_()
+    with way.active():
+        dk.feature_match_loss(way.put(leaf.expand(4, 5)), way.put(teacher)).backward()
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 # ---- memory ----

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("torchdata")
 pytest.importorskip("safetensors")
 
+import processes
 import training_runs as runs
 
 from debiaskd.recipe import RecipeError
@@ -197,10 +196,12 @@ from pathlib import Path
 from debiaskd.utils.files import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
-sys.stdin.readline()
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.01)
 """
 
 
+@pytest.mark.xdist_group("processes")
 def test_others_wait_for_the_process_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fcntl", reason="no record locks here")
     monkeypatch.setattr(shared_stages, "INTERVAL", 0.01)
@@ -208,8 +209,7 @@ def test_others_wait_for_the_process_that_makes_it(tmp_path: Path, monkeypatch: 
     waiting = threading.Event()
     shared = shared_stages.SharedStages(tmp_path, news=lambda text: (news.append(text), waiting.set())[0])
     place = shared.place("teacher", "0123456789abcdef")
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / f".{place.name}.lock")]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = processes.Process("-c", HOLDER, tmp_path / f".{place.name}.lock", tmp_path / "end")
     order: list[str] = []
 
     def enter() -> None:
@@ -218,15 +218,14 @@ def test_others_wait_for_the_process_that_makes_it(tmp_path: Path, monkeypatch: 
 
     thread = threading.Thread(target=enter)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        holder.wait_for("stdout", "held\n")
         thread.start()
         assert waiting.wait(20)
         order.append("released")
-        holder.communicate("\n")
+        (tmp_path / "end").touch()
         thread.join(20)
     finally:
         holder.kill()
-        holder.wait()
     assert order == ["released", "entered"]
     assert news == [f"waits for another process, which makes {tmp_path / 'teacher-0123456789ab'}"]
 

@@ -234,6 +234,7 @@ def everything(passes: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_run_is_the_same_in_one_pass_in_four_and_in_two_on_two_ranks(tmp_path: Path) -> None:
     data = runs.birds(tmp_path)
     recipes = {passes: runs.write(tmp_path / f"{passes}.yaml", data, everything(passes)) for passes in (1, 2, 4)}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from debiaskd.utils.files import Lock
 
 pytest.importorskip("fcntl", reason="no record locks here")
+pytestmark = pytest.mark.xdist_group("processes")
 
 HOLDER = """
 import os, sys, time
@@ -30,18 +31,16 @@ time.sleep(60)
 @pytest.mark.parametrize("forked", [[], ["forked"]])
 def test_the_system_releases_it_when_the_process_is_killed(tmp_path: Path, forked: list[str]) -> None:
     path = tmp_path / ".lock"
-    command = [sys.executable, "-c", HOLDER, str(path), *forked]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    holder = processes.Process("-c", HOLDER, path, *forked, session=True)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        holder.wait_for("stdout", "held\n")
         with pytest.raises(BlockingIOError):
             Lock(path)
         holder.kill()
-        holder.wait()
         Lock(path).release()  # although a process that it forked still lives
     finally:
-        os.killpg(holder.pid, signal.SIGKILL) if forked else holder.kill()
-        holder.stdout.close() if holder.stdout else None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_it_is_taken_again_after_release(tmp_path: Path) -> None:
@@ -62,16 +61,13 @@ def test_training_where_another_process_trains(tmp_path: Path, capsys: pytest.Ca
     recipe, run = runs.write(tmp_path / "plain.yaml", data, runs.PLAIN), tmp_path / "run"
     assert command(capsys, "train", recipe, "--out", run)[0] == 0
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.name != ".lock")
-    arguments = [sys.executable, "-c", HOLDER, str(run / ".lock")]
-    holder = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    holder = processes.Process("-c", HOLDER, run / ".lock")
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        holder.wait_for("stdout", "held\n")
         code, out, err = command(capsys, "train", recipe, "--out", run, "--compute.log_every", "7")
         message = f"debiaskd: {run}: another process is training here; wait for it, or choose another --out"
         assert (code, out, err.splitlines()[-1]) == (2, "", message)
         assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*") if p.name != ".lock") == before
     finally:
         holder.kill()
-        holder.wait()
-        holder.stdout.close() if holder.stdout else None
     assert command(capsys, "train", recipe, "--out", run)[0] == 0

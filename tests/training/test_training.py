@@ -6,8 +6,6 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("torchdata")
 pytest.importorskip("safetensors")
 
+import processes
 import training_runs as runs
 from safetensors.torch import load_file
 
@@ -30,8 +29,9 @@ from debiaskd.training.divergence import DivergedError
 from debiaskd.training.loop import TrainingLoop
 from debiaskd.training.run import RunError
 
-pytestmark = pytest.mark.xdist_group("training")
+pytestmark = pytest.mark.xdist_group("processes")
 STEPS = 16
+ONE = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,11 @@ def whole(recipe: Path) -> Path:
 
 
 def script(recipe: Path, out: Path, *options: str, ranks: int = 1) -> int:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*start, str(Path(__file__).parents[1] / "helpers" / "training_runs.py"), str(recipe), str(out), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if ranks > 1 and "--kill-at" in options and done.returncode == 1:  # torchrun, of which it is the children that die
-        return -signal.SIGKILL
-    if done.returncode not in (0, -signal.SIGKILL):
-        raise AssertionError(done.stderr[-3000:])
-    return done.returncode
+    command = (Path(__file__).parents[1] / "helpers" / "training_runs.py", recipe, out, *options)
+    ended = processes.run_ranks(*command, ranks=ranks) if ranks > 1 else [processes.run(*command, environment=ONE)]
+    for done in ended:
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return ended[0].returncode
 
 
 def outcome(run: Path) -> dict[str, bytes]:
