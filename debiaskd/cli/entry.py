@@ -19,6 +19,7 @@ from debiaskd.cli import discover as cli_discover
 from debiaskd.cli import distill as cli_distill
 from debiaskd.cli import prepare as cli_prepare
 from debiaskd.cli import train as cli_train
+from debiaskd.cli import tune as cli_tune
 from debiaskd.cli.arguments import Parser, UsageError, parse, positive
 from debiaskd.utils.progress import shown as _progress
 from debiaskd.version import __version__
@@ -108,6 +109,7 @@ def _parser() -> Parser:
 
     cli_distill.add(commands)
     cli_train.add(commands)
+    cli_tune.add(commands)
     cli_discover.add(commands)
     cli_prepare.add(commands)
 
@@ -183,6 +185,16 @@ def _distill(options: argparse.Namespace) -> None:
     with _usage_errors():
         for line in cli_distill.run(options, lambda: _progress(Console(stderr=True))):
             print(line, flush=True)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    with _usage_errors():
+        lines, chosen = cli_tune.run(options, options.overrides, lambda: _progress(Console(stderr=True)))
+    if lines:
+        print("\n".join(lines))
+    return 0 if chosen else 1
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -267,6 +279,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "quickstart": _quickstart,
     "distill": _distill,
     "train": _train,
+    "tune": _tune,
     "evaluate": _evaluate,
     "discover": _discover,
     "explain": _explain,

@@ -100,4 +100,4 @@ def _kind(key: str) -> Any:
 def _holds_text(kind: Any) -> bool:
     if kind is str or get_origin(kind) is Literal:
         return True
-    return any(_holds_text(part) for part in get_args(kind)) and get_origin(kind) not in (list, tuple)
+    return any(_holds_text(part) for part in get_args(kind)) and get_origin(kind) not in (list, tuple, dict)

@@ -75,15 +75,43 @@ def _step(least: float, whole: bool) -> float:
     return max(step, 1.0) if whole else step
 
 
+class Places:
+    """Equally spaced places of values that have names, from 0.
+
+    Args:
+        names: of the values.
+        start, end: places of the first and the last; a single one lies in the middle.
+
+    Example:
+        >>> from debiaskd.reports.charts import Places
+        >>> Places(["1", "5", "20"], 0, 100).ticks
+        [(0.0, '1'), (50.0, '5'), (100.0, '20')]
+    """
+
+    def __init__(self, names: Sequence[str], start: float, end: float) -> None:
+        self.names, self.start, self.end = list(names), start, end
+
+    def __call__(self, value: float) -> float:
+        if len(self.names) == 1:
+            return (self.start + self.end) / 2
+        return round(self.start + (self.end - self.start) * value / (len(self.names) - 1), 2)
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        return [(self(i), name) for i, name in enumerate(self.names)]
+
+
 @dataclass(frozen=True)
 class Point:
-    """A value pair, in words for whoever points at it; `strong` is drawn larger, what is `beaten` is left empty."""
+    """A value pair, in words for whoever points at it; `strong` is drawn larger, what is `beaten` is left empty, and a
+    whisker reaches `spread` above and below."""
 
     x: float
     y: float
     title: str
     strong: bool = False
     beaten: bool = False
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +133,7 @@ class Chart:
         log: whether the vertical axis may be logarithmic.
         bounds: of both axes, or of the vertical one where points are joined.
         size: width and height.
+        names: of the horizontal axis' values 0, 1, …, which are then equally spaced; none: they are numbers.
     """
 
     def __init__(
@@ -118,6 +147,7 @@ class Chart:
         log: bool = False,
         bounds: tuple[float, float] = (-math.inf, math.inf),
         size: tuple[int, int] = (480, 260),
+        names: Sequence[str] = (),
     ) -> None:
         self.title, self.across, self.up, self.joined = title, across, up, joined
         self.width, self.height = size
@@ -126,8 +156,20 @@ class Chart:
         self.left, self.top = 52, 30 if title else 12
         self.right, self.bottom = self.width - 14, self.height - 40
         sideways = (-math.inf, math.inf) if joined else bounds
-        self.x = Scale([p.x for p in points], self.left, self.right, bounds=sideways, whole=joined)
-        self.y = Scale([p.y for p in points], self.bottom, self.top, bounds=bounds, log=log)
+        room = 24 if names else 0  # for the first and the last name
+        self.x: Scale | Places = (
+            Places(names, self.left + room, self.right - room)
+            if names
+            else Scale([p.x for p in points], self.left, self.right, bounds=sideways, whole=joined)
+        )
+        heights = [p.y + side * p.spread for p in points for side in ((-1, 1) if p.spread else (0,))]
+        heights = [min(max(height, bounds[0]), bounds[1]) for height in heights]
+        self.y = Scale(heights, self.bottom, self.top, bounds=bounds, log=log)
+
+    def whisker(self, point: Point) -> tuple[float, float]:
+        """Places of the upper and the lower end of a point's whisker, within the frame."""
+        ends = (self.y(point.y + point.spread), self.y(point.y - point.spread))
+        return max(ends[0], self.top), min(ends[1], self.bottom)
 
     def path(self, series: Series) -> str:
         """The points of a line, as SVG writes them; of each pixel's width the first, the extremes and the last.

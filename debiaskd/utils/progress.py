@@ -42,7 +42,7 @@ def shown(console: Console) -> Iterator[Callable[..., None]]:
         bar = bars.add_task("data", total=1.0, news="")
 
         def show(task: str, done: float, news: str = "") -> None:
-            if news.startswith(("epoch", "input", "weights")):
+            if news.startswith(("epoch", "input", "weights", "stopped")):
                 bars.console.print(f"{task}, {news}", highlight=False, soft_wrap=True)
             elif news:
                 bars.update(bar, news=news)

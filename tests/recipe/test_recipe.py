@@ -544,6 +544,7 @@ def test_options_of_networks(tmp_path: Path) -> None:
     expected = {"img_size": 96, "a": [1, 2], "drop_path_rate": 0.1, "global_pool": "avg"}
     assert found.student.options == expected and read(to_dict(found)) == found
     assert read(file, ["--student.options", "null"]).student.options is None
+    assert read(file, ["--student.options", "{img_size: 64}"]).student.options == {"img_size": 64, "a": [1, 2]}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """The quickstart's rows, summaries, claims in words, and its page, which stands alone."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from pages import Loads
 
 from debiaskd.reports import quickstart as report
 from debiaskd.reports.gallery import data_uri, glowing
@@ -152,25 +152,6 @@ def test_findings_look_at_more_than_the_worst_group(energy, average, held):
     found = report.findings(report.summarize([erm, guided]))
     assert [finding.held for finding in found] == held
     assert found[0].text.startswith(f"energy in box %: guided {energy} against erm 45.0")
-
-
-class Loads(HTMLParser):
-    """Everything that a browser would fetch, and all tags that are open."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.text, self.images = [], "", 0
-
-    def handle_starttag(self, tag, attributes):
-        self.images += tag == "image"
-        for name, value in attributes:
-            if name in ("src", "href", "srcset", "poster", "data", "action", "xlink:href"):
-                self.found.append(value)
-        if tag in ("script", "link", "iframe", "object"):
-            self.found.append(tag)
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_the_page_stands_alone():

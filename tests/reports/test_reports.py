@@ -22,7 +22,7 @@ import data_trees as trees
 import report_runs
 import training_runs as runs
 from cli_runs import command
-from test_quickstart_page import Loads
+from pages import Loads
 
 from debiaskd.cli import entry as cli
 from debiaskd.data import prepare
