@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 OLD_VENV := .venv-torch210
-SANITIZED := $(patsubst %,tests/ops/test_%.py,feature_match localization localization_cpu box_overlap channel_dot \
+SANITIZED := $(patsubst %,tests/ops/test_%.py,feature_match localization localization_cpu box_overlap map_cosine channel_dot \
 	class_relation backdoor autograd) tests/native/test_common.py tests/native/test_cuda_on_cpu.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so) \

@@ -30,6 +30,13 @@ DEBIASKD_SCHEMA(DEBIASKD_NAMESPACE, m) {
       "Tensor? ignore_coords, Tensor? ignore_offsets, Tensor? ignore_annotated, Tensor? ignore_mask, "
       "float[] thresholds, int height, int width) -> (Tensor intersection, Tensor union_, Tensor defined)");
 
+  m.def(
+      "map_cosine(Tensor student, Tensor teacher, Tensor? weight, int reduction, bool with_gradient) -> "
+      "(Tensor loss, Tensor gradient)");
+  m.def(
+      "map_cosine_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor? weight, int reduction) -> "
+      "Tensor");
+
   m.def("channel_dot(Tensor gradient, Tensor feature) -> Tensor");
   m.def("channel_scale(Tensor map, Tensor values, bool channels_last, ScalarType dtype) -> Tensor");
 

@@ -22,6 +22,7 @@ from debiaskd.losses import (
     FeatureMatchLoss,
     KdLoss,
     LocalizationLoss,
+    MapCosineLoss,
 )
 from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.own import register_model
@@ -34,6 +35,7 @@ from debiaskd.ops.class_relation import class_relation_loss
 from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import energy_loss, localization_loss, normalize_attribution
+from debiaskd.ops.map_cosine import map_cosine_loss
 from debiaskd.recipe import Recipe
 from debiaskd.reweight import ErrorSetWarning, error_weights, group_weights, predict_correct
 from debiaskd.terms import State, Term, TermOptions
@@ -59,6 +61,7 @@ __all__ = [
     "Guided",
     "KdLoss",
     "LocalizationLoss",
+    "MapCosineLoss",
     "Recipe",
     "Run",
     "Setting",
@@ -81,6 +84,7 @@ __all__ = [
     "kd_loss",
     "load",
     "localization_loss",
+    "map_cosine_loss",
     "match_spatial",
     "normalize_attribution",
     "pack",

@@ -13,6 +13,7 @@ from debiaskd.ops.class_relation import class_relation_loss
 from debiaskd.ops.feature_match import feature_match_loss
 from debiaskd.ops.kd import kd_loss
 from debiaskd.ops.localization import KINDS, localization_loss
+from debiaskd.ops.map_cosine import map_cosine_loss
 from debiaskd.utils import checks
 
 
@@ -36,6 +37,27 @@ class FeatureMatchLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, reduction={self.reduction!r}"
+
+
+class MapCosineLoss(nn.Module):
+    """`map_cosine_loss` with its options fixed.
+
+    Example:
+        >>> import torch
+        >>> MapCosineLoss()(torch.ones(1, 2, 2), torch.ones(1, 4, 4)).item()
+        0.0
+    """
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        checks.option("reduction", reduction, tuple(REDUCTIONS))
+        self.reduction = reduction
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+        return map_cosine_loss(student, teacher, weight, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
 
 
 class LocalizationLoss(nn.Module):

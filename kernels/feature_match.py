@@ -31,7 +31,6 @@ from torch import Tensor
 
 from .launch import launch
 from .layout import (
-    MOST_PARTS,
     Values,
     elements_of,
     inside,
@@ -41,7 +40,7 @@ from .layout import (
     values_of,
 )
 from .precision import accumulator, add, divide, narrow, widen
-from .sums import MEAN, NONE, add_up, total
+from .sums import MEAN, NONE, add_up, few, total
 
 
 @triton.jit
@@ -217,7 +216,7 @@ def _run(
     partial = loss
     if loss is not None and (layout.parts if each else layout.programs) > 1:
         partial = loss.new_empty(layout.programs)
-    weights = _few(weight, student.dtype) if mean and weight is not None else None
+    weights = few(weight, student.dtype) if mean and weight is not None else None
     arguments = (
         student,
         teacher,
@@ -235,12 +234,3 @@ def _run(
     launch(_match, layout.programs, student, *arguments, RELATIVE=normalize, EACH=each, **options)
     if loss is not None and partial is not loss:
         add_up(partial, loss)
-
-
-def _few(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights, or sums of them, few enough for every program to add them up."""
-    if weight.numel() <= MOST_PARTS:
-        return weight
-    sums = weight.new_empty(MOST_PARTS, dtype=accumulator(dtype))
-    add_up(weight, sums)
-    return sums

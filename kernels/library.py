@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import backdoor, channel_dot, channel_scale, class_relation, feature_match, localization
+from . import backdoor, channel_dot, channel_scale, class_relation, feature_match, localization, map_cosine
 
 LIBRARY = torch.library.Library("debiaskd_triton", "DEF")
 
@@ -24,6 +24,8 @@ register(feature_match.feature_match_backward)
 register(feature_match.feature_match_scale_, mutates=("gradient",))
 register(localization.localization)
 register(localization.localization_backward)
+register(map_cosine.map_cosine)
+register(map_cosine.map_cosine_backward)
 register(channel_dot.channel_dot)
 register(channel_scale.channel_scale)
 register(class_relation.class_relation)

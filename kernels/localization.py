@@ -29,27 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bilinear import Resampling, blend, index_of
 from .coverage import Boxes, are_annotated, cover, is_covered
 from .launch import launch
-from .layout import Map, Values, multiple
+from .layout import Map, Values
 from .localization_finish import finish
-from .localization_tiles import ENERGY, WORDS, add_pixels, cut, factors_of, pixel_gradients, tile_of
-from .localization_upsampled import Resampling, blend, index_of, upsampled_gradient
+from .localization_tiles import ENERGY, add_pixels, factors_of, pixel_gradients
+from .localization_upsampled import upsampled_gradient
+from .map_tiles import WORDS, cut, inside_tile, pixels_of, tile_of, vector_of
 from .precision import accumulator, narrow, widen
 from .sums import NONE
-
-
-@triton.jit
-def _pixels(maps, images, rows, cols, VECTOR: tl.constexpr):
-    """Pointers to the pixels of a tile. Where VECTOR is not 1, the last stride is, and others are multiples of it."""
-    offset = (images * multiple(maps.strides[0], VECTOR))[:, None] + rows * multiple(maps.strides[1], VECTOR)
-    return maps.data + (offset[:, :, None] + cols[None, None, :] * maps.strides[2])
-
-
-@triton.jit
-def _inside(tiles, images, rows, cols, VECTOR: tl.constexpr):
-    """Which pixels of a tile there are, in images that are there."""
-    return (images[:, None] & (rows < tiles.height))[:, :, None] & (cols < multiple(tiles.width, VECTOR))[None, None, :]
 
 
 @triton.jit
@@ -100,9 +89,9 @@ def _sums(
     counted = are_annotated(boxes, image, images)
     pixels = tl.zeros([BANDS, ROWS, COLS], dtype)
     if tl.max(counted.to(tl.int32), 0) > 0:
-        mask = _inside(tiles, counted, rows, cols, VECTOR)
+        mask = inside_tile(tiles, counted, rows, cols, VECTOR)
         if vertical is None:
-            pixels = widen(tl.load(_pixels(maps, image, rows, cols, VECTOR), mask=mask, other=0), dtype)
+            pixels = widen(tl.load(pixels_of(maps, image, rows, cols, VECTOR), mask=mask, other=0), dtype)
         else:
             pixels = blend(maps, image, rows, cols, mask, vertical, horizontal, INDEX, dtype)
         covered = is_covered(cover(boxes, image, counted, tops, cols), ROWS)
@@ -139,13 +128,13 @@ def _gradient(
             place, there = _words(positive, tiles, image, counted, rows, left, COLS)
             pixels = _unpacked(tl.load(place, mask=there, other=0)).to(dtype)
         else:
-            there = _inside(tiles, counted, rows, cols, VECTOR)
-            pixels = widen(tl.load(_pixels(maps, image, rows, cols, VECTOR), mask=there, other=0), dtype)
+            there = inside_tile(tiles, counted, rows, cols, VECTOR)
+            pixels = widen(tl.load(pixels_of(maps, image, rows, cols, VECTOR), mask=there, other=0), dtype)
         within, beyond = factors_of(coefficients, upstream, image, counted)
         covered = is_covered(cover(boxes, image, counted, tops, cols), ROWS)
         values = pixel_gradients(pixels, covered, within, beyond, KIND)
-    place = _pixels(gradient, image, rows, cols, VECTOR)
-    mask = _inside(tiles, image < images, rows, cols, VECTOR)
+    place = pixels_of(gradient, image, rows, cols, VECTOR)
+    mask = inside_tile(tiles, image < images, rows, cols, VECTOR)
     tl.store(place, narrow(values, gradient.data.dtype.element_ty), mask=mask)
 
 
@@ -178,7 +167,7 @@ def localization(
     partial = loss.new_empty((images * tiles.parts, 2))
     maps = Map(attribution, attribution.stride())
     arguments = (maps, boxes, partial, positive if positive.numel() else None, images, tiles, *axes)
-    constants = {"KIND": kind, "INDEX": index_of(*axes), "VECTOR": _vector(attribution, width) if own else 1, **size}
+    constants = {"KIND": kind, "INDEX": index_of(*axes), "VECTOR": vector_of(attribution, width) if own else 1, **size}
     launch(_sums, programs, loss, *arguments, **constants, warps=8)
     finish(partial, boxes, kind, reduction, loss, coefficients if with_state else None, tiles)
     return loss, coefficients, positive
@@ -208,19 +197,12 @@ def localization_backward(
     if attribution is not None and (map_height, map_width) != (height, width):
         upsampled_gradient(attribution, boxes, coefficients, upstream, kind, height, width, gradient)
         return gradient
-    maps, vector = None, _vector(gradient, width)
+    maps, vector = None, vector_of(gradient, width)
     if attribution is not None and positive.numel() == 0:
-        maps, vector = Map(attribution, attribution.stride()), math.gcd(vector, _vector(attribution, width))
+        maps, vector = Map(attribution, attribution.stride()), math.gcd(vector, vector_of(attribution, width))
     tiles, programs, size = cut(images, height, width)
     bits = positive if maps is None else None
     to = Map(gradient, gradient.stride())
     arguments = (maps, bits, boxes, coefficients, upstream, to, images, tiles)
     launch(_gradient, programs, gradient, *arguments, KIND=kind, VECTOR=vector, **size, warps=8)
     return gradient
-
-
-def _vector(maps: Tensor, width: int) -> int:
-    """How many pixels of a row lie side by side wherever one of 16 bytes begins; 1 where rows do not begin there."""
-    if maps.stride(2) != 1:
-        return 1
-    return math.gcd(16 // maps.itemsize, width, maps.stride(1), maps.stride(0) if maps.shape[0] > 1 else 0)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .coverage import Boxes
 from .launch import LARGE_TILES, launch
-from .localization_tiles import ENERGY, L1, PPCE, Tiles
+from .localization_tiles import ENERGY, L1, PPCE
+from .map_tiles import Tiles
 from .precision import add, divide
 from .sums import MEAN, NONE, add_up
 

@@ -53,6 +53,15 @@ def divide(x, y):
 
 
 @triton.jit
+def square_root(x):
+    """Rounded as IEEE 754 asks; Triton's own square root of float32 is an approximation."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
 def add(total, lost, term):
     """total + term, and what rounding has lost on the way so far, which the next call gives back (Kahan)."""
     term -= lost

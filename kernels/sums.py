@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
 from .layout import MOST_PARTS, Values
-from .precision import add, widen
+from .precision import accumulator, add, widen
 
 NONE, MEAN, SUM = range(3)  # the codes of debiaskd/ops/backend.py
 
@@ -44,3 +45,12 @@ def add_up(values: Tensor, sums: Tensor) -> None:
     length = values.numel()
     count = triton.cdiv(length, sums.numel())
     launch(_add_up, sums.numel(), sums, Values.of(values), sums, length, count, TILE=_TILE, warps=8)
+
+
+def few(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights, or sums of them, few enough for every program to add them up."""
+    if weight.numel() <= MOST_PARTS:
+        return weight
+    sums = weight.new_empty(MOST_PARTS, dtype=accumulator(dtype))
+    add_up(weight, sums)
+    return sums

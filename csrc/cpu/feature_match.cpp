@@ -11,6 +11,7 @@
 #include "cpu/half.h"
 #include "cpu/lanes.h"
 #include "cpu/sample_blocks.h"
+#include "cpu/sample_weights.h"
 #include "cpu/vectorize.h"
 #include "cpu/x86.h"
 
@@ -83,27 +84,6 @@ double match_streamed(const T* s, const T* t, T* g, int64_t n, A scale) {
 }
 
 // ---- what each sample counts ----
-
-std::vector<double> read_weights(const std::optional<Tensor>& weight, int64_t samples) {
-  std::vector<double> values(samples, 1.0);
-  if (!weight) return values;
-  const int64_t stride = weight->stride(0);
-  dispatch_floating(weight->scalar_type(), "weight", [&](auto zero) {
-    const auto* data = static_cast<const decltype(zero)*>(weight->data_ptr());
-    for (int64_t i = 0; i < samples; ++i) values[i] = static_cast<double>(data[i * stride]);
-  });
-  return values;
-}
-
-std::vector<double> read_vector(const Tensor& tensor) {
-  std::vector<double> values(tensor.numel());
-  const int64_t stride = tensor.dim() ? tensor.stride(0) : 1;
-  dispatch_floating(tensor.scalar_type(), "grad_output", [&](auto zero) {
-    const auto* data = static_cast<const decltype(zero)*>(tensor.data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(data[i * stride]);
-  });
-  return values;
-}
 
 // Factor of each sample's squared distance in the loss. Where nothing has weight the mean is 0, and so is a sample
 // whose teacher is zero everywhere when distances are relative to it.

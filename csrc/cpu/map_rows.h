@@ -8,6 +8,7 @@
 
 #include "common/bilinear.h"
 #include "common/stable.h"
+#include "cpu/convert_rows.h"
 #include "cpu/half.h"
 #include "cpu/vectorize.h"
 
@@ -20,12 +21,6 @@ DEBIASKD_INLINE void blend_body(const A* low, const A* high, A weight, A* out, i
   for (int64_t i = 0; i < n; ++i) out[i] = (A(1) - weight) * low[i] + weight * high[i];
 }
 
-template <typename T, typename A>
-DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = load(in[i]);
-}
-
 #define DEBIASKD_BLEND(A)                                                                    \
   DEBIASKD_CLONES void blend_row(const A* low, const A* high, A weight, A* out, int64_t n) { \
     blend_body(low, high, weight, out, n);                                                   \
@@ -33,14 +28,6 @@ DEBIASKD_INLINE void convert_body(const T* in, A* out, int64_t n) {
 DEBIASKD_BLEND(float)
 DEBIASKD_BLEND(double)
 #undef DEBIASKD_BLEND
-
-#define DEBIASKD_CONVERT(T, A) \
-  DEBIASKD_CLONES void convert_row(const T* in, A* out, int64_t n) { convert_body(in, out, n); }
-DEBIASKD_CONVERT(float, float)
-DEBIASKD_CONVERT(double, double)
-DEBIASKD_CONVERT(BFloat16, float)
-DEBIASKD_CONVERT(Half, float)
-#undef DEBIASKD_CONVERT
 
 struct Shape {
   int64_t images, map_height, map_width, height, width;

@@ -35,6 +35,7 @@ IMPLEMENTATIONS = {
     "feature_match": ("cpp", "cuda", "triton", "eager"),
     "localization": ("cpp", "cuda", "triton", "eager"),
     "box_overlap": ("cpp", "eager"),
+    "map_cosine": ("cpp", "triton", "eager"),
     "channel_dot": ("cpp", "cuda", "triton", "eager"),
     "class_relation": ("cpp", "triton", "eager"),
     "backdoor": ("cpp", "cuda", "triton", "eager"),

@@ -256,7 +256,7 @@ def _one_map(a: torch.Tensor, boxes: list[list[int]], kind: str, size: tuple[int
         if a.abs().max() > 0:
             a = a / a.abs().max()
     if tuple(a.shape) != size:
-        a = _interpolation(a.shape[0], size[0]) @ a @ _interpolation(a.shape[1], size[1]).T
+        a = interpolation(a.shape[0], size[0]) @ a @ interpolation(a.shape[1], size[1]).T
     inside = torch.zeros(size, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
         inside[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
@@ -280,14 +280,14 @@ def energy_terms(maps: torch.Tensor, size: tuple[int, int] | None) -> float:
     largest = 0.0
     for a in maps.detach().cpu().double():
         a.requires_grad_()
-        tall, wide = (_interpolation(old, new) for old, new in zip(a.shape, size or a.shape))
+        tall, wide = (interpolation(old, new) for old, new in zip(a.shape, size or a.shape))
         total = (tall @ a @ wide.T).relu().sum()
         if total > 1e-7:
             largest = max(largest, torch.autograd.grad(total.log(), a)[0].max().item())
     return largest
 
 
-def _interpolation(old: int, new: int) -> torch.Tensor:
+def interpolation(old: int, new: int) -> torch.Tensor:
     """[new, old] weights of bilinear interpolation along one axis, align_corners=False."""
     weights = torch.zeros(new, old, dtype=torch.float64)
     for i in range(new):

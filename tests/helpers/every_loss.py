@@ -12,6 +12,17 @@ from cases import Way, attribution, normal, uniform, way_param, ways
 
 import debiaskd as dk
 
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "feature_match": dk.feature_match_loss,
+    "localization": dk.localization_loss,
+    "map_cosine": dk.map_cosine_loss,
+}
+MODULES: dict[str, type[torch.nn.Module]] = {
+    "feature_match": dk.FeatureMatchLoss,
+    "localization": dk.LocalizationLoss,
+    "map_cosine": dk.MapCosineLoss,
+}
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -24,12 +35,10 @@ class Loss:
     options: dict[str, Any] = field(default_factory=dict)
 
     def call(self, values: torch.Tensor, constants: tuple[Any, ...], **options: Any) -> torch.Tensor:
-        function = dk.feature_match_loss if self.op == "feature_match" else dk.localization_loss
-        return function(values, *constants, **self.options, **options)
+        return FUNCTIONS[self.op](values, *constants, **self.options, **options)
 
     def module(self, **options: Any) -> torch.nn.Module:
-        kind = dk.FeatureMatchLoss if self.op == "feature_match" else dk.LocalizationLoss
-        return kind(**self.options, **options)
+        return MODULES[self.op](**self.options, **options)
 
     def make(self, way: Way, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, tuple[Any, ...]]:
         constants = (x.to(way.device) if isinstance(x, dk.Boxes) else way.put(x) for x in self.constants(dtype))
@@ -57,11 +66,20 @@ def _localization(kind: str, size: tuple[int, int] | None, name: str) -> Loss:
     )
 
 
+def _map_cosine(name: str, size: tuple[int, int]) -> Loss:
+    def constants(dtype: torch.dtype) -> tuple[Any, ...]:
+        return normal(3, 8, 35, seed=1, dtype=dtype), uniform(3)
+
+    return Loss(name, "map_cosine", lambda dtype: normal(3, *size, dtype=dtype), constants)
+
+
 LOSSES = [
     _feature_match("feature_match", False),
     _feature_match("feature_match_relative", True, normalize=True),
     *(_localization(kind, None, kind) for kind in ("energy", "l1", "ppce", "rrr")),
     *(_localization(kind, (16, 70), f"{kind}_upsampled") for kind in ("energy", "rrr")),
+    _map_cosine("map_cosine", (8, 35)),
+    _map_cosine("map_cosine_upsampled", (4, 9)),
 ]
 
 

@@ -66,6 +66,15 @@ CALLS = [
     ),
     *(localization(kind, None, 64) for kind in ("energy", "l1", "ppce", "rrr")),
     *(localization(kind, (64, 64), 7) for kind in ("energy", "rrr")),
+    *(
+        Call(
+            f"map_cosine-{side}",
+            "map_cosine",
+            lambda side=side: (normal(8, side, side), normal(8, 64, 64, seed=1), uniform(8)),
+            dk.map_cosine_loss,
+        )
+        for side in (64, 7)
+    ),
     Call(
         "channel_dot",
         "channel_dot",

@@ -33,6 +33,12 @@ def matched(dtype, samples, width, normalize):
     return gradient_of(dk.feature_match_loss(x, teacher, uniform(samples), normalize=normalize), x)
 
 
+def compared(dtype, student, teacher):
+    x, constant = (normal(3, *size, seed=i).to(dtype) for i, size in enumerate((student, teacher)))
+    x.requires_grad_()
+    return gradient_of(dk.map_cosine_loss(x, constant, uniform(3)), x)
+
+
 def dotted(dtype, shape, memory_format):
     x, gradient = (normal(*shape, seed=i).to(dtype).to(memory_format=memory_format) for i in range(2))
     x.requires_grad_()
@@ -58,6 +64,9 @@ CALLS = {
     "feature_match, normalized": lambda dtype: matched(dtype, 2, 60_000, True),
     "localization": lambda dtype: localized(dtype, 64, None, "energy"),
     "localization, upsampled": lambda dtype: localized(dtype, 20, (64, 70), "rrr"),
+    "map_cosine": lambda dtype: compared(dtype, (70, 300), (70, 300)),
+    "map_cosine, small student": lambda dtype: compared(dtype, (20, 21), (70, 300)),
+    "map_cosine, small teacher": lambda dtype: compared(dtype, (64, 70), (20, 20)),
     "channel_dot": lambda dtype: dotted(dtype, (1, 700, 2, 4), torch.contiguous_format),
     "channel_dot, channels_last": lambda dtype: dotted(dtype, (2, 600, 2, 2), torch.channels_last),
     "class_relation": lambda dtype: related(dtype, 40, 300, 7),

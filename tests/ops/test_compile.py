@@ -161,6 +161,18 @@ def test_feature_match_is_registered_as_it_behaves(way, samples, layout):
         opcheck(way, "feature_match_scale_", student.clone(), upstream)
 
 
+@registered("map_cosine")
+@pytest.mark.parametrize("samples", (0, 3))
+@pytest.mark.parametrize("sizes", [((4, 7), (4, 7)), ((2, 3), (5, 9)), ((5, 9), (2, 3))], ids=str)
+def test_map_cosine_is_registered_as_it_behaves(way, samples, sizes):
+    student, teacher = (normal(samples, 2, *size, seed=i) for i, size in enumerate(sizes))
+    for weight, reduction in ((None, 1), (uniform(samples), 0)):
+        upstream = uniform(samples) if reduction == 0 else torch.tensor(2.0)
+        for with_gradient in (True, False):
+            opcheck(way, "map_cosine", student, teacher, weight, reduction, with_gradient)
+        opcheck(way, "map_cosine_backward", upstream, student, teacher, weight, reduction)
+
+
 @registered("localization")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("images", "layout"), ((0, "contiguous"), (3, "reversed")))

@@ -9,7 +9,7 @@ from op_calls import CALLS, Call, loss_and_gradient
 
 import debiaskd as dk
 
-NAMES = ("feature_match", "localization-energy-64", "channel_dot", "class_relation", "backdoor-exact")
+NAMES = ("feature_match", "localization-energy-64", "map_cosine-64", "channel_dot", "class_relation", "backdoor-exact")
 EVERY = [
     way_param(way, f"{call.op}-{str(dtype).removeprefix('torch.')}-{way.name}", call, dtype)
     for call in CALLS

@@ -25,11 +25,13 @@ def functions() -> dict[str, tuple[Function, Tensor]]:
     """A scalar function of one argument of each op, and where to take it."""
     teacher, feature, boxes = rand(4, 6, seed=1), rand(4, 6, 2, 2, seed=2), Boxes.from_lists([[[0, 0, 2, 3]]] * 4)
     labels, weight, logits = torch.tensor([0, 0, 1, 1]), rand(4, seed=3), rand(4, 3, seed=4)
+    maps = rand(4, 5, 5, seed=10)
     context, head, bias = rand(3, 5, seed=5), rand(3, 11, seed=6), rand(3, seed=7)
     return {
         "feature_match": (lambda x: dk.feature_match_loss(x, teacher, weight), rand(4, 6)),
         "energy": (lambda x: dk.energy_loss(x, boxes), rand(4, 5, 5)),
         "ppce": (lambda x: dk.localization_loss(x, boxes, kind="ppce", size=(6, 6)), rand(4, 3, 3)),
+        "cosine": (lambda x: dk.map_cosine_loss(x, maps, weight), rand(4, 3, 3)),
         "dot_vector": (lambda x: dk.channel_dot(x, feature).square().sum(), rand(4, 6)),
         "dot_map": (lambda x: dk.channel_dot(feature, x).square().sum(), rand(4, 6, 2, 2)),
         "relation": (lambda x: dk.class_relation_loss(x, teacher, labels), rand(4, 6)),
