@@ -78,7 +78,8 @@ def narrow_addresses(ttir: str, long: bool) -> list[str]:
     found += re.findall(r"arith\.muli.* : tensor<.*xi32>.*", ttir)
     if long:
         products = re.findall(r"arith\.muli.* : i32\b.*", ttir)
-        found += [line for line in products if not re.search(r"%c(2|4|8|16)_i32", line)]
+        hints = re.findall(r"(%\w+) = arith\.constant (?:2|4|8|16) : i32", ttir)
+        found += [line for line in products if not set(re.findall(r"%\w+", line)) & set(hints)]
     return found
 
 
