@@ -27,8 +27,7 @@ class Boxes:
         offsets: int64 [N+1], non-decreasing from 0 to M.
         labels: int64 [M], a class for each box, or None.
         annotated: bool [N], False where nothing is known about an image; None means that all are annotated.
-        masks: of the same N images, with labels if boxes have them: M is the union of boxes and masks. Every method
-            transforms both; None: there are only boxes.
+        masks: of the same N images, with labels if boxes have them, joined to M; every method transforms both.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
@@ -68,8 +67,7 @@ class Boxes:
     def from_lists(cls, boxes: Sequence[Any], labels: Sequence[Any] | None = None) -> Boxes:
         """Make `Boxes` from one [k,4] list, array or tensor per image; None for an image that is not annotated.
 
-        `labels` has one sequence of k classes per image (None or empty if it has no boxes). Coordinates must be whole
-        numbers: the caller chooses how to round fractions.
+        `labels` has k classes per image (None or empty if it has no boxes). Coordinates must be whole numbers.
         """
         checks.sequence("boxes", boxes)
         rows = [as_box_rows(f"boxes[{i}]", b) for i, b in enumerate(boxes)]
@@ -108,7 +106,7 @@ class Boxes:
     def _trusted(
         cls, coords: Tensor, offsets: Tensor, labels: Tensor | None, annotated: Tensor, masks: Masks | None
     ) -> Boxes:
-        """Make `Boxes` from computed tensors without checks."""
+        """Make `Boxes` without checks."""
         made = cls.__new__(cls)
         made.coords, made.offsets, made.labels, made.annotated, made.masks = coords, offsets, labels, annotated, masks
         return made
@@ -182,7 +180,11 @@ class Boxes:
         labels = None if self.labels is None else self.labels[keep]
         return self._trusted(self.coords[keep], kept_before[self.offsets], labels, self.annotated, masks)
 
-    # -- geometry: the same transformations as for the pixels --------------------------------------------------------
+    def without(self, where: Tensor) -> Boxes:
+        """Remove the boxes of the images where bool [N]; what is annotated stays so."""
+        return self._keep(~where[self.image_ids()], self.masks)
+
+    # -- geometry: the same as for the pixels ------------------------------------------------------------------------
 
     def dilate(self, fraction: float, size: tuple[int, int], *, inclusive_clip: bool = False) -> Boxes:
         """Move each side outwards by `fraction` of the box's width or height (rounded down), clipped to `size` (H, W).

@@ -91,6 +91,12 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         parser.add_argument(
             "--difficult", choices=("keep", "drop", "mask"), default="keep", help=f"difficult objects: {_KEEP}"
         )
+    if source in ("coco", "voc"):
+        what = "segmentations" if source == "coco" else "SegmentationClass/*.png"
+        parser.add_argument("--masks", action="store_true", help=f"store masks besides the boxes: {what}")
+    if source in ("waterbirds", "celeba", "folder", "csv"):
+        what = "PNG files at the paths of the pictures, not 0 where the object is; stored besides the boxes"
+        parser.add_argument("--masks", type=Path, metavar="DIR", help=what)
     if source == "waterbirds":
         parser.add_argument(
             "--boxes",
@@ -158,6 +164,8 @@ def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> 
     src = rest.pop("src", None)
     for name in ("command", "overrides", "source", "out", "split", "workers"):
         del rest[name]
+    if not rest.get("masks"):
+        rest.pop("masks", None)
     prepared = prepare(
         options.source,
         src,
@@ -188,6 +196,8 @@ def _summary(prepared: Prepared, out: Path) -> list[str]:
 def _split_line(name: str, split: dict[str, Any], manifest: dict[str, Any]) -> str:
     """ "train: 40 pictures, 52 boxes, 2 left out; 20 annotated, 2 of 3 classes (not: cat), 4 of 4 groups"."""
     line = f"{name}: {split['count']} pictures, {split['boxes']} boxes"
+    if "masks" in split:
+        line += f", {split['masks']} with masks"
     if split["skipped"]:
         line += f", {len(split['skipped'])} left out"
     parts = [] if split["annotated"] == split["count"] else [f"{split['annotated']} annotated"]

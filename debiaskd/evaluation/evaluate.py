@@ -215,6 +215,7 @@ class StageEvaluation:
                 "splits": [split.name, loaded.recipe.data.train, loaded.recipe.data.seed],
                 "guide": dataclasses.asdict(self.guide),
                 "threshold": self.threshold,
+                **({"masks": True} if loaded.recipe.data.masks else {}),
                 **({} if loaded.recipe.compute.precision == "32" else {"precision": loaded.recipe.compute.precision}),
             }
         )
@@ -284,6 +285,7 @@ class StageEvaluation:
             "pictures": len(self.split),
             "groups": list(self.split.whole.groups),
             "groups_are": None if self.split.groups is None else "found" if found else "known",
+            **({"masks": True} if loaded.recipe.data.masks else {}),
             "images": None if self.judged is None else self.images.name,
             "fingerprint": self.fingerprint,
             "figures": {key: value if value == value else None for key, value in figures.items()},

@@ -11,6 +11,9 @@ from debiaskd.recipe import Recipe
 from debiaskd.training.fit import Trainer
 from debiaskd.training.run import Run, decisive
 
+#: Keys of `data` that only change boxes and masks, so that stages without guidance are the same.
+BOX_KEYS = ("annotated_fraction", "dilate", "masks")
+
 
 class StageContext:
     """Passed to every function that builds a stage.
@@ -32,7 +35,7 @@ class StageContext:
     def common(self) -> dict[str, Any]:
         """Fingerprint inputs of every stage that trains a network."""
         everything = decisive(self.run.document)
-        data = {k: v for k, v in everything["data"].items() if k not in ("annotated_fraction", "dilate")}
+        data = {k: v for k, v in everything["data"].items() if k not in BOX_KEYS}
         found = {"pictures": data, "seed": self.recipe.seed}
         return found | {key: everything[key] for key in ("compute", "selection") if key in everything}
 

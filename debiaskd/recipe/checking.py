@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from debiaskd.models.input import inverse_added
 from debiaskd.recipe.bias_options import REFITS, RefitOptions
+from debiaskd.recipe.data_options import data_problems
 from debiaskd.recipe.options import Input, Network, Recipe, Teacher
 from debiaskd.recipe.schedule_options import Schedule
 from debiaskd.terms import TermOptions
@@ -62,10 +63,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 def _ranges(recipe: Recipe) -> Iterator[str]:
     data, compute = recipe.data, recipe.compute
-    if not 0 < data.annotated_fraction <= 1:
-        yield f"data.annotated_fraction: must be a share in (0, 1], got {data.annotated_fraction}"
-    if data.url == "":
-        yield "data.url: must say where the chunks lie, or be left out, got ''"
+    yield from data_problems(data)
     least = {
         "data.size": data.size,
         "compute.devices": compute.devices,
@@ -82,8 +80,6 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
             yield f"{name}: must be >= 0 and < 2**63, got {seed}"
     for name, number in {"data.dilate": data.dilate, "compute.workers": compute.workers}.items():
         yield from _number(name, number, zero=True)
-    if data.crop_scale is not None and not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        yield f"data.crop_scale: must be (smallest, largest) in (0, 1], got {data.crop_scale}"
 
 
 def _number(name: str, value: float | None, *, zero: bool = False) -> Iterator[str]:

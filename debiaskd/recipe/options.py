@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from debiaskd.recipe.bias_options import Discovery, Refit, RefitOptions
 from debiaskd.recipe.compute_options import Compute
+from debiaskd.recipe.data_options import Data as Data
 from debiaskd.recipe.schedule_options import Schedule
 from debiaskd.terms import (
     TERMS,
@@ -22,46 +23,6 @@ from debiaskd.terms import (
     TermOptions,
 )
 from debiaskd.terms.own import OwnTerm
-
-
-@dataclass
-class Data:
-    """Prepared pictures (`debiaskd prepare`).
-
-    A split is named as it was prepared, "train", or a part of it, "train[:80%]" and "train[80%:]": pictures are taken
-    in a random order that depends on the seed alone.
-
-    Args:
-        path: the folder that was prepared, in either format.
-        url: where the chunks of data prepared for LitData lie that are not below `path`, "s3://bucket/birds-224": they
-            are fetched as they are needed, and kept below `path`.
-        train, validation: splits.
-        test: what `debiaskd evaluate` measures on, unless it is told otherwise; nothing else looks at it.
-        groups: left out: those that the data was prepared with. A CSV file with the columns path and bias (`debiaskd
-            discover` writes one, `prepare folder` reads the same): its groups, for training and validation. "found":
-            those that `discovery` finds. "none": no group is read. The test keeps those that it was prepared with.
-        annotated_fraction: share of the training pictures whose boxes are known.
-        dilate: enlarge training boxes by this share of their size on every side.
-        seed: decides which parts of a split, and which annotated pictures, are meant.
-        size: side of the pictures that the networks read, unless their `input.size` says otherwise or they read one
-            size only; as prepared if it is left out.
-        flip: mirror half of the training pictures.
-        crop_scale: smallest and largest share of its area that a random crop of a training picture takes; no crop if it
-            is left out.
-    """
-
-    path: str
-    url: str | None = None
-    train: str = "train"
-    validation: str = "val"
-    test: str = "test"
-    groups: str | None = None
-    annotated_fraction: float = 1.0
-    dilate: float = 0.0
-    seed: int = 0
-    size: int | None = None
-    flip: bool = True
-    crop_scale: tuple[float, float] | None = None
 
 
 @dataclass

@@ -59,7 +59,9 @@ class Split:
     def __init__(self, data: Data, key: str, *, training: bool = False) -> None:
         text = getattr(data, key)
         part = parts.parse(text, f"data.{key}")
-        options = {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate} if training else {}
+        options: dict[str, Any] = {"masks": data.masks}
+        if training:
+            options |= {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate}
         whole = _opened(data, part.name, **options)
         if data.groups is not None and key in ("train", "validation"):
             _regroup(whole, data.groups, key)
@@ -130,6 +132,8 @@ def _regroup(whole: PackedDataset, groups: str, key: str) -> None:
 
 def _opened(data: Data, name: str, **options: Any) -> PackedDataset:
     """By number in either format, so that all that is drawn and looked up is the same in both."""
+    if options["masks"] and not manifest.has_masks(manifest.read(Path(data.path))):
+        raise RecipeError(f"data.masks: {data.path} was prepared without masks (`debiaskd prepare … --masks`)")
     if manifest.read(Path(data.path))["options"]["format"] == "litdata":
         url = None if data.url is None else f"{data.url.rstrip('/')}/{name}"
         return ChunkedDataset(data.path, name, url=url, seed=data.seed, **options)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from debiaskd.data.packed.write_shard import OTHER_SIZE, OUTSIDE
+from debiaskd.data.sources import masks
 from debiaskd.data.sources.problems import DataError, Problems
 from debiaskd.data.sources.records import Source, Split
 
@@ -82,7 +83,11 @@ def check_decoded(source: Source, whole: _Facts, problems: Problems) -> None:
             boxes.total = int(counts.sum())
         for facts in mine:
             for kind, found in facts["problems"].items():
-                if kind not in (OUTSIDE, OTHER_SIZE):
+                if kind in masks.FAULTS:
+                    tally = problems.tally(name, "masks")
+                    tally.total = len(split)
+                    tally.skip(kind, found[0], len(found))
+                elif kind not in (OUTSIDE, OTHER_SIZE, masks.CLASS_EMPTY, masks.CLASS_UNKNOWN):
                     pictures.skip(kind, found[0], len(found))
         lost = int(np.delete(counts, [p for facts in mine for p in facts["skipped"]]).sum())
         lost -= sum(facts["boxes"] for facts in mine)
@@ -93,3 +98,6 @@ def check_decoded(source: Source, whole: _Facts, problems: Problems) -> None:
         if of_others:
             boxes.skip(OTHER_SIZE, of_others[0], lost - len(outside))
     problems.check(source.splits)
+    asked = [facts for facts in whole.values() if "masks" in facts]
+    if asked and not any(facts["masks"] for facts in asked):
+        problems.refuse(f"{source.path}: none of its pictures has a mask")

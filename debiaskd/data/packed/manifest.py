@@ -28,6 +28,7 @@ def make(
             "count": sum(facts["count"] for _, facts in mine),
             "boxes": sum(facts["boxes"] for _, facts in mine),
             **_counts(out / name, [f"{index:05d}" for index, _ in mine], source),
+            **({"masks": sum(facts["masks"] for _, facts in mine)} if mine and "masks" in mine[0][1] else {}),
             "skipped": sorted(position for _, facts in mine for position in facts["skipped"]),
             "shards": [
                 {"name": f"{index:05d}", "count": facts["count"], "files": facts["files"]} for index, facts in mine
@@ -114,6 +115,11 @@ def choose_split(path: Path, manifest: dict[str, Any], split: str | None) -> tup
         what = "split must be given" if split is None else f"no split {split!r}"
         raise DataError(f"{path}: {what}; there are {', '.join(names)}")
     return split, manifest["splits"][split]
+
+
+def has_masks(manifest: dict[str, Any]) -> bool:
+    """Return whether the data was prepared with masks."""
+    return bool(manifest["options"].get("masks"))
 
 
 def has_ignored(manifest: dict[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
 from debiaskd.data.packed import manifest as manifests
 from debiaskd.data.packed import shards
+from debiaskd.data.packed.reading import load
+from debiaskd.data.packed.stored_masks import StoredMasks
 from debiaskd.data.sources.records import IGNORE, DataError
 from debiaskd.utils import checks
 
@@ -35,6 +36,8 @@ class PackedDataset(Dataset[Any]):
         seed: see `annotated_fraction`.
         dilate: boxes are enlarged by this share of their width and height on every side, clipped to the image.
         verify: read all of the split's files and compare checksums.
+        masks: images that were prepared with masks have those instead of their boxes, in what is read by number;
+            `boxes`, of all images, stay boxes. Only for data that was prepared with masks, and without `dilate`.
         pin_memory: copy batches from the files directly into pinned memory. Not possible in worker processes; there use
             the DataLoader's `pin_memory`.
 
@@ -65,6 +68,7 @@ class PackedDataset(Dataset[Any]):
         annotated_fraction: float = 1.0,
         seed: int = 0,
         dilate: float = 0.0,
+        masks: bool = False,
         verify: bool = False,
         pin_memory: bool = False,
     ) -> None:
@@ -88,6 +92,13 @@ class PackedDataset(Dataset[Any]):
         annotated = self._column("annotated") & annotated_choice(self.count, annotated_fraction, seed)
         self.boxes, self.ignore = self._boxes(annotated)
         self.dilate = checks.number("dilate", dilate, minimum=0)
+        if masks and dilate:
+            raise ValueError("dilate enlarges boxes: with masks it must be 0, got " + str(dilate))
+        if masks and not manifests.has_masks(manifest):
+            raise DataError(
+                f"{self.path}: prepared without masks; run `debiaskd prepare` with --masks into another folder"
+            )
+        self.masks = StoredMasks(self._folders, self._starts, side, annotated) if masks else None
         if dilate:
             self.boxes = self.boxes.dilate(dilate, self.size)
 
@@ -114,6 +125,8 @@ class PackedDataset(Dataset[Any]):
         ignore = None if self.ignore is None else gather(self.ignore, numbers)
         groups = None if self.group_ids is None else self.group_ids[index]
         boxes = gather(self.boxes, numbers)
+        if self.masks is not None:
+            boxes = self.masks.applied(boxes, numbers)
         rest = Batch(images.permute(0, 3, 1, 2), self.target[index], boxes, groups, index, ignore)
         return rest.pin_memory() if self.pin_memory else rest
 
@@ -133,6 +146,8 @@ class PackedDataset(Dataset[Any]):
         else:
             self.target = places[self.target]
         self.boxes = _renumbered(self.boxes, places)
+        if self.masks is not None:
+            self.masks.renumber(places)
         self.ignore = None if self.ignore is None else _renumbered(self.ignore, places)
         self.classes = tuple(classes)
 
@@ -233,16 +248,6 @@ def annotated_choice(count: int, fraction: float, seed: int) -> Tensor:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen[order[: max(1, round(fraction * count))]] = True
     return chosen
-
-
-def load(file: Path, *, mapped: bool = False) -> NDArray[Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            array: NDArray[Any] = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
-            return array
-    except (ValueError, EOFError, FileNotFoundError) as error:
-        raise DataError(f"{file}: missing or damaged ({' '.join(str(error).split())})") from None
 
 
 def inspect(folder: Path, files: dict[str, dict[str, Any]], verify: bool, marker: Path) -> None:

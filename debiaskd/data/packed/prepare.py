@@ -21,6 +21,7 @@ from debiaskd.data.packed import completeness as enough
 from debiaskd.data.packed import manifest, shards
 from debiaskd.data.packed import output_folder as output
 from debiaskd.data.packed import write_shard as making
+from debiaskd.data.packed.fit_masks import with_mask_files
 from debiaskd.data.packed.write_shard import Job
 from debiaskd.data.sources import celeba, cifar, coco, csv_file, digits, folder, mnist_on_cifar, voc, waterbirds
 from debiaskd.data.sources.records import DataError, Problems, Source
@@ -37,6 +38,7 @@ class Reader:
         draws: whether it draws its images, and is told that size.
         files: whether it reads any files.
         one_file: whether its source is one file and not a folder.
+        masks: whether its own files hold masks; others take a folder of PNG files.
     """
 
     read: Callable[..., Source]
@@ -44,11 +46,12 @@ class Reader:
     draws: bool = False
     files: bool = True
     one_file: bool = False
+    masks: bool = False
 
 
 READERS = {
-    "coco": Reader(coco.read),
-    "voc": Reader(voc.read),
+    "coco": Reader(coco.read, masks=True),
+    "voc": Reader(voc.read, masks=True),
     "waterbirds": Reader(waterbirds.read),
     "celeba": Reader(celeba.read),
     "folder": Reader(folder.read),
@@ -115,7 +118,10 @@ def prepare(
             `lenient`.
         shard_size: images per shard.
         progress: called with (split, share of the total that is done).
-        **options: the reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
+        **options: `masks`: True for coco (its segmentations) and voc (SegmentationClass), a folder for waterbirds,
+            celeba, folder and csv, with a PNG file at the path of each image; any pixel but 0 is of the image's class
+            or, with csv's label_columns, value k of column k. Their masks are stored besides the boxes. And the
+            reader's own: crowd for coco, difficult for voc, boxes for waterbirds and folder, bias for
             folder, target and bias for celeba, images, path_column, label_column, label_columns, bias_columns and
             split_column for csv, labels for cifar, and for mnist_on_cifar and digits agreement, seed,
             train, val and test.
@@ -163,7 +169,10 @@ def prepare(
     problems = Problems(strict, lenient)
     if reader.draws:
         options["size"] = size
+    folder_of_masks = None if reader.masks else options.pop("masks", None)
     source = reader.read(src, problems, splits=splits, **options)
+    if folder_of_masks is not None:
+        source = with_mask_files(source, Path(folder_of_masks))
     enough.check_annotations(source, problems)
     settings = {
         "kind": kind,

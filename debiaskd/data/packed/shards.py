@@ -35,7 +35,8 @@ FORMATS = ("npy", "litdata")
 @dataclass(frozen=True)
 class Sample:
     """One image as it is stored: pixels uint8 [S,S,3], boxes int32 [k,4] with labels and flags, target int64 or
-    uint8 [K], its place in the split as annotated, and the original (height, width)."""
+    uint8 [K], its place in the split as annotated, the original (height, width), and masks by class as the words of
+    `debiaskd.masks`, int32 [m,ceil(S/32),S]."""
 
     image: NDArray[np.uint8]
     coords: NDArray[np.int32]
@@ -47,6 +48,8 @@ class Sample:
     size: tuple[int, int]
     position: int
     path: str
+    masks: NDArray[np.int32] | None = None
+    mask_labels: NDArray[np.int64] | None = None
 
 
 class Writer(Protocol):
@@ -60,12 +63,12 @@ class Writer(Protocol):
 class NpyWriter:
     """Files of one shard in `folder`. Images go to the disk one by one, so that memory holds one at a time."""
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, masks: bool = False) -> None:
         self.folder, self.size = folder, size
         self.count = 0
         self.pixels: BinaryIO = open(folder / "images.npy", "wb")  # noqa: SIM115  # for as long as the shard takes
         self.header_bytes = self._header(0)
-        self.columns = ColumnWriter(folder)
+        self.columns = ColumnWriter(folder, size if masks else None)
 
     def _header(self, count: int) -> int:
         """numpy pads headers so that a count that grows fits into the same bytes."""
@@ -91,10 +94,12 @@ class NpyWriter:
 
 
 class ColumnWriter:
-    """All of a shard but its images: what is looked up by number, before anything is read."""
+    """All of a shard but its images: what is looked up by number, before anything is read. `masks` is the side of the
+    stored masks, None where there are none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, masks: int | None = None) -> None:
         self.folder = folder
+        self.masks = None if masks is None else MaskColumns(masks)
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self.offsets = [0]
 
@@ -102,8 +107,12 @@ class ColumnWriter:
         self.offsets.append(self.offsets[-1] + len(sample.coords))
         for name, column in self.columns.items():
             column.append(getattr(sample, name))
+        if self.masks is not None:
+            self.masks.add(sample)
 
     def close(self) -> None:
+        for name, words in ({} if self.masks is None else self.masks.arrays()).items():
+            _save(self.folder / f"{name}.npy", words)
         _save(self.folder / "offsets.npy", np.array(self.offsets, np.int64))
         for name, (dtype, shape, joined) in COLUMNS.items():
             rows = self.columns[name]
@@ -118,15 +127,37 @@ class ColumnWriter:
             _save(self.folder / f"{name}.npy", array)
 
 
+class MaskColumns:
+    """Masks of a shard: image `i` has `masks[mask_offsets[i]:mask_offsets[i + 1]]`, each of a class."""
+
+    def __init__(self, size: int) -> None:
+        self.words = [np.zeros((0, -(-size // 32), size), np.int32)]
+        self.labels = [np.zeros(0, np.int64)]
+        self.offsets = [0]
+
+    def add(self, sample: Sample) -> None:
+        if sample.masks is not None and sample.mask_labels is not None:
+            self.words.append(sample.masks)
+            self.labels.append(sample.mask_labels)
+        self.offsets.append(self.offsets[-1] + (0 if sample.masks is None else len(sample.masks)))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {
+            "masks": np.concatenate(self.words),
+            "mask_labels": np.concatenate(self.labels),
+            "mask_offsets": np.array(self.offsets, np.int64),
+        }
+
+
 class LitdataWriter:
     """One chunk for LitData's `StreamingDataset`, in `folder`, and the columns beside it, in `columns`. LitData itself
     keeps a chunk in memory until it is written, so that this takes as much as a shard."""
 
-    def __init__(self, folder: Path, columns: Path, index: int) -> None:
+    def __init__(self, folder: Path, columns: Path, index: int, masks: int | None = None) -> None:
         from litdata.streaming.writer import BinaryWriter
 
         columns.mkdir()
-        self.count, self.columns = 0, ColumnWriter(columns)
+        self.count, self.columns = 0, ColumnWriter(columns, masks)
         self.writer = BinaryWriter(str(folder), chunk_size=1 << 31, chunk_index=index)
 
     def add(self, sample: Sample) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from debiaskd.data import pixels
 from debiaskd.data.packed import shards
+from debiaskd.data.packed.fit_masks import fitted_masks
 from debiaskd.data.packed.shards import Sample, Writer
 from debiaskd.data.sources.records import DataError, Part, Problems
 
@@ -91,12 +92,14 @@ def make(job: Job, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
 
 def _fill(job: Job, unfinished: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     problems = Problems(job.strict)
-    count = boxes = 0
+    count = boxes = masked = 0
     skipped: list[int] = []
     writer: Writer = (
-        shards.NpyWriter(unfinished, job.size)
+        shards.NpyWriter(unfinished, job.size, job.part.masks is not None)
         if job.format == "npy"
-        else shards.LitdataWriter(unfinished, unfinished / job.name, job.index)
+        else shards.LitdataWriter(
+            unfinished, unfinished / job.name, job.index, None if job.part.masks is None else job.size
+        )
     )
     try:
         for position, sample in _samples(job, problems):
@@ -108,11 +111,14 @@ def _fill(job: Job, unfinished: Path, stop: Callable[[], bool]) -> dict[str, Any
             writer.add(sample)
             count += 1
             boxes += len(sample.coords)
+            masked += sample.masks is not None
         writer.close()
     except BaseException:
         writer.abandon()
         raise
     facts = {"count": count, "boxes": boxes, "skipped": skipped, "problems": problems.found}
+    if job.part.masks is not None:
+        facts["masks"] = masked
     if job.format == "npy":
         shards.seal(unfinished, facts)
         shards.move(unfinished, job.folder / job.name)
@@ -173,13 +179,19 @@ def _sample(job: Job, i: int, problems: Problems) -> Sample:
             problems.add(OUTSIDE, name)
         coords, labels, flags = coords[inside], labels[inside], flags[inside]
         coords = pixels.fit_boxes(coords, (height, width), job.size, placed, corner)
+    found = None
+    if recorded in ((0, 0), (height, width)):
+        found = fitted_masks(part, i, (height, width), job.size, placed, corner, (coords, labels, flags), problems)
+    if found is not None and not annotated:
+        coords, labels, flags, annotated = found.bounds, found.labels, np.zeros(len(found.labels), np.uint8), True
     if job.classes is not None:
         target = np.zeros(job.classes, np.uint8)
         target[labels] = 1
     if not annotated:
         coords, labels, flags = coords[:0], labels[:0], flags[:0]
     size, group = (height, width), int(part.groups[i])
-    return Sample(fitted, coords, labels, flags, target, group, annotated, size, part.start + i, name)
+    stored = (None, None) if found is None else (found.words, found.labels)
+    return Sample(fitted, coords, labels, flags, target, group, annotated, size, part.start + i, name, *stored)
 
 
 # -- in worker processes --------------------------------------------------------------------------------------------

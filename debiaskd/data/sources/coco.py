@@ -1,5 +1,4 @@
-"""COCO as it is distributed: `SRC/annotations/instances_train2017.json`, and the images in `SRC/train2017/`
-or `SRC/images/train2017/`."""
+"""COCO as it is distributed: `SRC/annotations/instances_train2017.json` and the images, `SRC/[images/]train2017/`."""
 
 from __future__ import annotations
 
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from debiaskd.data.sources import segmentation
+from debiaskd.data.sources.masks import Outlines
 from debiaskd.data.sources.names import named_splits, number, whole
 from debiaskd.data.sources.problems import DataError, Problems, Tally
 from debiaskd.data.sources.records import (
+    IGNORE,
     Source,
     Split,
     box_fault,
@@ -26,22 +27,23 @@ from debiaskd.utils import checks
 
 OPTIONS = ("keep", "drop", "mask")
 _PREFIX = "instances_"
-# Most of the file and nothing that is used: let go of as soon as each entry is read.
+# Of no use: let go of as soon as each entry is read.
 _UNUSED = ("area", "license", "coco_url", "flickr_url", "date_captured")
-_BOUNDS = "bounds of its segmentation"
+_BOUNDS, _OUTLINE = "bounds of its segmentation", "its segmentation"
 _Box = tuple[tuple[float, ...], int, int]
 
 
-def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None, crowd: str = "keep") -> Source:
+def read(
+    path: Path, problems: Problems, *, splits: Sequence[str] | None = None, crowd: str = "keep", masks: bool = False
+) -> Source:
     """The instances of COCO 2014, 2017 or any data set in their layout.
 
     Category ids become classes 0, 1, … in the order of the ids. An image's target are the classes of its boxes. Ids
     may be written as text or floats. An annotation without `bbox` has the bounds of its segmentation (polygons or
     run-length encoded). Annotations of equal image, category, box and crowd flag are duplicates, whatever their ids.
 
-    An image that is listed without annotations holds nothing, unless the file has no annotations at all: then its
-    images are not annotated. Nor is an image all of whose annotations were passed over; it keeps the classes of
-    those whose box alone was wrong.
+    An image without annotations holds nothing, unless the file has none at all: then its images are not annotated. Nor
+    is an image all of whose annotations were passed over; it keeps the classes of those whose box alone was wrong.
 
     Args:
         path: the folder that holds `annotations/`.
@@ -50,10 +52,11 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
         crowd: what becomes of a box around a crowd. "keep": a box like others, flagged. "drop": as if it had not
             been annotated: neither box nor class. "mask": its class counts, and its area is to be ignored, neither
             inside nor outside a box.
+        masks: keep the segmentations, in as much memory as the file takes.
 
     Raises:
-        DataError: no annotations; not JSON, or not COCO's; a path that climbs out of the folder; an id that two
-            images or two categories share; splits with different categories.
+        DataError: no annotations; not JSON or not COCO's; a path out of the folder; an id that two images or two
+            categories share; splits with different categories.
     """
     checks.option("crowd", crowd, OPTIONS)
     folder = path / "annotations"
@@ -76,7 +79,7 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
             continue
         if name not in present:
             raise DataError(f"{path / name}: no such folder; it should hold the pictures of {files[name].name}")
-        names, made[name] = _read_split(name, files[name], path, present[name], problems, crowd)
+        names, made[name] = _read_split(name, files[name], path, present[name], problems, crowd, masks)
         if classes not in (None, names):
             raise DataError(f"{files[name]}: its categories differ from those of the other splits")
         classes = names
@@ -85,14 +88,14 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
         twice = sorted({name for name in classes if classes.count(name) > 1})
         problems.note("several categories of the same name, kept apart by their ids", ", ".join(twice))
     ordered = {name: made[name] for name in chosen}
-    return Source("coco", path, classes, True, (), ordered, {"crowd": crowd})
+    return Source("coco", path, classes, True, (), ordered, {"crowd": crowd} | ({"masks": True} if masks else {}))
 
 
 def _pictures(path: Path, name: str) -> Path | None:
     """The folder of a split's images, also in another case."""
-    for above in (path, path / "images"):
-        if (above / name).is_dir():
-            return above / name
+    exact = [above / name for above in (path, path / "images") if (above / name).is_dir()]
+    if exact:
+        return exact[0]
     for above in (path, path / "images"):
         same = [f for f in sorted(above.glob("*")) if f.name.casefold() == name.casefold() and f.is_dir()]
         if len(same) == 1:
@@ -101,9 +104,9 @@ def _pictures(path: Path, name: str) -> Path | None:
 
 
 def _read_split(
-    name: str, file: Path, path: Path, root: Path, problems: Problems, crowd: str
+    name: str, file: Path, path: Path, root: Path, problems: Problems, crowd: str, masks: bool
 ) -> tuple[tuple[str, ...], Split]:
-    document = _load(file)
+    document = _load(file, masks)
     classes, names = _categories(document["categories"], file)
     images, aliases = _images(document["images"], file, path, root, problems, problems.tally(name, "pictures"))
     annotations = _Annotations(file, classes, images, aliases, crowd, problems, problems.tally(name, "boxes"))
@@ -111,22 +114,27 @@ def _read_split(
         annotations.add(entry)
     if not document["annotations"]:
         problems.note("file without annotations, whose pictures count as not annotated", file.name)
-    split = Split(root)
+    split, outlines = Split(root), Outlines()
+    split.masks = outlines if masks else None
     for key, (picture, size) in images.items():
         boxes = annotations.boxes.get(key, [])
         unusable = annotations.unusable.get(key)
         annotated = bool(document["annotations"]) and (bool(boxes) or unusable is None)
         split.add(picture, boxes if annotated else placeholder(unusable or ()), size=size, annotated=annotated)
+        if masks:
+            outlines.add(annotations.outlines.get(key, []), annotated=annotated)
     return names, split
 
 
-def _load(file: Path) -> dict[str, list[Any]]:
+def _load(file: Path, masks: bool) -> dict[str, list[Any]]:
     def lighter(entry: dict[str, Any]) -> dict[str, Any]:
         for key in _UNUSED:
             entry.pop(key, None)
         outline = entry.pop("segmentation", None)
         if outline is not None and _no_box(entry.get("bbox")):
             entry[_BOUNDS] = segmentation.bounds(outline)
+        if masks and outline is not None:
+            entry[_OUTLINE] = outline
         return entry
 
     try:
@@ -231,6 +239,7 @@ class _Annotations:
     tally: Tally
     boxes: dict[int | str, list[_Box]] = field(default_factory=dict)
     unusable: dict[int | str, set[int]] = field(default_factory=dict)
+    outlines: dict[int | str, list[tuple[int, Any]]] = field(default_factory=dict)
 
     def add(self, entry: Any) -> None:
         self.tally.total += 1
@@ -265,6 +274,8 @@ class _Annotations:
             self.tally.total -= 1
         else:
             boxes.append((coords, label, flags))
+            if _OUTLINE in entry and not flags & IGNORE:
+                self.outlines.setdefault(image, []).append((label, entry[_OUTLINE]))
             if entry.get(_BOUNDS):
                 self.problems.note("annotation without bbox, read as the bounds of its segmentation", where)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from debiaskd.data.sources.masks import MaskSource
 from debiaskd.data.sources.names import split_name
 from debiaskd.data.sources.problems import DataError as DataError
 from debiaskd.data.sources.problems import Problems as Problems
@@ -52,6 +53,7 @@ class Split:
     def __init__(self, root: Path, pictures: Pictures | None = None) -> None:
         self.root = root
         self.pictures = pictures
+        self.masks: MaskSource | None = None
         self.paths: list[str] = []
         self.classes, self.groups, self.sizes = array("q"), array("q"), array("q")
         self.annotated, self.flags = array("B"), array("B")
@@ -98,6 +100,7 @@ class Split:
             np.array(self.labels[low:high], np.int64),
             np.array(self.flags[low:high], np.uint8),
             None if self.pictures is None else self.pictures.part(start, stop),
+            None if self.masks is None else self.masks.part(start, stop),
         )
 
     def update(self, digest: Any) -> None:
@@ -107,6 +110,8 @@ class Split:
         columns = (self.classes, self.groups, self.sizes, self.annotated, self.coords, self.labels, self.flags)
         for column in (*columns, self.offsets):
             digest.update(column)
+        if self.masks is not None:
+            self.masks.update(digest)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Part:
     labels: NDArray[np.int64]
     flags: NDArray[np.uint8]
     pictures: Pixels | None = None
+    masks: MaskSource | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from debiaskd.data.sources.masks import files_of
 from debiaskd.data.sources.names import EXTENSIONS, fold_case, named_splits
 from debiaskd.data.sources.problems import DataError, Problems
 from debiaskd.data.sources.records import (
@@ -30,7 +31,9 @@ CLASSES = (
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
-def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None, difficult: str = "keep") -> Source:
+def read(
+    path: Path, problems: Problems, *, splits: Sequence[str] | None = None, difficult: str = "keep", masks: bool = False
+) -> Source:
     """VOC 2007 or 2012, or images of one's own in their format.
 
     Coordinates in the XML count from 1 and include the last pixel: (xmin, xmax) becomes the half-open xmin - 1, xmax.
@@ -48,6 +51,8 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
         splits: names of files in ImageSets/Main; None: train, val and test as far as they are there, or else
             trainval.
         difficult: what becomes of an object that is marked as difficult: "keep", "drop", "mask" as for COCO's crowds.
+        masks: read `SegmentationClass/NAME.png`, whose pixel values are the classes from 1 on, 255 for the edges of
+            objects; images without such a file keep their boxes alone.
 
     Raises:
         DataError: no or several years, no or unknown splits, a name that climbs out of the folder.
@@ -70,7 +75,14 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
         if name in lists and name not in chosen:
             reader.scan(name, lists[name])
     classes = reader.number(made)
-    return Source("voc", path, classes, True, (), made, {"difficult": difficult})
+    if masks:
+        if classes != CLASSES:
+            raise DataError(f"{year / 'SegmentationClass'}: masks are read where the classes are VOC's own alone")
+        files = files_of(year / "SegmentationClass", len(classes), optional=True)
+        for split in made.values():
+            split.masks = files()
+    options = {"difficult": difficult} | ({"masks": True} if masks else {})
+    return Source("voc", path, classes, True, (), made, options)
 
 
 def _year(path: Path) -> Path:

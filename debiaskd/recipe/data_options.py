@@ -1,0 +1,61 @@
+"""The data of a recipe: its keys, and what they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass
+class Data:
+    """Prepared pictures (`debiaskd prepare`).
+
+    A split is named as it was prepared, "train", or a part of it, "train[:80%]" and "train[80%:]": pictures are taken
+    in a random order that depends on the seed alone.
+
+    Args:
+        path: the folder that was prepared, in either format.
+        url: where the chunks of data prepared for LitData lie that are not below `path`, "s3://bucket/birds-224": they
+            are fetched as they are needed, and kept below `path`.
+        train, validation: splits.
+        test: what `debiaskd evaluate` measures on, unless it is told otherwise; nothing else looks at it.
+        groups: left out: those that the data was prepared with. A CSV file with the columns path and bias (`debiaskd
+            discover` writes one, `prepare folder` reads the same): its groups, for training and validation. "found":
+            those that `discovery` finds. "none": no group is read. The test keeps those that it was prepared with.
+        annotated_fraction: share of the training pictures whose boxes are known.
+        dilate: enlarge training boxes by this share of their size on every side.
+        masks: where images were prepared with masks (`debiaskd prepare --masks`), guide into those and measure by
+            those, in training, validation and test; images without a mask keep their boxes.
+        seed: decides which parts of a split, and which annotated pictures, are meant.
+        size: side of the pictures that the networks read, unless their `input.size` says otherwise or they read one
+            size only; as prepared if it is left out.
+        flip: mirror half of the training pictures.
+        crop_scale: smallest and largest share of its area that a random crop of a training picture takes; no crop if it
+            is left out.
+    """
+
+    path: str
+    url: str | None = None
+    train: str = "train"
+    validation: str = "val"
+    test: str = "test"
+    groups: str | None = None
+    annotated_fraction: float = 1.0
+    dilate: float = 0.0
+    masks: bool = False
+    seed: int = 0
+    size: int | None = None
+    flip: bool = True
+    crop_scale: tuple[float, float] | None = None
+
+
+def data_problems(data: Data) -> Iterator[str]:
+    """What is wrong with the values themselves."""
+    if not 0 < data.annotated_fraction <= 1:
+        yield f"data.annotated_fraction: must be a share in (0, 1], got {data.annotated_fraction}"
+    if data.url == "":
+        yield "data.url: must say where the chunks lie, or be left out, got ''"
+    if data.masks and data.dilate:
+        yield f"data.dilate: enlarges boxes, and data.masks is true; got {data.dilate}"
+    if data.crop_scale is not None and not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        yield f"data.crop_scale: must be (smallest, largest) in (0, 1], got {data.crop_scale}"
