@@ -70,7 +70,7 @@ def flags(library):
     checks = []
     if os.environ.get("DEBIASKD_SANITIZE") == "1":
         checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        options += ["-O1", "-g", "-DDEBIASKD_SANITIZE", *checks]
+        options += ["-O1", "-g1", "-DDEBIASKD_SANITIZE", *checks]
     return [*common, *options, *checks], [*checks, "-Wl,--no-as-needed", *libraries]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 
 import pytest
@@ -41,6 +42,15 @@ def ordinary_surroundings(monkeypatch):
     """Automatic choice of the backend, whatever the shell says, and the same randomness for every test."""
     monkeypatch.delenv("DEBIASKD_BACKEND", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Fork the processes that `prepare` starts from a server that has imported the packages."""
+    import processes
+
+    context = processes.context()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 @pytest.fixture

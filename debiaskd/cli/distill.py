@@ -121,7 +121,7 @@ def _prepared(options: argparse.Namespace, out: Path, progress: Callable[[], Any
             options.pictures,
             out / "data",
             size=options.size or _side(options.pictures),
-            workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            workers=None,
             bias=options.bias,
             boxes=options.boxes,
             progress=lambda split, done: say(f"preparing {split}", done, ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,10 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
             help="squash to the square, or keep the shape, centred on black; default: %(default)s",
         )
     parser.add_argument(
-        "--workers", type=positive, metavar="N", help="processes that decode; default: one for each core"
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="processes that decode; default: one for each core, one alone for few images",
     )
     parser.add_argument(
         "--format",
@@ -171,7 +173,7 @@ def run(options: argparse.Namespace, progress: Callable[[str, float], None]) -> 
         src,
         options.out,
         splits=options.split,
-        workers=options.workers or _cores(),
+        workers=options.workers,
         progress=progress,
         **rest,
     )
@@ -213,13 +215,6 @@ def _split_line(name: str, split: dict[str, Any], manifest: dict[str, Any]) -> s
 def _listed(names: Sequence[str], separator: str, shown: int = 100) -> str:
     more = f"{separator}and {len(names) - shown} more" if len(names) > shown else ""
     return separator.join("".join(c if c.isprintable() else "?" for c in name) for name in names[:shown]) + more
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 def _names(text: str) -> tuple[str, ...]:

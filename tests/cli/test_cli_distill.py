@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ pytest.importorskip("PIL")
 from cli_runs import command, failed
 from PIL import Image
 
+from debiaskd.cli import entry as cli
 from debiaskd.data import prepare
 from debiaskd.pipeline import budget, distillation
 from debiaskd.recipe import read
 from debiaskd.utils import files
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("distill")]
 TEACHER, STUDENT = ("--teacher", "small/6"), ("--student", "small/4")
 
 
@@ -55,12 +58,21 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "EPOCHS", 1)
 
 
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """(the images, the folder of outputs, what was printed)."""
+    root, printed = tmp_path_factory.mktemp("distilled"), io.StringIO()
+    arguments = ["distill", folder(root), *TEACHER, *STUDENT, "--out", root / "out"]
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed):
+        patched.setattr(distillation, "EPOCHS", 1)
+        assert cli.main([str(argument) for argument in arguments]) == 0
+    return root / "pictures", root / "out", printed.getvalue()
+
+
 def test_a_folder_becomes_a_debiased_student_and_a_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], brief: None
+    distilled: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], brief: None
 ) -> None:
-    pictures, out = folder(tmp_path), tmp_path / "out"
-    code, said, _ = command(capsys, "distill", pictures, *TEACHER, *STUDENT, "--out", out)
-    assert code == 0
+    pictures, out, said = distilled
     for line in (
         "images: 48 in train, 16 in val, 16 in test, stored at 40×40",
         "classes: 2 (a: 24, b: 24)",
@@ -93,18 +105,21 @@ def test_a_folder_becomes_a_debiased_student_and_a_page(
 
 
 def test_a_given_teacher_is_measured_and_its_last_layer_fitted_where_it_is_biased(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], brief: None, monkeypatch: pytest.MonkeyPatch
+    distilled: tuple[Path, Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    brief: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pictures = folder(tmp_path, boxes=False)
-    assert command(capsys, "distill", pictures, *TEACHER, *STUDENT, "--out", tmp_path / "a")[0] == 0
-    given = ("--weights", tmp_path / "a" / "teacher", "--out")
+    pictures, teacher = folder(tmp_path, boxes=False), distilled[1] / "teacher"
+    given = ("--weights", teacher, "--out")
     monkeypatch.setattr(distillation, "GAP", 2.0)  # never biased
     code, said, _ = command(capsys, "distill", pictures, *TEACHER, *STUDENT, *given, tmp_path / "b")
     assert code == 0 and "the given teacher, on validation: " in said and "method: DeTT\n" in said
     recipe = read(tmp_path / "b" / "recipe.yaml")
     assert recipe.teacher is not None and recipe.teacher.head is None
     assert "fitted anew" not in said and not (tmp_path / "b" / "teacher").exists()
-    own = json.loads((tmp_path / "a" / "teacher" / "evaluation-test.json").read_text())["figures"]["accuracy"]
+    own = json.loads((teacher / "evaluation-test.json").read_text())["figures"]["accuracy"]
     assert f"the teacher, on test: {100 * own:.1f} % right on average" in said
     monkeypatch.setattr(distillation, "GAP", -1.0)  # always biased
     code, said, _ = command(capsys, "distill", pictures, *TEACHER, *STUDENT, *given, tmp_path / "c")

@@ -113,6 +113,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 # -- whole, resumed, the same -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("processes")
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("layout", ["binary", "npz"])
 def test_goes_on_where_it_was(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     src, out = more.cifar10(tmp_path / "src", layout, TRAIN, TEST), tmp_path / "out"

@@ -132,6 +132,8 @@ def test_faint_blur_belongs_to_neither_digit_nor_box() -> None:
 # -- the same every time ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("processes")
+@pytest.mark.usefixtures("forked_workers")
 def test_the_seed_decides_everything(tree: Path, tmp_path: Path) -> None:
     for name, seed, workers in (("a", 5, 1), ("b", 5, 2), ("c", 6, 1)):
         prepare("mnist_on_cifar", tree, tmp_path / name, seed=seed, workers=workers, shard_size=30, **SMALL)

@@ -22,6 +22,7 @@ from data_trees import files_of, unfinished
 
 from debiaskd.data import DataError, PackedDataset, prepare
 from debiaskd.data.packed import output_folder as output
+from debiaskd.data.packed import prepare as preparing
 from debiaskd.data.packed import shards
 
 # -- what is written -----------------------------------------------------------------------------------------------
@@ -204,6 +205,18 @@ def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         prepare("coco", src, src, size=16)
     with pytest.raises(DataError, match="must not lie in the data set"):
         prepare("folder", trees.folder(tmp_path / "f"), tmp_path / "f" / "out", size=16)
+
+
+@pytest.mark.parametrize(("few", "expected"), [(200, 1), (6, 2)])
+def test_processes_start_by_themselves_for_many_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int, expected: int
+) -> None:
+    made, found = preparing._made, []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(preparing, "FEW", few)
+    monkeypatch.setattr(preparing, "_made", lambda jobs, workers: (found.append(workers), made(jobs, 1))[1])
+    prepare("coco", trees.coco(tmp_path / "src", 6), tmp_path / "out", size=16, shard_size=1, workers=None)
+    assert found == [expected]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks files as POSIX does")

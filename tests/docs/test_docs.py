@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+@pytest.mark.xdist_group("processes")
 def test_every_figure_is_what_the_result_files_say() -> None:
-    done = subprocess.run([sys.executable, "docs/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = processes.run("docs/figures.py", "--check", folder=ROOT)
     assert done.returncode == 0, f"run python docs/figures.py: {done.stdout}{done.stderr}"
 
 
+@pytest.mark.xdist_group("processes")
 def test_the_page_of_a_recipes_keys_is_what_the_docstrings_say() -> None:
-    done = subprocess.run([sys.executable, "docs/recipe_keys.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = processes.run("docs/recipe_keys.py", "--check", folder=ROOT)
     assert done.returncode == 0, f"run python docs/recipe_keys.py: {done.stdout}{done.stderr}"
 
 

@@ -93,4 +93,14 @@ def _pairs(backends: tuple[str, ...] | None) -> list[Any]:
 
 
 every_loss_every_way = pytest.mark.parametrize(("loss", "way"), _pairs(None))
+
+
+def _of_each_op(pairs: list[Any]) -> list[Any]:
+    """Without pairs that differ in kind or size alone, which are mere arguments of a native op."""
+    chosen = ("feature_match", "energy", "rrr_upsampled")
+    return [pair for pair in pairs if pair.values[1].name.startswith("eager") or pair.values[0].name in chosen]
+
+
+every_loss_once = pytest.mark.parametrize(("loss", "way"), _of_each_op(_pairs(None)))
 every_native_loss = pytest.mark.parametrize(("loss", "way"), _pairs(("cpp", "triton")))
+every_native_loss_once = pytest.mark.parametrize(("loss", "way"), _of_each_op(_pairs(("cpp", "triton"))))

@@ -19,8 +19,10 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +43,21 @@ class Process:
 
     Args:
         environment: variables besides those of this process.
+        folder: where it runs; None: where this process does.
         session: whether it leads a session, so that one signal reaches it and all that it starts.
     """
 
-    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None, session: bool = False) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        session: bool = False,
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp())
         words, variables = [str(argument) for argument in arguments], {**os.environ, **(environment or {})}
-        target = (words, variables, str(self._folder), session)
-        self._process = _context().Process(target=_main, args=target)
+        target = (words, variables, str(folder or Path.cwd()), str(self._folder), session)
+        self._process = context().Process(target=_main, args=target)
         self._process.start()
 
     @property
@@ -81,9 +90,9 @@ class Process:
         return path.read_text() if path.exists() else ""
 
 
-def run(*arguments: object, environment: Mapping[str, str] | None = None) -> Finished:
+def run(*arguments: object, **options: Any) -> Finished:
     """`python ARGUMENTS` from beginning to end."""
-    return Process(*arguments, environment=environment).wait()
+    return Process(*arguments, **options).wait()
 
 
 def run_ranks(*arguments: object, ranks: int = 2) -> list[Finished]:
@@ -105,13 +114,64 @@ def run_ranks(*arguments: object, ranks: int = 2) -> list[Finished]:
 
 def spawn(function: Callable[..., object], *arguments: Any, ranks: int = 2) -> None:
     """torch.multiprocessing.spawn: `function(rank, *arguments)` in as many processes."""
-    _context()
+    context()
     torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
-def _context() -> Any:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+_STAND_IN = """#!/bin/sh
+case "$*" in {real}) exec {python} "$@";; esac
+call=$(mktemp -d {folder}/call.XXXXXX)
+printf '%s\\0' "$@" >"$call/arguments"
+env -0 >"$call/environment"
+pwd >"$call/folder"
+mkfifo "$call/code"
+echo "$call" >{folder}/calls
+read -r code <"$call/code"
+cat "$call/stdout"
+cat "$call/stderr" >&2
+exit "$code"
+"""
+
+
+@contextmanager
+def interpreter(folder: Path, real: str = "") -> Iterator[Path]:
+    """An executable for shell scripts that does what `python` would, by `run`.
+
+    Args:
+        folder: an empty folder for it and for what goes through it.
+        real: a pattern of sh; arguments that match it are given to this process's Python.
+    """
+    made, calls = folder / "python", folder / "calls"
+    made.write_text(_STAND_IN.format(folder=folder, python=sys.executable, real=real or "''"))
+    made.chmod(0o755)
+    os.mkfifo(calls)
+
+    def serve() -> None:
+        with open(os.open(calls, os.O_RDWR)) as requests:  # for writing, too: no end of file between two calls
+            for line in requests:
+                call = Path(line.rstrip())
+                if line == "\n":
+                    return
+                words = [(call / name).read_text().split("\0")[:-1] for name in ("arguments", "environment")]
+                variables = dict(word.split("=", 1) for word in words[1])
+                done = run(*words[0], environment=variables, folder=Path((call / "folder").read_text().rstrip()))
+                (call / "stdout").write_text(done.stdout)
+                (call / "stderr").write_text(done.stderr)
+                (call / "code").write_text(f"{done.returncode}\n")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield made
+    finally:
+        calls.write_text("\n")
+        thread.join()
+
+
+def context() -> Any:
+    """The context of multiprocessing whose processes are forked from the server."""
+    made = get_context("forkserver")
+    made.set_forkserver_preload(PRELOADED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # where the server finds what it preloads
     try:
@@ -121,18 +181,19 @@ def _context() -> Any:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-    return context
+    return made
 
 
-def _main(arguments: list[str], environment: dict[str, str], folder: str, session: bool) -> None:
+def _main(arguments: list[str], environment: dict[str, str], folder: str, output: str, session: bool) -> None:
     if session:
         os.setsid()
     for number, name in ((1, "stdout"), (2, "stderr")):
-        with open(f"{folder}/{name}", "w") as file:
+        with open(f"{output}/{name}", "w") as file:
             os.dup2(file.fileno(), number)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))

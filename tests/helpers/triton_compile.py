@@ -1,10 +1,10 @@
 """Compiles the Triton kernels for GPUs that are not here, by ordinary calls on tensors without memory.
 
-    env -u TRITON_INTERPRET python tests/helpers/triton_compile.py cuda:90 feature_match
+    env -u TRITON_INTERPRET python tests/helpers/triton_compile.py cuda:90,cuda:80 feature_match
 
-prints as JSON, for each case of the ops named, what became of its launches. A process of its own, because Triton reads
-when it is imported whether it interprets, which the other tests have it do. The cases are in triton_cases;
-whoever adds an op adds a module there.
+prints as JSON, for each target and each case of the ops named, what became of its launches. A process of its own,
+because Triton reads when it is imported whether it interprets, which the other tests have it do. The cases are in
+triton_cases; whoever adds an op adds a module there.
 """
 
 from __future__ import annotations
@@ -36,29 +36,36 @@ def cases_of(op: str, target: str = TARGETS[0]) -> dict[str, Any]:
 
 
 class _AbsentGPU:
-    """As much of a Triton driver as compilation asks for."""
+    """As much of a Triton driver as compilation asks for; Triton keeps what it compiled by the number of the device."""
 
-    def __init__(self, target: Any) -> None:
-        self.target = target
+    def __init__(self, target: Any, number: int) -> None:
+        self.target, self.number = target, number
 
     def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def compile_launches(target: str) -> list[tuple[str, int, Any]]:
-    """From here on launches compile and do no more; each appends kernel, programs and what Triton made of it."""
+def aim_at(target: str) -> None:
+    """From here on launches are compiled for this target."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     backend, arch = target.split(":")
-    driver.set_active(_AbsentGPU(GPUTarget(backend, *((int(arch), 32) if backend == "cuda" else (arch, 64)))))
+    made = GPUTarget(backend, *((int(arch), 32) if backend == "cuda" else (arch, 64)))
+    driver.set_active(_AbsentGPU(made, TARGETS.index(target) if target in TARGETS else len(TARGETS)))
+
+
+def compile_launches(target: str) -> list[tuple[str, int, Any]]:
+    """From here on launches compile and do no more; each appends kernel, programs and what Triton made of it."""
+    from triton.runtime.jit import JITFunction
+
+    aim_at(target)
     launch, launches = JITFunction.run, []
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -112,21 +119,23 @@ def hip_facts(asm: Any) -> dict[str, Any]:
     return {"loads": loads, "stores": stores, "registers": used["vgpr_count"], "spilled": spilled, "tf32": tf32}
 
 
-def main(target: str, *ops: str) -> None:
-    launches = compile_launches(target)
-    facts = cuda_facts if target.startswith("cuda") else hip_facts
-    report: dict[str, dict[str, Any]] = {}
-    for op in ops:
-        module = importlib.import_module(f"debiaskd.kernels.{op}")
-        report[op] = {}
-        for name, case in cases_of(op, target).items():
-            launches.clear()
-            case.call(module)
-            report[op][name] = [
-                {"kernel": kernel, "programs": programs, "narrow": narrow_addresses(asm["ttir"], case.long)}
-                | facts(asm)
-                for kernel, programs, asm in launches
-            ]
+def main(targets: str, *ops: str) -> None:
+    launches = compile_launches(targets.split(",")[0])
+    report: dict[str, dict[str, dict[str, Any]]] = {}
+    for target in targets.split(","):
+        aim_at(target)
+        facts = cuda_facts if target.startswith("cuda") else hip_facts
+        report[target] = {op: {} for op in ops}
+        for op in ops:
+            module = importlib.import_module(f"debiaskd.kernels.{op}")
+            for name, case in cases_of(op, target).items():
+                launches.clear()
+                case.call(module)
+                report[target][op][name] = [
+                    {"kernel": kernel, "programs": programs, "narrow": narrow_addresses(asm["ttir"], case.long)}
+                    | facts(asm)
+                    for kernel, programs, asm in launches
+                ]
     json.dump(report, sys.stdout)
 
 

@@ -1,5 +1,6 @@
 """The native libraries as files: what they need of the system that runs them; one build serves every PyTorch."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from debiaskd.ops import backend
@@ -110,13 +112,22 @@ print(json.dumps({"torch": torch.__version__, "chosen": chosen, "worst": worst})
 """
 
 
+def run_in(python, *arguments, folder, environment):
+    """As processes.run, in any Python."""
+    if python == sys.executable:
+        return processes.run(*arguments, folder=folder, environment=environment)
+    variables = {**os.environ, **environment}
+    return subprocess.run([python, *arguments], capture_output=True, text=True, env=variables, cwd=folder)
+
+
 def compare_in(python):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DEBIASKD_LIBRARY_DIR": str(backend.library_directory())}
-    result = subprocess.run([python, "-c", COMPARE], capture_output=True, text=True, env=environment, cwd="/")
+    environment = {"PYTHONPATH": str(ROOT), "DEBIASKD_LIBRARY_DIR": str(backend.library_directory())}
+    result = run_in(python, "-c", COMPARE, folder="/", environment=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif("cpp" in backend.unavailable, reason="the native CPU library is not built")
 @pytest.mark.parametrize(
     "python",
@@ -133,6 +144,12 @@ def test_these_very_libraries_agree_with_eager_under_another_pytorch(python):
         assert seen["torch"].startswith("2.10."), seen  # the oldest version that pyproject.toml allows
 
 
+@functools.cache
+def _old_headers():
+    list_paths = "from torch.utils.cpp_extension import include_paths; print(*include_paths(), sep='\\n')"
+    return output_of(OLD_PYTHON, "-c", list_paths).splitlines()
+
+
 @pytest.mark.compiles
 @needs_old_python
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -142,9 +159,8 @@ def test_these_very_libraries_agree_with_eager_under_another_pytorch(python):
     ids=lambda path: path.name,
 )
 def test_sources_compile_with_the_headers_of_the_oldest_pytorch(source):
-    list_paths = "from torch.utils.cpp_extension import include_paths; print(*include_paths(), sep='\\n')"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_on_cpu'}"]
-    includes += [word for path in output_of(OLD_PYTHON, "-c", list_paths).splitlines() for word in ("-isystem", path)]
+    includes += [word for path in _old_headers() for word in ("-isystem", path)]
     # CUDA sources as C++ for the CPU, which takes seconds; what only nvcc reads of them the probe below includes.
     flags = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-w", "-fsyntax-only", "-x", "c++"]
     done = subprocess.run(["g++", *flags, *includes, str(source)], capture_output=True, text=True)
@@ -170,6 +186,9 @@ DEBIASKD_CUDA_LIBRARY(m) { m.impl("feature_match_scale_", TORCH_BOX(&scale)); }
 """
 
 
+BUILD = ("-q", "build_ext", "--build-lib", "out")
+
+
 def build_with_probe(folder, python=sys.executable, **environment):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
@@ -179,16 +198,11 @@ def build_with_probe(folder, python=sys.executable, **environment):
     for source in folder.glob("csrc/cuda/*.cu"):
         source.unlink()  # the probe is enough, and quicker
     (folder / "csrc" / "cuda" / "probe.cu").write_text(PROBE)
-    return subprocess.run(
-        [python, "setup.py", "-q", "build_ext", "--build-lib", "out"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        # No C++ compiler of that name: this is about the other library.
-        env={**os.environ, "CXX": "no-such-compiler", **environment},
-    )
+    # No C++ compiler of that name: this is about the other library.
+    return run_in(python, "setup.py", *BUILD, folder=folder, environment={"CXX": "no-such-compiler", **environment})
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.compiles
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 @pytest.mark.parametrize(
@@ -203,6 +217,7 @@ def test_cuda_sources_become_a_library_of_their_own(tmp_path, python):
     assert "release" in record["cuda"]["compiler"]
 
 
+@pytest.mark.xdist_group("processes")
 def test_cuda_is_left_out_on_request_and_missing_compilers_are_warnings(tmp_path):
     done = build_with_probe(tmp_path, DEBIASKD_CUDA="0")
     assert done.returncode == 0, done.stderr
@@ -213,6 +228,7 @@ def test_cuda_is_left_out_on_request_and_missing_compilers_are_warnings(tmp_path
     assert "no C++ compiler" in record["cpu"]["skipped"]
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -257,18 +273,14 @@ def compiles(tmp_path):
 
     def build(**environment):
         notes.write_text("")
-        done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "CXX": str(compiler), "DEBIASKD_CUDA": "0", "NOTES": str(notes), **environment},
-        )
+        variables = {"CXX": str(compiler), "DEBIASKD_CUDA": "0", "NOTES": str(notes), **environment}
+        done = processes.run("setup.py", *BUILD, folder=tmp_path, environment=variables)
         return done, sorted(Path(line).stem for line in notes.read_text().splitlines())
 
     return tmp_path, build
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_source_is_compiled_again_only_if_it_or_a_header_of_it_changed(compiles):
     folder, build = compiles
     done, sources = build()
@@ -283,6 +295,7 @@ def test_a_source_is_compiled_again_only_if_it_or_a_header_of_it_changed(compile
     assert build()[1] == []
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_source_that_does_not_compile_is_an_error_each_time(compiles):
     folder, build = compiles
     (folder / "csrc/cpu/two.cpp").write_text("#error\n")

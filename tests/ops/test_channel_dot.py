@@ -79,22 +79,24 @@ def test_any_shape_layout_and_dtype_agrees_with_the_oracle(way, problem):
     check(way, *problem)
 
 
+LARGE = [
+    ((1, 2048, 7, 7), ("contiguous", "contiguous")),
+    ((1, 2048, 7, 7), ("channels_last", "channels_last")),
+    ((2, 515, 9, 7), ("channels_last", "contiguous")),
+    ((2, 70, 70, 70), ("contiguous", "contiguous")),
+    ((1, 130, 50, 50), ("stepped", "reversed")),
+    ((17, 65, 3, 5), ("contiguous", "offset")),
+    ((1, 8, 151, 109), ("contiguous", "contiguous")),
+    ((1, 8, 151, 109), ("channels_last", "channels_last")),
+    ((8, 515, 3, 3), ("channels_last", "channels_last")),
+    ((1, 20000, 1, 2), ("channels_last", "channels_last")),
+]
+
+
 @every_way("channel_dot")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "layouts"),
-    [
-        ((1, 2048, 7, 7), ("contiguous", "contiguous")),
-        ((1, 2048, 7, 7), ("channels_last", "channels_last")),
-        ((2, 515, 9, 7), ("channels_last", "contiguous")),
-        ((2, 70, 70, 70), ("contiguous", "contiguous")),
-        ((1, 130, 50, 50), ("stepped", "reversed")),
-        ((17, 65, 3, 5), ("contiguous", "offset")),
-        ((1, 8, 151, 109), ("contiguous", "contiguous")),
-        ((1, 8, 151, 109), ("channels_last", "channels_last")),
-        ((8, 515, 3, 3), ("channels_last", "channels_last")),
-        ((1, 20000, 1, 2), ("channels_last", "channels_last")),
-    ],
+    ("shape", "layouts", "dtype"),
+    [(*large, DTYPES[(i + j) % 4]) for i, large in enumerate(LARGE) for j in (0, 2)],  # each layout with each dtype
     ids=str,
 )
 def test_long_sums_and_large_maps_are_as_accurate(way, dtype, shape, layouts):

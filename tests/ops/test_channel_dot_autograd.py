@@ -11,8 +11,11 @@ needs_native = pytest.mark.skipif(not backend.native, reason="the native librari
 
 
 @every_way("channel_dot")
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "stepped"))
-@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [("contiguous", (2, 3, 2, 2)), ("channels_last", (2, 3)), ("stepped", (2, 3, 2, 2)), ("contiguous", (2, 3))],
+    ids=str,
+)
 def test_gradcheck_of_both_orders(way, layout, shape):
     feature = way.put(lay_out(normal(2, 3, 2, 2, dtype=torch.float64), layout)).requires_grad_()
     gradient = way.put(normal(*shape, seed=1, dtype=torch.float64)).requires_grad_()
@@ -75,8 +78,7 @@ def test_autocast_takes_whatever_dtypes_it_makes(way):
 
 @pytest.mark.compiles
 @every_way("channel_dot")
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5)], ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize(("shape", "layout"), [((2, 5, 3, 4), "contiguous"), ((2, 5), "channels_last")], ids=str)
 def test_one_compiled_graph_equals_the_plain_call(way, shape, layout):
     gradient, feature = way.put(normal(*shape)), way.put(lay_out(normal(2, 5, 3, 4, seed=1), layout))
     torch.compiler.reset()
@@ -96,8 +98,16 @@ def test_one_compiled_graph_equals_the_plain_call(way, shape, layout):
 
 @needs_native
 @pytest.mark.compiles
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "stepped", "expanded"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("contiguous", torch.float32),
+        ("channels_last", torch.bfloat16),
+        ("stepped", torch.bfloat16),
+        ("expanded", torch.float32),
+    ],
+    ids=str,
+)
 def test_ops_are_registered_as_they_behave(layout, dtype):
     feature = lay_out(normal(3, 4, 3, 5, dtype=dtype), layout)
     for values in (normal(3, 4, 3, 5, seed=1, dtype=dtype), normal(3, 4, seed=1)):

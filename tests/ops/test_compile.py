@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 import torch.fx.experimental._config
-from cases import KINDS, attribution, lay_out, normal, uniform, ways
-from every_loss import every_loss_every_way, every_native_loss
+from cases import KINDS, attribution, covering, lay_out, normal, uniform, ways
+from every_loss import every_loss_once, every_native_loss_once
 
 import debiaskd as dk
 from debiaskd.ops import (
@@ -38,7 +38,7 @@ def assert_same(actual, expected):
         torch.testing.assert_close(a, e)
 
 
-@every_loss_every_way
+@every_loss_once
 def test_one_compiled_graph_equals_the_plain_call(loss, way):
     values, constants = loss.make(way, torch.bfloat16 if "upsampled" in loss.name else torch.float32)
 
@@ -52,7 +52,7 @@ def test_one_compiled_graph_equals_the_plain_call(loss, way):
             torch.testing.assert_close(compiled(values), function(values))
 
 
-@every_loss_every_way
+@every_loss_once
 @torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that are alike by chance may differ the next time
 def test_boxes_and_batches_of_other_sizes_run_in_the_same_dynamic_graph(loss, way):
     graphs = []
@@ -74,7 +74,7 @@ def test_boxes_and_batches_of_other_sizes_run_in_the_same_dynamic_graph(loss, wa
     assert len(graphs) == 1
 
 
-@every_native_loss
+@every_native_loss_once
 def test_another_backend_is_taken_up_after_compilation(loss, way):
     if not backend.native:
         pytest.skip("needs two backends")
@@ -148,8 +148,7 @@ def registered(op):
 
 
 @registered("feature_match")
-@pytest.mark.parametrize("samples", (0, 3))
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize(("samples", "layout"), ((0, "contiguous"), (3, "channels_last")))
 def test_feature_match_is_registered_as_it_behaves(way, samples, layout):
     dtype = torch.bfloat16 if layout == "channels_last" else torch.float32
     student, teacher = (lay_out(normal(samples, 4, 3, 5, seed=i, dtype=dtype), layout) for i in range(2))
@@ -174,9 +173,7 @@ def test_map_cosine_is_registered_as_it_behaves(way, samples, sizes):
 
 
 @registered("localization")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("images", "layout"), ((0, "contiguous"), (3, "reversed")))
-@pytest.mark.parametrize("size", [(5, 40), (9, 50)], ids=["own", "up"])
+@covering(kind=KINDS, images__layout=((0, "contiguous"), (3, "reversed")), size=[(5, 40), (9, 50)])
 def test_localization_is_registered_as_it_behaves(way, kind, images, layout, size):
     dtype = torch.bfloat16 if layout == "reversed" else torch.float32
     maps = way.put(lay_out(attribution(kind, images, 5, 40, dtype=dtype), layout))

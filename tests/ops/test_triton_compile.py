@@ -22,11 +22,11 @@ pytestmark = [
 ]
 VERSION = backend.triton_version() if importlib.util.find_spec("triton") else (0, 0)
 CASES = {op: cases_of(op) for op in OPS}
-# All that is compiled for a target is compiled together, by whichever process the tests of that target run in.
+# All is compiled together, by whichever process these tests run in.
 every_case = pytest.mark.parametrize(
     ("op", "target", "case"),
     [
-        pytest.param(op, target, case, marks=pytest.mark.xdist_group(f"triton {target}"))
+        pytest.param(op, target, case, marks=pytest.mark.xdist_group("triton_compile"))
         for op in CASES
         for target in TARGETS
         for case in cases_of(op, target)
@@ -35,24 +35,14 @@ every_case = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """target -> op -> what tests/helpers/triton_compile.py says of its cases."""
-    return Reports(str(tmp_path_factory.mktemp("triton")))
-
-
-class Reports(dict):
-    """Compiled when first asked for."""
-
-    def __init__(self, cache):
-        self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        self.environment["TRITON_CACHE_DIR"] = cache
-
-    def __missing__(self, target):
-        command = [sys.executable, str(ROOT / "tests" / "helpers" / "triton_compile.py"), target, *CASES]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment)
-        assert done.returncode == 0, f"{target}: {done.stderr}"
-        self[target] = json.loads(done.stdout)
-        return self[target]
+def compiled():
+    """target -> op -> what tests/helpers/triton_compile.py says of its cases; unchanged kernels are compiled once."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "triton_compile.py"), ",".join(TARGETS), *CASES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @every_case

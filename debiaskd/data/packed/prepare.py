@@ -6,6 +6,7 @@ resumed; complete shards are never written again; incomplete shards are never re
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections import deque
@@ -60,6 +61,8 @@ READERS = {
     "mnist_on_cifar": Reader(mnist_on_cifar.read, size=64, draws=True),
     "digits": Reader(digits.read, size=48, draws=True, files=False),
 }
+#: With fewer images than this, starting a process takes longer than it would save.
+FEW = 200
 #: Images in a shard: at 224 pixels 77 MB, what object stores like to be asked for at once.
 SHARD_SIZE = 512
 
@@ -88,7 +91,7 @@ def prepare(
     size: int | None = None,
     fit: str = "squash",
     format: str = "npy",
-    workers: int = 1,
+    workers: int | None = 1,
     splits: Sequence[str] | None = None,
     strict: bool = False,
     lenient: bool = False,
@@ -111,6 +114,7 @@ def prepare(
         fit: "squash" to a square, or "pad": keep the aspect ratio, centred on black.
         format: "npy" for `PackedDataset`, "litdata" for `ChunkedDataset` and `StreamedDataset`.
         workers: number of processes that decode. They do not import the calling script, which needs no main guard.
+            None: one for each core, or this one alone for fewer than 200 images.
         splits: names of the splits to read; None: see the reader.
         strict: raise at the first error instead of skipping the entry.
         lenient: continue if more than 90 % of a split's images or boxes, or of a list's rows, were skipped, or a split
@@ -151,7 +155,7 @@ def prepare(
     size = reader.size if size is None else size
     checks.option("fit", fit, pixels.FITS)
     checks.option("format", format, shards.FORMATS)
-    for name, value in (("size", size), ("workers", workers), ("shard_size", shard_size)):
+    for name, value in (("size", size), ("workers", 1 if workers is None else workers), ("shard_size", shard_size)):
         if checks.integer(name, value) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value}")
     if strict and lenient:
@@ -191,7 +195,7 @@ def _run(
     source: Source,
     out: Path,
     settings: dict[str, Any],
-    workers: int,
+    workers: int | None,
     problems: Problems,
     progress: Callable[[str, float], None] | None,
 ) -> Prepared:
@@ -223,6 +227,9 @@ def _run(
                 part, out / name, index, settings["size"], settings["fit"], settings["format"], classes, problems.strict
             )
 
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores if total >= FEW else 1
     if missing:
         tell(missing[0][0])
     for job, facts in _made(jobs(), min(workers, len(missing))):

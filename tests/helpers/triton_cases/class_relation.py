@@ -22,6 +22,9 @@ def _relation(
 
 
 CASES = {
+    "2^32 elements": Case(
+        _relation(2**16, 2**16), ("_find", "_relate", "_combine"), {"_relate": (4, 0), "_combine": (8, 4)}, True
+    ),
     "features": Case(_relation(256, 2048), ("_relate", "_combine"), {"_relate": (4, 0), "_combine": (8, 4)}),
     "float64": Case(_relation(256, 2048, torch.float64), ("_relate", "_combine"), {"_relate": (4, 0)}),
     "loss alone": Case(_relation(256, 2048, with_gradient=False), ("_relate", "_combine"), {"_relate": (4, 0)}),
@@ -31,7 +34,4 @@ CASES = {
         {"_combine": (2, 4)},
     ),
     "stretches, odd": Case(_relation(4096, 1001), ("_find", *("_relate", "_combine") * 4)),
-    "2^32 elements": Case(
-        _relation(2**16, 2**16), ("_find", "_relate", "_combine"), {"_relate": (4, 0), "_combine": (8, 4)}, True
-    ),
 }
