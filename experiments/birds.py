@@ -41,7 +41,6 @@ import evidence  # noqa: E402
 
 from debiaskd.cli import doctor  # noqa: E402
 from debiaskd.data import prepare  # noqa: E402
-from debiaskd.evaluation.evaluate import evaluate_run  # noqa: E402
 from debiaskd.reweight import ErrorSetWarning  # noqa: E402
 from debiaskd.utils import files  # noqa: E402
 
@@ -54,7 +53,7 @@ SCHEDULE: Document = {
     "epochs": 4,
     "batch": 64,
     "optimizer": "adamw",
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "weight_decay": 0.05,
     "shape": "cosine",
     "warmup": 1,
@@ -65,11 +64,27 @@ STUDENT: Document = {
     "selection": {"rule": "worst_group", "attributions": False},
     "compute": {"accelerator": "cpu", "log_every": 20},
 }
-TEACHER: Document = {"schedule": {**SCHEDULE, "epochs": 3, "learning_rate": 3e-4}}
+TEACHER: Document = {"schedule": {**SCHEDULE, "epochs": 3, "learning_rate": 1e-4}}
 VIEWS = 2
 CID: Document = {"kd": {}, "sample": {"weight": 1}, "relation": {"weight": 1}, "backdoor": {"start": 2}}
-TRANSPLANT: Document = {"terms": {"match": {}}, "transplant": {"projector": "depthwise"}}
-ERRORS: Document = {"method": "errors", "up": 50, "epochs": 1}
+SIMKD: Document = {"terms": {"match": {}}, "transplant": {"projector": "depthwise"}}
+DETT: Document = {**SIMKD, "weights": {"method": "errors", "up": 50, "epochs": 1}}
+EVERYTHING: Document = {
+    **DETT,
+    "data": {"annotated_fraction": 0.01},
+    "terms": {
+        "match": {},
+        "guide": {"weight": 0.1},
+        **{name: {**options, "weight": 0.1, "weighted": True} for name, options in CID.items()},
+        "relation": {"weight": 0.1},
+    },
+}
+#: No annotation of the bias is read: environments take the place of groups, also for the choice of the epoch.
+UNKNOWN: Document = {
+    "data": {"groups": "found"},
+    "discovery": {"method": "environments", "epochs": 1},
+    "selection": {"rule": "worst_environment"},
+}
 
 
 def waterbirds95(rows: list[dict[str, str]], seed: int = 0) -> list[dict[str, str]]:
@@ -117,55 +132,48 @@ class Waterbirds95:
     """Teachers, and students of each."""
 
     settings: ClassVar[Document] = {"size": SIZE, "student": STUDENT, "teacher": TEACHER, "views": VIEWS}
-    teachers: ClassVar[dict[str, str]] = {"erm": "erm", "group_dro": "group_dro"}
-    methods: ClassVar[dict[str, tuple[Document, tuple[str | None, ...]]]] = {
-        "plain": ({"terms": {"supervised": {}}}, (None,)),
-        "kd": ({"terms": {"supervised": {}, "kd": {}}}, ("group_dro", "erm")),
-        "dett": ({**TRANSPLANT, "weights": ERRORS}, ("group_dro",)),
-        "simkd": (TRANSPLANT, ("group_dro",)),
-        "cid": ({"terms": CID}, ("group_dro",)),
-        "dett+guided+cid": (
-            {
-                **TRANSPLANT,
-                "weights": ERRORS,
-                "data": {"annotated_fraction": 0.01},
-                "terms": {
-                    "match": {},
-                    "guide": {"weight": 0.1},
-                    **{name: {**options, "weight": 0.1, "weighted": True} for name, options in CID.items()},
-                    "relation": {"weight": 0.1},
-                },
-            },
-            ("group_dro",),
-        ),
-    }
+    #: What the recipe of each teacher has besides.
+    teachers: ClassVar[dict[str, Document]] = {"erm": {}, "group_dro": {}, "afr": UNKNOWN}
+    #: What each student's recipe has besides, and its teachers; the most telling first.
+    methods: ClassVar[tuple[tuple[str, Document, str | None], ...]] = (
+        ("plain", {"terms": {"supervised": {}}}, None),
+        ("kd", {"terms": {"kd": {}}}, "group_dro"),
+        ("dett", DETT, "group_dro"),
+        ("simkd", SIMKD, "group_dro"),
+        ("dett, nothing known", {**DETT, **UNKNOWN}, "afr"),
+        ("cid", {"terms": CID}, "group_dro"),
+        ("dett+guided+cid", EVERYTHING, "group_dro"),
+        ("kd", {"terms": {"kd": {}}}, "erm"),
+    )
 
     def __init__(self, source: Path, out: Path) -> None:
         self.out, self.folder = out, out / "waterbirds95-128"
         prepare("waterbirds", write_waterbirds95(source, out / "waterbirds95"), self.folder, size=SIZE)
 
     def runs(self, seed: int) -> Iterator[tuple[Document, Path, str, Document]]:
-        """(what identifies a row, run, stage, recipe), the most telling first."""
+        """(what identifies a row, run, stage, recipe); a teacher before its first student."""
+        yielded: set[str] = set()
+        for method, added, teacher in self.methods:
+            if teacher is not None and teacher not in yielded:
+                yielded.add(teacher)
+                recipe = self._recipe(self.teachers[teacher])
+                recipe["teacher"] = {**TEACHER, "name": TEACHER_NAME, "method": teacher}
+                recipe["teacher"]["weights"] = str(imagenet_weights(TEACHER_NAME, self.out))
+                recipe["terms"] = {"kd": {}}
+                yield {"method": "teacher", "teacher": teacher}, self._run(seed, "teacher", teacher), "teacher", recipe
+            recipe = self._recipe(added)
+            if teacher is not None:
+                weights = str(self._run(seed, "teacher", teacher) / "teacher" / "model.safetensors")
+                recipe["teacher"] = {"name": TEACHER_NAME, "weights": weights, "cache": "bf16", "views": VIEWS}
+            yield {"method": method, "teacher": teacher}, self._run(seed, method, teacher), "student", recipe
+
+    def _recipe(self, added: Document) -> Document:
         student = {"name": STUDENT_NAME, "weights": str(imagenet_weights(STUDENT_NAME, self.out))}
-        base: Document = {**copy.deepcopy(STUDENT), "student": student}
-        given: dict[str, Document] = {}
-        for teacher, method in self.teachers.items():
-            run = self._run(seed, "teacher", teacher)
-            trained = {**TEACHER, "name": TEACHER_NAME, "method": method}
-            trained["weights"] = str(imagenet_weights(TEACHER_NAME, self.out))
-            weights = str(run / "teacher" / "model.safetensors")
-            given[teacher] = {"name": TEACHER_NAME, "weights": weights, "cache": "bf16", "views": VIEWS}
-            recipe = {**copy.deepcopy(base), "teacher": trained, "terms": {"kd": {}}}
-            recipe["student"] = {"name": "small/8"}  # nothing is read of it
-            recipe["schedule"] = {**SCHEDULE, "epochs": 1, "warmup": 0}
-            yield {"method": "teacher", "teacher": teacher}, run, "teacher", recipe
-        for name, (added, teachers) in self.methods.items():
-            for student_of in teachers:
-                recipe = copy.deepcopy({**base, **added})
-                recipe["data"] = {**base["data"], **recipe["data"]}
-                if student_of is not None:
-                    recipe["teacher"] = given[student_of]
-                yield {"method": name, "teacher": student_of}, self._run(seed, name, student_of), "student", recipe
+        recipe = copy.deepcopy({**STUDENT, "student": student, **added})
+        recipe["data"] = {**STUDENT["data"], **recipe["data"]}
+        recipe["selection"] = {**STUDENT["selection"], **recipe["selection"]}
+        recipe["compute"] = {**STUDENT["compute"], "stages": str(self.out / "stages")}
+        return recipe
 
     def _run(self, seed: int, method: str, teacher: str | None) -> Path:
         return self.out / re.sub(r"[^\w+=]+", "-", f"95 {seed} {method} {teacher or 'alone'}")
@@ -213,19 +221,23 @@ def main(name: str, source: Path, out: Path, seeds: tuple[int, ...]) -> None:
             if any({**row, **key} == row for row in rows):
                 continue
             started = time.perf_counter()
-            evidence.train(recipe, seed, experiment.folder, run)
-            document, _ = evaluate_run(run, stage, None, None)
-            metrics = {key: value for key, value in document["figures"].items() if not key.startswith("iou_")}
-            rows.append({**key, "epoch": document["epoch"], **metrics})
+            evidence.train(recipe, seed, experiment.folder, run, only=stage)
+            rows.append({**key, **evidence.measured(run, stage, out)})
             files.write_json(path, rows)
             environment = {**doctor.environment(), "threads": torch.get_num_threads()}
             settings = {**experiment.settings, "runs": [[k, r] for k, _, _, r in experiment.runs(seed)]}
             settings = _without_paths(settings, out)
             files.write_json(
                 ROOT / "docs" / "results" / f"{name}.json",
-                {"rows": rows, "settings": settings, "environment": environment},
+                {
+                    "rows": rows,
+                    "settings": settings,
+                    "environment": environment,
+                    "test_groups": files.read_json(out / "test_groups.json"),
+                },
             )
-            print(f"{time.perf_counter() - started:6.0f} s {rows[-1]}", flush=True)
+            told = {name: value for name, value in rows[-1].items() if name != "correct"}
+            print(f"{time.perf_counter() - started:6.0f} s {told}", flush=True)
 
 
 def _without_paths(value: Any, out: Path) -> Any:

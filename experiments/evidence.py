@@ -219,11 +219,29 @@ def _digits(source: Path, folder: Path, count: int) -> None:
             files.write(path, lambda unfinished, image=image: Image.fromarray(image).save(unfinished, "PNG"))
 
 
-def train(recipe: Document, seed: int, data: Path, run: Path) -> None:
+def train(recipe: Document, seed: int, data: Path, run: Path, only: str = "student") -> None:
+    """Train a run; `only="teacher"`: no further than its teacher."""
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**recipe, "seed": seed, "data": {**recipe["data"], "path": str(data)}}))
     found = read(path)
-    Pipeline(found, run, launch(found.compute), lambda *news: None).student()
+    pipeline = Pipeline(found, run, launch(found.compute), lambda *news: None)
+    if only == "teacher":
+        pipeline.teacher_alone()
+    else:
+        pipeline.student()
+
+
+def measured(run: Path, stage: str, out: Path) -> Document:
+    """Test metrics of a stage, and which images it predicts rightly, by which verdicts compare methods on the same
+    images; their groups go to `out/test_groups.json`."""
+    document, _ = evaluate_run(run, stage, None, None)
+    row = {key: value for key, value in document["figures"].items() if not key.startswith("iou_")}
+    judged = read_judged(run / document["images"]) if document["images"] else None
+    if judged is not None:
+        row["correct"] = to_hex(judged.correct)
+        groups = torch.zeros_like(judged.index) if judged.groups is None else judged.groups
+        files.write_json(out / "test_groups.json", groups.tolist())
+    return {"epoch": document["epoch"], **row}
 
 
 def rows_of(experiment: Any, seed: int, teacher: str | None) -> list[Document]:
@@ -235,14 +253,7 @@ def rows_of(experiment: Any, seed: int, teacher: str | None) -> list[Document]:
         if teacher not in (None, said.get("teacher")) or any({**row, **said} == row for row in rows):
             continue
         train(recipe, seed, experiment.folder, run)
-        document, _ = evaluate_run(run, stage, None, None)
-        figures = {key: value for key, value in document["figures"].items() if not key.startswith("iou_")}
-        row = {**said, "seed": seed, "epoch": document["epoch"], **figures, **experiment.further(run, stage)}
-        judged = read_judged(run / document["images"]) if document["images"] else None
-        if judged is not None:  # by which verdicts compare methods on the same images
-            row["correct"] = to_hex(judged.correct)
-            groups = torch.zeros_like(judged.index) if judged.groups is None else judged.groups
-            files.write_json(experiment.out / "test_groups.json", groups.tolist())
+        row = {**said, "seed": seed, **measured(run, stage, experiment.out), **experiment.further(run, stage)}
         rows.append(row)
         files.write_json(path, rows)
         print(f"{time.perf_counter() - started:6.0f} s {said}, {seed}", flush=True)
