@@ -1,4 +1,5 @@
-"""Make the tables of docs/results.md from the JSON files that experiments/evidence.py wrote."""
+"""Make the tables of docs/results.md and docs/transplant.md from the JSON files that evidence.py and token_teacher.py
+wrote."""
 
 from __future__ import annotations
 
@@ -53,6 +54,15 @@ CIFAR_CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
     (AVERAGE, ("cid", None), ("kd", None), "CID does better than KD"),
     ("mnist_accuracy", ("cid", None), ("kd", None), "CID's features transfer better than KD's, to digits"),
     ("voc_map", ("cid", None), ("kd", None), "and to VOC images"),
+)
+BIRDS_CLAIMS: tuple[tuple[str, Who, Who, str], ...] = (
+    (WORST, ("teacher", DRO), ("kd", DRO), "KD from a debiased teacher still yields a biased student"),
+    (WORST, ("dett", DRO), ("kd", DRO), "transplanting and reweighting reduce the bias"),
+    (WORST, ("dett", DRO), ("simkd", DRO), "transplanting alone does less than with reweighting"),
+    (WORST, ("dett", DRO), ("plain", None), "DeTT's student is less biased than one trained on the labels"),
+    (WORST, ("cid", DRO), ("kd", DRO), "CID's student is less biased than KD's"),
+    (WORST, ("dett+guided+cid", DRO), ("dett", DRO), "all three together do better than DeTT alone"),
+    (WORST, ("dett, nothing known", "afr"), ("kd", DRO), "DeTT that knows no group beats KD from a teacher that does"),
 )
 #: Tables of docs/results.md: for each row, method and teacher, and its label.
 TABLES: dict[str, tuple[tuple[Who, str], ...]] = {
@@ -116,6 +126,9 @@ def blocks() -> dict[str, Any]:
         **{f"comparison-{name}": lambda name=name: shortcut_table(name) for name in TABLES},
         "comparison-claims": lambda: verdicts(_rows("shortcut"), CLAIMS, _document("shortcut").get("test_groups")),
         "comparison-cifar": cifar,
+        "token-teacher": token_teacher,
+        "waterbirds95": waterbirds95,
+        "waterbirds95-claims": lambda: verdicts(_rows("waterbirds95"), *_birds_claims()),
         "comparison-cifar-claims": lambda: verdicts(
             _rows("cifar"), CIFAR_CLAIMS, _document("cifar").get("test_groups")
         ),
@@ -146,6 +159,40 @@ def cifar() -> str:
     document = _document("cifar")
     named = tuple(((name, None), name) for name in document["settings"]["methods"])
     return _table(document, named, (AVERAGE, "mnist_accuracy", "voc_map"), "method")
+
+
+def token_teacher() -> str:
+    document = _document("token_teacher")
+    named = tuple(((name, None), name) for name in ("teacher", *document["settings"]["methods"]))
+    return _table(document, named, (WORST, AVERAGE), "method")
+
+
+def waterbirds95() -> str:
+    """Of every run that is there, the teachers first."""
+    document = _document("waterbirds95")
+    lines = ["| model | teacher | worst group % | its 95 % interval | average accuracy % | energy in box % |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    rows = sorted(document["rows"], key=lambda row: row["method"] != "teacher")
+    for method, teacher in dict.fromkeys((row["method"], row["teacher"]) for row in rows):
+        found = [row for row in rows if (row["method"], row["teacher"]) == (method, teacher)]
+        cells = [Figure.of([100 * row[key] for row in found]).text(1) for key in (WORST, "adjusted_accuracy", ENERGY)]
+        interval = "" if len(found) > 1 else "{worst_group_low:.1%} to {worst_group_high:.1%}".format(**found[0])
+        cells.insert(1, interval.replace("%", ""))
+        lines.append(f"| {method} | {teacher or ''} | {' | '.join(cells)} |")
+    where, seeds = document["environment"], len({row["seed"] for row in rows})
+    lines += [
+        "",
+        f"Test split, {seeds} seed{'s' * (seeds > 1)}; the average weighs groups as training has them. CPU, torch",
+    ]
+    lines[-1] += f" {where['torch']}."
+    return "\n".join(lines)
+
+
+def _birds_claims() -> tuple[list[tuple[str, Who, Who, str]], list[int]]:
+    """Those of which both sides are there, and the test images' groups."""
+    document = _document("waterbirds95")
+    there = {(row["method"], row["teacher"]) for row in document["rows"]}
+    return [claim for claim in BIRDS_CLAIMS if set(claim[1:3]) <= there], document["test_groups"]
 
 
 def _table(document: dict[str, Any], named: Sequence[tuple[Who, str]], keys: Sequence[str], first: str) -> str:

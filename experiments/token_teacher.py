@@ -3,10 +3,10 @@
     python experiments/token_teacher.py OUT [SEED ...]
 
 The quickstart's images, student and schedules (`recipes/quickstart/kd.yaml`, `dett.yaml`); only the teacher is another
-network: a ViT of 0.2 M parameters on 6×6 patches, with convolutions before its patches, since a ViT that cuts the pixels
-themselves does not learn from 5,000 images. It is trained as the quickstart's, with the four groups drawn equally often,
-for twice as many epochs. The epoch is chosen on validation images; test images are looked at once, at the end. OUT gets
-data, runs and stages. An interrupted command continues where it stopped when it is run again.
+network: a ViT of 0.2 M parameters on 6×6 patches, with convolutions before its patches, since a ViT that cuts the
+pixels themselves does not learn from 5,000 images. It is trained as the quickstart's, all four groups drawn equally
+often, for twice as many epochs. The epoch is chosen on validation images; test images are looked at once, at the end.
+OUT gets data, runs and stages. An interrupted command continues where it stopped when it is run again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ from debiaskd.training.fabric import launch  # noqa: E402
 from debiaskd.utils import files  # noqa: E402
 
 SEEDS = (0, 1, 2)
-TEACHER = ("--teacher.name", "vit_digits", "--teacher.schedule.epochs", "12", "--teacher.schedule.learning_rate", "1e-3")
+TEACHER = (
+    *("--teacher.name", "vit_digits"),
+    *("--teacher.schedule.epochs", "12"),
+    *("--teacher.schedule.learning_rate", "1e-3"),
+)
 METHODS = ("kd", "simkd", "dett")
 MEASURED = ("accuracy", "worst_group_accuracy", "unbiased_accuracy")
 WIDTHS = (16, 32, 64)
@@ -60,8 +64,8 @@ class Stem(nn.Module):
         return self.steps(images)  # type: ignore[no-any-return]
 
 
-def _embed(img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **options: Any) -> nn.Module:
-    del patch_size, bias
+def _embed(img_size: int, in_chans: int, embed_dim: int, **options: Any) -> nn.Module:
+    options = {name: value for name, value in options.items() if name not in ("patch_size", "bias")}
     return HybridEmbed(Stem(in_chans), img_size, 1, in_chans=in_chans, embed_dim=embed_dim, **options)
 
 
@@ -95,10 +99,10 @@ def main(out: Path, seeds: tuple[int, ...]) -> None:
     warnings.simplefilter("ignore", ErrorSetWarning)
     rows = [row for seed in seeds for row in rows_of(seed, out)]
     environment = {**doctor.environment(), "threads": torch.get_num_threads()}
-    settings = {"seeds": list(seeds), "images": dict(PICTURES), "teacher": list(TEACHER), "methods": list(METHODS)}
+    settings = {"images": dict(PICTURES), "teacher": list(TEACHER), "methods": list(METHODS)}
     files.write_json(
         ROOT / "docs" / "results" / "token_teacher.json",
-        {"rows": rows, "settings": settings, "environment": environment},
+        {"rows": rows, "seeds": list(seeds), "settings": settings, "environment": environment},
     )
 
 
