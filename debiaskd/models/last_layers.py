@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from debiaskd.models.cut import LayerError, _frames, same_memory
 from debiaskd.models.modules import named_module, share
 
+#: So many times PyTorch's standard deviation, a last layer's initial weights are too large.
+LOUD = 4.0
+
 
 @dataclass
 class Reading:
@@ -95,6 +98,18 @@ def classifiers_of(model: nn.Module) -> list[nn.Module]:
     if isinstance(found, (dict, nn.ModuleDict)):
         found = list(found.values())
     return [part for part in found if isinstance(part, nn.Module)] if found is not None else []
+
+
+def tame(layer: nn.Module) -> None:
+    """Initialize a last layer as PyTorch does if its own initialization gives logits that are far too large.
+
+    timm's EfficientNets, MobileNets and their relatives scale the last layer by the number of classes: with two, a
+    pretrained network begins with a cross-entropy of 8 where ln 2 is expected, and the first epoch spoils its features.
+    """
+    if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.numel() > 1:
+        expected = (3 * layer.weight[0].numel()) ** -0.5  # of PyTorch's uniform distribution
+        if float(layer.weight.detach().std()) > LOUD * expected:
+            layer.reset_parameters()
 
 
 def readings(role: str, model: nn.Module, images: Tensor, name: str | None = None) -> list[Reading]:

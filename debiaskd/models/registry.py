@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from debiaskd.models.bcos_networks import build_bcos
 from debiaskd.models.input import InputContract
 from debiaskd.models.input_sources import accepts
+from debiaskd.models.last_layers import classifiers_of, tame
 from debiaskd.models.own import build_own, is_own
 from debiaskd.models.weight_files import LastLayerWarning, load_weights, save_weights, weights_file, weights_hash
 from debiaskd.models.weight_reading import NetworkError, one_line
@@ -119,6 +120,9 @@ def _timm(
         raise NetworkError(f"{name}: cannot be built for images of {size[0]}×{size[1]} pixels ({why})") from None
     except RuntimeError as error:  # such as a tag of pretrained weights that is none
         raise NetworkError(f"{name}: {one_line(error)}") from None
+    if pretrained and pretrained_classes(name, found) != num_classes:
+        for layer in classifiers_of(found):
+            tame(layer)
     return found
 
 

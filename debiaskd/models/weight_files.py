@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from debiaskd.models.last_layers import tame
 from debiaskd.models.weight_reading import INDEX, NetworkError, read, shards
 from debiaskd.utils import files
 
@@ -68,7 +69,8 @@ def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) 
         model: the network, changed in place once all tensors match.
         path: a `.safetensors` file; the index of a sharded one (`model.safetensors.index.json`); a state dict or a
             checkpoint that `torch.save` wrote; a folder with one of them, or the folder of a finished run.
-        to_train: if only the last layer's number of classes differs, keep that layer of `model`.
+        to_train: if only the last layer's number of classes differs, keep that layer of `model`, made anew where its
+                random weights are far too large for fine-tuning (`last_layers.tame`).
 
     Returns:
         One line about what was loaded: the key, the prefix that was taken off, the moving average. "" for a file that
@@ -108,6 +110,7 @@ def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) 
         layer, there, here = wrong[0].rpartition(".")[0], len(state[wrong[0]]), len(own[wrong[0]])
         what = f"its last layer, {layer}, is of {there} classes and not of {here}"
         warnings.warn(f"{file}: {what}; it begins anew, all else as in the file", LastLayerWarning, stacklevel=2)
+        tame(model.get_submodule(layer))
         state |= {name: own[name] for name in wrong}
     elif wrong:
         name = wrong[0]

@@ -255,6 +255,23 @@ def test_a_last_layer_of_other_classes_begins_anew_in_a_network_that_is_trained(
         assert torch.equal(tensor, fresh[kind] if layer == "fc" else source.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("source", ["file", "pretrained"])
+def test_fine_tuning_starts_from_moderate_logits(source: str, tmp_path: Path) -> None:
+    # timm draws this last layer from +-1/sqrt(number of classes): logits of 8 before the first step.
+    known = build("efficientnet_b0", 1000)
+    torch.save(known.state_dict(), tmp_path / "w.pth")
+    if source == "pretrained":
+        options = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.pth")}}
+        model = build("efficientnet_b0", 2, pretrained=True, options=options)
+    else:
+        model = build("efficientnet_b0", 2)
+        assert float(model.classifier.weight.std()) > 0.3
+        with pytest.warns(LastLayerWarning):
+            load_weights(model, tmp_path / "w.pth", to_train=True)
+    assert torch.equal(model.conv_stem.weight, known.conv_stem.weight)
+    assert float(model.classifier.weight.abs().max()) <= 1280**-0.5
+
+
 @pytest.mark.parametrize(
     "change",
     [
