@@ -19,6 +19,8 @@ OPS = tuple(backend.IMPLEMENTATIONS)
 cpu = torch.zeros(1)
 needs_native = pytest.mark.skipif("cpp" in backend.unavailable, reason="the native CPU library is not built")
 
+probing = pytest.mark.xdist_group("probes")
+
 #: What a fresh process does with every op: prints the warnings, the choice, and whether the numbers are right.
 PROBE = """
 import json, sys, warnings
@@ -49,15 +51,36 @@ print(json.dumps({
 """
 
 
-def probe(**environment):
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+#: Runs PROBE in a forked process for each line of variables: one import of PyTorch serves all.
+PROBES = f"""
+import json, os, sys
+import torch
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.environ.update(json.loads(line))
+        exec({PROBE!r})
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit("the probe failed")
+"""
+
+
+@pytest.fixture(scope="module")
+def probe():
+    """What PROBE prints where the variables are these."""
+    command, environment = [sys.executable, "-c", PROBES], {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(**variables):
+        server.stdin.write(json.dumps(variables) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield ask
+    server.communicate()
+    assert server.returncode == 0
 
 
 @needs_native
@@ -174,12 +197,14 @@ def assert_everything_runs_on_eager(seen, reason):
     assert reason in seen["error"]
 
 
-def test_without_libraries_everything_runs_on_eager_after_one_warning(tmp_path):
+@probing
+def test_without_libraries_everything_runs_on_eager_after_one_warning(probe, tmp_path):
     seen = probe(DEBIASKD_LIBRARY_DIR=str(tmp_path))
     assert_everything_runs_on_eager(seen, "libdebiaskd_schema.so was not built; reinstall with a compiler")
 
 
-def test_the_reason_that_the_build_recorded_is_the_one_given(tmp_path):
+@probing
+def test_the_reason_that_the_build_recorded_is_the_one_given(probe, tmp_path):
     record = {"schema": {"skipped": "no C++ compiler was found at install"}}
     (tmp_path / "build_record.json").write_text(json.dumps(record))
     seen = probe(DEBIASKD_LIBRARY_DIR=str(tmp_path))
@@ -188,7 +213,8 @@ def test_the_reason_that_the_build_recorded_is_the_one_given(tmp_path):
 
 @needs_native
 @pytest.mark.parametrize("broken", ("schema", "cpu"))
-def test_a_broken_library_is_left_alone(tmp_path, broken):
+@probing
+def test_a_broken_library_is_left_alone(probe, tmp_path, broken):
     for name in ("schema", "cpu"):
         shutil.copy(backend.library_directory() / f"libdebiaskd_{name}.so", tmp_path)
     (tmp_path / f"libdebiaskd_{broken}.so").write_bytes(b"not a library")
@@ -208,13 +234,15 @@ def test_libraries_of_another_schema_are_refused(monkeypatch):
     assert backend.choose("localization", cpu) == "eager"
 
 
-def test_a_missing_cpu_library_beside_a_good_schema_is_no_obstacle(tmp_path):
+@probing
+def test_a_missing_cpu_library_beside_a_good_schema_is_no_obstacle(probe, tmp_path):
     shutil.copy(backend.library_directory() / "libdebiaskd_schema.so", tmp_path)
     assert_everything_runs_on_eager(probe(DEBIASKD_LIBRARY_DIR=str(tmp_path)), "libdebiaskd_cpu.so was not built")
 
 
 @needs_native
-def test_with_libraries_a_fresh_process_runs_on_cpp_without_a_word():
+@probing
+def test_with_libraries_a_fresh_process_runs_on_cpp_without_a_word(probe):
     seen = probe()
     assert seen["warnings"] == []
     assert set(seen["chosen"].values()) == {"cpp"}

@@ -125,20 +125,24 @@ def test_long_sums_of_equal_pixels_do_not_drift(way, kind, dtype):
     check(way, torch.full((1, 32, 32), 0.1, dtype=dtype), [[[10, 10, 300, 900]]], kind=kind, size=size)
 
 
+#: Shapes that kernels have to cut, and sizes: each with two of the kinds.
+CUT = [
+    ((2, 40, 600), None),
+    ((2, 40, 259), None),
+    ((2, 2, 3), (70, 600)),
+    ((2, 3, 1), (40, 600)),
+    ((2, 3, 9), (40, 600)),
+    ((2, 40, 300), (41, 301)),
+    ((2, 81, 600), (40, 300)),
+    ((2, 3, 600), (40, 30)),
+]
+
+
 @every_way("localization")
-@covering(
-    kind=KINDS,
-    dtype=(torch.float32, torch.float64),
-    shape__size=[
-        ((2, 40, 600), None),
-        ((2, 40, 259), None),
-        ((2, 2, 3), (70, 600)),
-        ((2, 3, 1), (40, 600)),
-        ((2, 3, 9), (40, 600)),
-        ((2, 40, 300), (41, 301)),
-        ((2, 81, 600), (40, 300)),
-        ((2, 3, 600), (40, 30)),
-    ],
+@pytest.mark.parametrize(
+    ("shape", "size", "kind", "dtype"),
+    [(*cut, KINDS[(i + 2 * j) % 4], (torch.float32, torch.float64)[j]) for i, cut in enumerate(CUT) for j in range(2)],
+    ids=str,
 )
 def test_maps_that_kernels_have_to_cut_agree_with_the_oracle(way, kind, dtype, shape, size):
     boxes = [[[250, 30, 262, 34], [0, 31, 300, 33], [509, 0, 600, 9], [20, 2, 28, 40]], [[3, 3, 590, 39]]]
