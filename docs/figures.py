@@ -51,7 +51,7 @@ def quickstart_block() -> str:
     lines += [
         "",
         f"{report.headline(summaries)} Means ± standard deviation over {seeds} seeds, test split; torch "
-        f"{where['torch']}, {where['threads']} thread{'s' * (where['threads'] > 1)}{_duration(where)} "
+        f"{where['torch']}, {_processes(where)}{_duration(where)} "
         "([results.json](docs/results/quickstart.json)).",
         "",
         "![Accuracy by group, and where each method looks](docs/results/quickstart.png)",
@@ -59,9 +59,15 @@ def quickstart_block() -> str:
     return "\n".join(lines)
 
 
+def _processes(where: dict[str, Any]) -> str:
+    if where.get("workers", 1) > 1:
+        return f"{where['workers']} processes of one thread"
+    return f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
+
+
 def _duration(where: dict[str, Any]) -> str:
     """How long the quickstart took on an idle machine; else nothing that could be taken for that."""
-    if where.get("reused_runs") or max(where.get("load_average", [0.0])) > where["threads"] + 0.5:
+    if where.get("reused_runs") or max(where.get("load_average", [0.0])) > where.get("workers", where["threads"]) + 0.5:
         return ", trained beside other jobs, so that its seconds are not those of an idle machine"
     return f", {where['seconds']:.0f} seconds in total"
 

@@ -106,6 +106,12 @@ def _parser() -> Parser:
         "--out", type=Path, default=Path("quickstart-out"), metavar="DIR", help="default: %(default)s"
     )
     quickstart.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0..N-1; default: %(default)s")
+    quickstart.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="processes that train, one thread each; default: one for each core",
+    )
 
     cli_distill.add(commands)
     cli_train.add(commands)
@@ -148,7 +154,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from debiaskd.reports import quickstart as report
 
     with _usage_errors(), _progress(Console(stderr=True)) as progress:
-        results = quickstart.run(options.out, options.seeds, progress=progress)
+        results = quickstart.run(options.out, options.seeds, progress=progress, workers=options.workers)
     summaries = report.summarize(results.rows)
     _print_table(summaries)
     print(report.headline(summaries))
@@ -232,12 +238,13 @@ def _usage_errors() -> Iterator[None]:
     from debiaskd.training.divergence import DivergedError
     from debiaskd.training.fabric import lost_another
     from debiaskd.training.run import RunError
+    from debiaskd.utils.workers import WorkerError
 
     try:
         yield
     except (RecipeError, RunError, DataError, NetworkError, CheckpointError) as error:
         raise UsageError(error) from None
-    except DivergedError as error:
+    except (DivergedError, WorkerError) as error:
         raise Failure(error) from None
     except (MemoryError, RuntimeError) as error:
         if lost_another(error):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Augment:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         self.dtype, self.generator = dtype, generator
-        self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.constants: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # of the images of the last call
 
     def __call__(self, batch: Batch, random: Random | None = None) -> Batch:
         """Return the batch with images of `dtype` [N,3,*size] and the transformed boxes.
@@ -136,15 +136,29 @@ class Augment:
         return dataclasses.replace(batch, images=images, boxes=every[0], ignore=every[1] if len(every) > 1 else None)
 
     def _normalized(self, pixels: Tensor) -> Tensor:
+        """`pixels`, a tensor of this call's own, is overwritten."""
         if self.mean is None or self.std is None:
-            return (pixels / 255).to(self.dtype)
-        if pixels.device not in self.constants:
+            return pixels.div_(255).to(self.dtype)
+        mean, std = self._constants(pixels)
+        return pixels.sub_(mean).div_(std).to(self.dtype)
+
+    def _constants(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixels in 0..255, [C,1,1].
+
+        On the CPU as large as an image: a loop over the three channels of a channels_last image is not vectorised.
+        """
+        channels, *size = pixels.shape[1:]
+        last = pixels.is_contiguous(memory_format=torch.channels_last)
+        key = (pixels.device, channels, *(size if pixels.device.type == "cpu" else ()), last)
+        if self.constants is None or self.constants[0] != key:
             mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] * 255 for v in (self.mean, self.std))
-            self.constants[pixels.device] = mean, std
-        mean, std = self.constants[pixels.device]
-        if mean.shape[0] not in (1, pixels.shape[1]):
-            raise ValueError(f"images must have {mean.shape[0]} channels, as mean has, got {pixels.shape[1]}")
-        return ((pixels - mean) / std).to(self.dtype)
+            if mean.shape[0] not in (1, channels):
+                raise ValueError(f"images must have {mean.shape[0]} channels, as mean has, got {channels}")
+            if pixels.device.type == "cpu":
+                order = torch.channels_last if last else torch.contiguous_format
+                mean, std = (value.expand(1, channels, *size).contiguous(memory_format=order) for value in (mean, std))
+            self.constants = key, mean, std
+        return self.constants[1:]
 
     def _random(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         drawn_on = device if self.generator is None else self.generator.device

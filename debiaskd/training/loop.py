@@ -22,6 +22,7 @@ from debiaskd.terms import Draws, Ranks, StepTotals
 from debiaskd.training.batches import SplitLoader
 from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.divergence import check_weights, diverged_loss
+from debiaskd.training.fabric import seed_device
 from debiaskd.training.learner import Learner, Step
 from debiaskd.training.logs import Logs
 from debiaskd.training.schedule import Ema, optimizer, rate
@@ -157,7 +158,7 @@ class TrainingLoop:
         for number, batch in enumerate(passes):
             draws = Draws(self.plan.seed, self.step, self.ranks, self.fabric.device, passes=len(passes), number=number)
             place = self.ranks.rank + self.ranks.world_size * number
-            torch.manual_seed(draws.generator.initial_seed() + place)  # for dropout
+            seed_device(draws.generator.initial_seed() + place, self.fabric.device)  # for dropout
             shown = self.plan.loader.transform(batch, self._augmentation(batch, epoch, draws)) if placed else batch
             yield Step(shown, epoch, draws, self.ranks, batch.index, number=number)
 

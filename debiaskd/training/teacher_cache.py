@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ class ViewDraws:
     """Random numbers that depend on an image's number and view only, in the way that `Draws` depends on the step."""
 
     def __init__(self, seed: int, numbers: Tensor, view: int, device: torch.device) -> None:
-        seeds = ((seed * 1_000_003 + view) * 1_000_003 + int(n) for n in numbers)
-        self.generators = [torch.Generator().manual_seed(s * 2_654_435_761 % 2**63) for s in seeds]
-        self.device = device
+        self.seed, self.numbers, self.view, self.device = seed, numbers, view, device
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """One for each image; most steps draw nothing."""
+        seeds = ((self.seed * 1_000_003 + self.view) * 1_000_003 + n for n in self.numbers.tolist())
+        return [torch.Generator().manual_seed(s * 2_654_435_761 % 2**63) for s in seeds]
 
     def rand(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
         rows = [torch.rand(shape[1:], generator=generator) for generator in self.generators]
@@ -78,13 +83,19 @@ class CachedTeacher:
         return self
 
     def _rows(self, view: int, part: str, places: Tensor) -> Tensor | None:
-        rows = []
-        for place in places.tolist():
-            shard = self._shard(view, place // SHARD, part)
+        wanted, rows = places.numpy(), None
+        shard_of = wanted // SHARD
+        for number in np.unique(shard_of).tolist():
+            shard = self._shard(view, number, part)
             if shard is None:
                 return None
-            rows.append(shard[place % SHARD])
-        joined = torch.from_numpy(np.stack(rows))
+            if rows is None:
+                rows = np.empty((len(wanted), *shard.shape[1:]), shard.dtype)
+            own = np.flatnonzero(shard_of == number)
+            rows[own] = shard[wanted[own] % SHARD]
+        if rows is None:
+            raise ValueError("places must be at least one, got none")
+        joined = torch.from_numpy(rows)
         joined = joined.view(torch.bfloat16).float() if joined.dtype == torch.int16 else joined
         if joined.dim() == 4:
             joined = joined.permute(0, 3, 1, 2)  # stored as convolutions lay it out

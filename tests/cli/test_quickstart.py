@@ -60,7 +60,7 @@ def outcome(recipes, tmp_path_factory):
 
         patched.setattr(Evaluator, "__init__", counting)
         progress = lambda task, done: told.append((task, done))  # noqa: E731
-        results = quickstart.run(out, 1, recipes=recipes, pictures=PICTURES, progress=progress)
+        results = quickstart.run(out, 1, recipes=recipes, pictures=PICTURES, progress=progress, workers=1)
     return out, results, told, maps
 
 
@@ -93,16 +93,17 @@ def test_the_report_shows_every_method(outcome):
 
 @pytest.fixture(scope="module")
 def again(recipes, tmp_path_factory):
-    """(directory, results) of some of the methods, for another seed and for the same one."""
+    """(directory, results) of some of the methods, for another seed and for the same one, in two worker processes."""
     out = tmp_path_factory.mktemp("again")
     torch.manual_seed(12345)  # what happens elsewhere in the process does not matter
     return out, quickstart.run(
-        out, [1, 0], recipes={name: recipes[name] for name in ("dett", "cid")}, pictures=PICTURES
+        out, [1, 0], recipes={name: recipes[name] for name in ("dett", "cid")}, pictures=PICTURES, workers=2
     )
 
 
 def test_the_same_seed_gives_the_same_numbers_to_the_last_bit(outcome, again):
-    """Whichever other methods are trained."""
+    """Whichever other methods are trained, and in however many processes."""
+    assert (outcome[1].environment["workers"], again[1].environment["workers"]) == (1, 2)
     before = {row["method"]: row for row in numbers(outcome[1].rows)}
     rows = numbers(again[1].rows)
     assert rows[3:] == [before["teacher"], before["dett"], before["cid"]]
@@ -127,7 +128,7 @@ def test_nothing_is_computed_that_nothing_reads(outcome):
 
 def test_progress_rises_to_one(outcome):
     tasks, shares = zip(*outcome[2])
-    assert {f"seed 0: {name}" for name in NAMES} == set(tasks)
+    assert {f"seed 0: {name}" for name in ("data", *NAMES)} == set(tasks)
     assert list(shares) == sorted(shares) and shares[-1] == pytest.approx(1)
 
 
@@ -152,10 +153,10 @@ def test_finished_runs_are_used_again(outcome, recipes, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quickstart.run(tmp_path, 1, recipes=some, pictures=PICTURES, progress=stop)
+        quickstart.run(tmp_path, 1, recipes=some, pictures=PICTURES, progress=stop, workers=1)
     assert (tmp_path / "results.json").read_text() == "earlier" and not (tmp_path / "report.html").exists()
-    first = quickstart.run(tmp_path, 1, recipes=some, pictures=PICTURES)
-    again = quickstart.run(tmp_path, 1, recipes=some, pictures=PICTURES)
+    first = quickstart.run(tmp_path, 1, recipes=some, pictures=PICTURES, workers=1)
+    again = quickstart.run(tmp_path, 1, recipes=some, pictures=PICTURES, workers=1)
     assert (first.environment["reused_runs"], again.environment["reused_runs"]) == (1, 2)
     assert again.rows == first.rows  # with the seconds that they took
     whole = {row["method"]: row for row in numbers(outcome[1].rows) if row["seed"] == 0}
@@ -174,6 +175,20 @@ def test_a_bad_directory_is_found_before_anything_is_trained(recipes, tmp_path):
 def test_bad_seeds(tmp_path, seeds):
     with pytest.raises(ValueError, match="seeds must be at least one, each once"):
         quickstart.run(tmp_path, seeds)
+
+
+def test_bad_workers(tmp_path):
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+        quickstart.run(tmp_path, 1, workers=0)
+
+
+def test_jobs_that_need_no_teacher_can_run_while_it_is_trained(recipes, tmp_path):
+    found = {method: read(path) for method, path in recipes.items()}
+    jobs = quickstart._jobs(tmp_path, [0, 1], recipes, found, PICTURES)
+    after = {job.key: job.after for job in jobs}
+    assert [job.key for job in jobs[:5]] == [("data", 0), ("data", 1), ("teacher", 0), ("teacher", 1), ("erm", 0)]
+    assert after["erm", 1] == after["guided", 1] == after["teacher", 1] == ("data", 1)
+    assert {after[name, 1] for name in NAMES if found.get(name) and found[name].teacher} == {("teacher", 1)}
 
 
 def test_no_recipe(tmp_path):

@@ -6,15 +6,10 @@ resumed; complete shards are never written again; incomplete shards are never re
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from debiaskd.data import pixels
@@ -27,6 +22,7 @@ from debiaskd.data.packed.write_shard import Job
 from debiaskd.data.sources import celeba, cifar, coco, csv_file, digits, folder, mnist_on_cifar, voc, waterbirds
 from debiaskd.data.sources.records import DataError, Problems, Source
 from debiaskd.utils import checks
+from debiaskd.utils.workers import cores, interrupts_blocked, main_hidden
 
 
 @dataclass(frozen=True)
@@ -228,8 +224,7 @@ def _run(
             )
 
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = cores if total >= FEW else 1
+        workers = cores() if total >= FEW else 1
     if missing:
         tell(missing[0][0])
     for job, facts in _made(jobs(), min(workers, len(missing))):
@@ -264,7 +259,7 @@ def _made(jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
     waiting: deque[tuple[Job, Future[dict[str, Any]]]] = deque()
     try:
         for job in jobs:
-            with _without_interrupts(), _main_hidden():
+            with interrupts_blocked(), main_hidden():
                 waiting.append((job, pool.submit(making.make_in_worker, job)))
             if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
@@ -278,29 +273,3 @@ def _made(jobs: Iterator[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Processes that begin here import nothing but this package. A spawned process imports the main module otherwise,
-    and so runs a user's script again that has no main guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that begin here never hear of Ctrl-C, not even before they can say that they would not; to this one it
-    comes a moment later."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

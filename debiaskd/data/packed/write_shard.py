@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from debiaskd.data.packed import shards
 from debiaskd.data.packed.fit_masks import fitted_masks
 from debiaskd.data.packed.shards import Sample, Writer
 from debiaskd.data.sources.records import DataError, Part, Problems
+from debiaskd.utils.workers import begin_worker
 
 #: Kinds of problems that cost boxes, not images.
 OUTSIDE = "box outside of its picture"
@@ -200,25 +200,10 @@ _stop: Any = None
 
 
 def start_worker(stop: Any) -> None:
-    """Ctrl-C reaches every process of a terminal; only the first one acts on it, and tells the others by `stop`."""
-    import signal
-    import threading
-    from multiprocessing import parent_process
-
-    import torch
-
+    """Set up a worker process; `stop` is the event by which the process that started it asks for the end."""
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    parent = parent_process()
-    if parent is not None:  # killed, it could tell nobody, and orphans would go on writing
-
-        def follow() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
+    begin_worker()
 
 
 def make_in_worker(job: Job) -> dict[str, Any]:
