@@ -1,8 +1,8 @@
-"""What a run was begun with, and what a newer version or another place makes of it.
+"""Compare the recipe of a resumed run with the one that it was started with.
 
-A run's fingerprints are of the recipe that it was begun with, which stays in its folder as `begun.yaml`. A key that
-came with a newer version and is left at its default does not enter them. A file of weights that lies elsewhere now is
-told by its content alone. Everything else that decides the outcome has to be as it was.
+The fingerprints of a run are computed from the recipe that it was started with, which is kept in its folder as
+`begun.yaml`. A key that was added by a newer version and has its default value is not part of them. Weight files are
+identified by their content, wherever they are. Everything else that influences the result must be unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from debiaskd.recipe import Compute, Data, Discovery, Network, Recipe, Schedule, Selection, Teacher
 from debiaskd.utils import files
 
-#: What a stage's inputs have of a recipe, by their keys.
+#: Keys of a stage's inputs that hold sections of a recipe, and the class of each section.
 SECTIONS: dict[str, type] = {
     "recipe": Recipe,
     "pictures": Data,
@@ -30,7 +30,7 @@ SECTIONS: dict[str, type] = {
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The recipe that the run in a folder was begun with, as it was written; None if there is no run yet."""
+    """Read the recipe that the run in a folder was started with; None if there is no run yet."""
     import yaml
 
     # In this order: of a run of an earlier version, another process writes begun.yaml before it changes recipe.yaml.
@@ -54,15 +54,15 @@ def as_yaml(document: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, document: Mapping[str, Any], *, again: bool = True) -> None:
-    """Write a recipe as YAML unless the file has that text already, or, without `again`, unless there is a file."""
+    """Write a recipe as YAML if the file does not exist or, with `again`, if its text differs."""
     text = as_yaml(document)
     if not path.exists() or (again and path.read_text(encoding="utf-8") != text):
         files.write_text(path, text)
 
 
 def align_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe `now` in the words of the recipe `before`: without newer keys at their defaults, and with the paths
-    that weights were begun from."""
+    """Return the recipe `now` without keys that `before` lacks and that have their defaults, and with the weight paths
+    of `before`."""
     found = without_new_defaults(Recipe, before, now)
     for name in ("student", "teacher"):
         here, there = found.get(name), before.get(name)
@@ -72,11 +72,11 @@ def align_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def without_new_defaults(cls: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """`now` without the keys that `before` lacks and that have their defaults.
+    """Return `now` without the keys that `before` lacks and that have their defaults.
 
     Args:
-        cls: the dataclass whose options both are.
-        before, now: as `dataclasses.asdict` gives them; parts of it may be missing in both.
+        cls: the dataclass of both.
+        before, now: results of `dataclasses.asdict`; both may lack keys.
     """
     hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     found: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether stages' inputs differ in nothing but keys that one of them lacks and the other has at its default."""
+    """Whether two stages have the same inputs, up to keys that only one of them has and that have their defaults."""
     return _align_inputs(before, now) == _align_inputs(now, before)
 
 

@@ -1,17 +1,17 @@
-"""A run: the chain of stages that a recipe asks for, each in a folder of its own.
+"""A run: the stages of a recipe, each in its own folder.
 
-    RUN/recipe.yaml             what is asked for, with every default
-    RUN/begun.yaml              what it was begun with, of which fingerprints are made
+    RUN/recipe.yaml             the recipe, with every default
+    RUN/begun.yaml              the recipe at the start; fingerprints are computed from it
     RUN/teacher/                a teacher that is trained here
-    RUN/identification/         a brief training, whose mistakes are to weigh more
+    RUN/identification/         a briefly trained model; the images that it gets wrong are weighted up
     RUN/weights/                the samples' weights
     RUN/pretraining/            the student on the labels alone
     RUN/student/                the student: model.safetensors
 
-A stage ends with `stage.json`, which says what went in and what came out; `seconds.json` says how long it took. Run
-again, a finished stage is reused as long as what goes in is the same; one that was interrupted goes on; for other
-inputs another folder is asked for.
-All stages but the student's can be shared with other runs (`debiaskd.training.shared_stages`).
+A finished stage has a `stage.json` with its inputs and outputs, and a `seconds.json` with its duration. When the run is
+started again, finished stages with the same inputs are reused and an interrupted stage is resumed; other inputs raise
+an error that asks for another folder. All stages except the student's can be shared with other runs
+(`debiaskd.training.shared_stages`).
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from debiaskd.version import __version__
 LOCK = ".lock"
 FORMAT = 1
 
-#: (what is being done, share of it that is over, a line of news or "").
+#: (stage, fraction of it that is done, a message or "").
 ProgressCallback = Callable[[str, float, str], None]
 
 
 class Run:
-    """A run's folder.
+    """The folder of a run.
 
     Args:
-        folder: made if it does not exist.
-        recipe: as checked.
-        write: whether this process is the one that writes. It alone may, until `release` or its end.
-        shared: where stages but the student's are shared with other runs; None: they are the run's own.
+        folder: created if it does not exist.
+        recipe: a checked recipe.
+        write: whether this process writes. It locks the folder until `release`, or until it ends.
+        shared: shares all stages except the student's with other runs; None: no stage is shared.
 
     Raises:
-        RunError: not a run's folder, another recipe's, or one that another process trains in.
+        RunError: the folder is not that of a run, belongs to another recipe, or is locked by another process.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, write: bool = True, shared: SharedStages | None = None) -> None:
@@ -64,7 +64,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _alone(folder)
         before, now = resume.read(folder), to_dict(recipe)
-        #: What the run was begun with, of which fingerprints are made.
+        #: The recipe that the run was started with; fingerprints are computed from it.
         self.document = now if before is None else resume.align_recipe(before, now)
         if not write:
             return
@@ -79,7 +79,7 @@ class Run:
         resume.write(folder / "begun.yaml", now, again=False)
 
     def release(self) -> None:
-        """Let other processes train here."""
+        """Unlock the folder for other processes."""
         if self._lock is not None:
             self._lock.release()
 
@@ -91,16 +91,16 @@ class Run:
         *,
         older: Mapping[str, Any] | None = None,
     ) -> Stage:
-        """The finished stage: as it was found, or made now.
+        """Return a finished stage, and run it first if needed.
 
         Args:
-            name: of its folder.
-            inputs: everything that decides what comes out; JSON.
-            make: (folder, fingerprint of the inputs) to facts; leaves its files in the folder.
-            older: the inputs that an earlier version gave to the same stage; a finished one of these is used, too.
+            name: name of the stage and of its folder.
+            inputs: everything that determines the outputs, as JSON.
+            make: function of (folder, fingerprint of the inputs) that writes the stage's files and returns its facts.
+            older: inputs of the same stage in an earlier version; a stage that was finished with them is reused.
 
         Raises:
-            RunError: the folder holds the stage of other inputs, or a damaged one.
+            RunError: the folder contains a stage of other inputs, or a damaged one.
         """
         folder, fingerprint = self.folder / name, digest({"format": FORMAT, **inputs})
         known = {fingerprint, *([] if older is None else [digest({"format": FORMAT, **older})])}
@@ -145,8 +145,8 @@ class Run:
 
 
 def _strangers(folder: Path) -> set[str]:
-    """What lies in a folder and is neither hidden nor what `debiaskd.train` puts there before a run begins: packed data
-    sets, and weights of modules that it was given."""
+    """Names of files in a folder, except hidden ones and those that `debiaskd.train` writes before a run: packed
+    data sets and the weights of modules."""
     if not folder.exists():
         return set()
     found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -165,10 +165,10 @@ def _alone(folder: Path) -> files.Lock:
 
 
 def open_run(folder: Path) -> Recipe:
-    """The recipe of a run.
+    """Read the recipe of a run.
 
     Raises:
-        RunError: it is none.
+        RunError: the folder is not that of a run.
     """
     from debiaskd.recipe import read
 
@@ -181,10 +181,10 @@ def open_run(folder: Path) -> Recipe:
 
 
 def finished(folder: Path, stage: str) -> Stage:
-    """A finished stage of a run.
+    """Return a finished stage of a run.
 
     Raises:
-        RunError: there is none of the name, or it is not finished, or damaged.
+        RunError: no stage has this name, or it is unfinished or damaged.
     """
     found = Stage.read(folder / stage)
     if found is None:
@@ -195,17 +195,17 @@ def finished(folder: Path, stage: str) -> Stage:
 
 
 def data_fingerprint(path: str) -> str:
-    """Of the prepared pictures: changes with every pixel and every box.
+    """Fingerprint of a prepared data set; it changes with every pixel and every box.
 
     Raises:
-        DataError: not prepared.
+        DataError: the data set is not prepared.
     """
     document = manifest.read(Path(path))
     return digest({key: document[key] for key in ("classes", "groups", "options", "splits")})
 
 
 def decisive(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without what has no influence on the outcome, and without where the data lies."""
+    """The part of a recipe that influences the result, without the location of the data."""
     found = dict(document)
     if "compute" in document:
         chosen = ("precision", "compile", "sync_batchnorm")
