@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train the student that a recipe describes",
-        usage="%(prog)s [-h] [--out RUN] [--only teacher] [--print] RECIPE [--KEY VALUE ...]",
+        usage="%(prog)s [-h] [--out RUN] [--only teacher] [--print]\n                      RECIPE [--KEY VALUE ...]",
         description="Trains what RECIPE describes, with all that it needs before: teacher, weights, pretraining. "
         "An interrupted run resumes when it is started again; finished stages are reused. Any key "
         "can be overridden on the command line: --schedule.epochs 5 --terms.guide.loss l1.",
