@@ -23,6 +23,7 @@ from debiaskd.recipe import REFITS, Recipe, RefitOptions, Teacher
 from debiaskd.terms import SupervisedOptions, TermOptions
 from debiaskd.training.fit import Trainer
 from debiaskd.training.head_weights import check as check_probe
+from debiaskd.training.loggers import wanted
 from debiaskd.training.rebuild import BEFORE_REFIT, frozen, observed, transplanted
 from debiaskd.training.run import STAGE, ProgressCallback, Run, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief_schedule
@@ -47,6 +48,7 @@ class Pipeline(StageContext):
 
     def __init__(self, recipe: Recipe, folder: Path, fabric: Any, progress: ProgressCallback) -> None:
         self.recipe, self.fabric = recipe, fabric
+        wanted(recipe.compute)
         news: list[tuple[str, float, str]] = []
         self.trainer = Trainer(recipe, fabric, lambda *one: news.append(one))
         self.student_network = self.trainer.network(recipe.student, "student")
@@ -184,7 +186,6 @@ class Pipeline(StageContext):
                 teacher = self._teacher_outputs(frozen_teacher, recipe.teacher, fingerprint, parts)
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
         inputs = {**before, **self.trainer.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
-
         chosen = student_selection(self.trainer)
 
         def make(folder: Path, fingerprint: str) -> dict[str, Any]:

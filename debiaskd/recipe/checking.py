@@ -55,6 +55,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield "selection.reuse: only where teacher.method is dfr and all of validation fits its last layer"
     if recipe.compute.checkpoint_every is not None and not recipe.compute.checkpoints:
         yield f"compute.checkpoint_every: compute.checkpoints is false, got {recipe.compute.checkpoint_every}"
+    if len(set(loggers := recipe.compute.loggers or [])) < len(loggers):
+        yield f"compute.loggers: must be different names, got {loggers}"
     if recipe.compute.compile and recipe.terms.guide is not None:
         yield "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to"
     if recipe.pretraining is not None and recipe.transplant is not None:

@@ -21,6 +21,8 @@ class Compute:
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; after every epoch if it is left out.
         checkpoints: write them. Without, an interrupted stage starts again.
+        loggers: beside the CSV files, which are always written: "tensorboard", "wandb", "mlflow", through Lightning's
+            loggers; ["csv"] for none of them. TensorBoard, where it is installed, if it is left out.
         stages: folder of stages that runs share, all but the student's; not shared if it is left out.
     """
 
@@ -34,4 +36,5 @@ class Compute:
     log_every: int = 50
     checkpoint_every: int | None = None
     checkpoints: bool = True
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] | None = None
     stages: str | None = None

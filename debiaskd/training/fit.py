@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from debiaskd.attribution.guide import Guide
 from debiaskd.models.depths import find
 from debiaskd.models.modules import has_protocol
-from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher
+from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher, to_dict
 from debiaskd.terms import GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
 from debiaskd.terms.own import build_term
 from debiaskd.training.batches import Split, SplitLoader, open_split
@@ -153,6 +153,7 @@ class Trainer(Networks):
             selector=selector,
             every=recipe.selection.every,
             views=None if teacher is None else teacher.views,
+            config=to_dict(recipe),
         )
         loop = TrainingLoop(plan, self.fabric, lambda done, news: self._progress(name, done, news))
         loop.run()

@@ -3,17 +3,17 @@
 log.csv      every so many steps: losses, learning rate. The same for the same recipe, interrupted or not
 epochs.csv   validation metrics. Likewise
 speed.csv    images per second, which differs between runs
-tensorboard/ the same for TensorBoard, if it is installed
+tensorboard/ the same for TensorBoard, if it is installed; see `debiaskd.training.loggers`
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from debiaskd.training.loggers import Loggers
 from debiaskd.utils import files
 
 
@@ -27,10 +27,11 @@ class Table:
         self.path = path
         self.columns: list[str] | None = None
 
-    def resume(self, last: int) -> None:
-        """Keep the rows up to the one numbered `last`; -1: none."""
+    def resume(self, last: int) -> int:
+        """Keep the rows up to the one numbered `last`; -1: none. Return the number of the last row that there was, -1
+        for none."""
         if not self.path.exists():
-            return
+            return -1
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
         lines = whole.split("\n") if whole else []
         kept = lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= last]
@@ -39,6 +40,7 @@ class Table:
             self.path.unlink()
         else:
             files.write_text(self.path, "\n".join(kept) + "\n")
+        return max((int(line.partition(",")[0]) for line in lines[1:]), default=-1)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row; columns of terms that start later are empty in earlier rows."""
@@ -81,42 +83,47 @@ def _text(value: Any) -> str:
 
 
 class Logs:
-    """The log files in a stage's folder; `on` is False for all ranks but the first."""
+    """The log files in a stage's folder, and the loggers that get the same.
 
-    def __init__(self, folder: Path, on: bool) -> None:
+    Args:
+        folder: of the stage.
+        on: False for all ranks but the first.
+        loggers: names of `debiaskd.training.loggers`.
+        config: the recipe, for the loggers.
+    """
+
+    def __init__(
+        self, folder: Path, on: bool, loggers: Sequence[str] = (), config: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder, self.on = folder, on
         self.steps, self.epochs = Table(folder / "log.csv"), Table(folder / "epochs.csv")
         self.speed = Table(folder / "speed.csv")
-        self.board: Any = None
+        self.names, self.config = tuple(loggers), config or {}
+        self.loggers: Loggers | None = None
 
-    def resume(self, step: int, epoch: int) -> None:
-        """Continue after the given step and epoch; 0 and -1: from the start."""
+    def resume(self, step: int, epoch: int, steps: int = 1) -> None:
+        """Continue after the given step and epoch; 0 and -1: from the start. An epoch has `steps` steps."""
         if not self.on:
             return
-        self.steps.resume(step)
-        self.epochs.resume(epoch)
+        sent = {"train": self.steps.resume(step), "validation": (self.epochs.resume(epoch) + 1) * steps}
         self.speed.resume(step)
-        if find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self.loggers = Loggers(self.names, self.folder, self.config, step, sent)
 
     def step(self, step: int, row: Mapping[str, float], images_per_second: float) -> None:
         if self.on:
             self.steps.append({"step": step, **row})
             self.speed.append({"step": step, "images_per_second": round(images_per_second, 2)})
-            self._board({**row, "images_per_second": images_per_second}, step, "train")
+            self._send("train", step, {**row, "images_per_second": images_per_second})
 
     def epoch(self, epoch: int, step: int, row: Mapping[str, float]) -> None:
         if self.on:
             self.epochs.append({"epoch": epoch, **row})
-            self._board(row, step, "validation")
+            self._send("validation", step, row)
 
-    def _board(self, row: Mapping[str, Any], step: int, section: str) -> None:
-        for name, value in row.items():
-            if self.board is not None and isinstance(value, (int, float)) and name != "epoch":
-                self.board.add_scalar(f"{section}/{name}", value, step)
+    def _send(self, section: str, step: int, row: Mapping[str, Any]) -> None:
+        if self.loggers is not None:
+            self.loggers.log(section, step, {name: value for name, value in row.items() if name != "epoch"})
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        if self.loggers is not None:
+            self.loggers.close()

@@ -8,7 +8,7 @@ that a killed run resumes with the same results as an uninterrupted one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.divergence import check_weights, diverged_loss
 from debiaskd.training.fabric import seed_device
 from debiaskd.training.learner import Learner, Step
+from debiaskd.training.loggers import wanted
 from debiaskd.training.logs import Logs
 from debiaskd.training.schedule import Ema, optimizer, rate
 from debiaskd.training.selection import CheckpointSelector
@@ -43,11 +44,11 @@ class Plan:
     Attributes:
         folder: of the stage.
         identity: of everything that decides the outcome; checkpoints of another are refused.
-        learner, images, schedule, compute, seed: see there.
+        learner, loader, schedule, compute, seed, selector: see there.
         validate: (model in evaluation mode) to its metrics on the validation images; None: not validated.
-        keeper: which epochs are kept.
         every: epochs between validations.
         views: how many fixed augmentations each image has; None: another one every time.
+        config: the recipe, for loggers.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Plan:
     selector: CheckpointSelector
     every: int = 1
     views: int | None = None
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -89,7 +91,7 @@ class TrainingLoop:
         decay, warmup = plan.schedule.ema, plan.schedule.ema_warmup is not False
         self.ema = None if decay is None else Ema(self.learner, decay, warmup=warmup)
         self.checkpoints = Checkpoints(plan.folder / "checkpoints", plan.identity)
-        self.logs = Logs(plan.folder, fabric.is_global_zero)
+        self.logs = Logs(plan.folder, fabric.is_global_zero, wanted(plan.compute), plan.config)
         self.steps = len(plan.loader) // plan.schedule.accumulate
         self.step = 0
         self.pending: list[PendingLosses] = []
@@ -206,8 +208,7 @@ class TrainingLoop:
 
     @property
     def waited(self) -> int | None:
-        """Epochs without improvement after which training stops; None: it does not stop here. Decided by what the
-        checkpoint holds, and alike on every rank."""
+        """Epochs without improvement after which training stops, the same on every rank; None: it goes on."""
         patience = self.plan.schedule.patience
         if patience is None:
             return None
@@ -288,7 +289,7 @@ class TrainingLoop:
             self.plan.selector.load_state_dict(state["selector"] if "selector" in state else state["keeper"])
         self.fabric.barrier()
         self.plan.selector.prune(write=self.fabric.is_global_zero)
-        self.logs.resume(self.step, self.step // self.steps - 1)
+        self.logs.resume(self.step, self.step // self.steps - 1, self.steps)
 
 
 def _grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
