@@ -13,13 +13,14 @@ import torch
 
 from debiaskd.utils.files import write_json
 
-from . import backdoor, channel_dot, class_relation, environment, feature_match, localization, report
+from . import backdoor, channel_dot, class_relation, environment, feature_match, localization, map_cosine, report
 from .harness import Case, WrongProviderError, failures, run
 from .timing import Settings
 
 OPS = {
     "feature_match": feature_match,
     "localization": localization,
+    "map_cosine": map_cosine,
     "channel_dot": channel_dot,
     "class_relation": class_relation,
     "backdoor": backdoor,

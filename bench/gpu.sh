@@ -52,7 +52,7 @@ COMPILER
   compilers=(CXX="$PWD/build/gpu/compiler" NVCC="$PWD/build/gpu/compiler" TORCH_CUDA_ARCH_LIST=9.0)
   library=$work/lib
 else
-  device=cuda ops=(feature_match localization channel_dot backdoor class_relation) native=(cuda triton)
+  device=cuda ops=(feature_match localization map_cosine channel_dot backdoor class_relation) native=(cuda triton)
   processes=${PROCESSES:-12} networks=(resnet18:64 resnet50:32)
   brief=(--brief --providers eager compile cuda triton loop naive)
   compilers=(TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$("$python" -c "

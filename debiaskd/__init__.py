@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from debiaskd.api import Run, load, pack, train
+from debiaskd.attribution.explainer import Explained, Explainer
 from debiaskd.attribution.guide import Guide, Guided
 from debiaskd.boxes import Boxes, collate
 from debiaskd.losses import (
@@ -54,6 +55,8 @@ __all__ = [
     "ClassRelationLoss",
     "EnergyLoss",
     "ErrorSetWarning",
+    "Explained",
+    "Explainer",
     "FeatureMatchLoss",
     "FrozenTeacher",
     "Groups",

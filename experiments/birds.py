@@ -144,6 +144,7 @@ class Waterbirds95:
         ("simkd", SIMKD, "group_dro"),
         ("dett, nothing known", {**DETT, **UNKNOWN}, "afr"),
         ("cid", {"terms": CID}, "group_dro"),
+        ("e2kd", {"terms": {"kd": {}, "explain": {"weight": 5}}}, "group_dro"),
         ("dett+guided+cid", EVERYTHING, "group_dro"),
         ("kd", {"terms": {"kd": {}}}, "erm"),
         ("plain, three times the learning rate", {"terms": {"supervised": {}}, **FASTER}, None),

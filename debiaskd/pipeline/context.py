@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from debiaskd.recipe import Recipe
 from debiaskd.training.fit import Trainer
@@ -21,7 +21,8 @@ class StageContext:
     Attributes:
         recipe: as checked.
         fabric: launched.
-        fitting: trains the recipe's networks.
+        trainer: trains the recipe's networks.
+        student_network: the student as it starts, before it gets a teacher's head.
         run: the run's folder.
         base: fingerprint inputs of every stage: the data, and the files of weights that training starts from.
     """
@@ -29,6 +30,7 @@ class StageContext:
     recipe: Recipe
     fabric: Any
     trainer: Trainer
+    student_network: nn.Module
     run: Run
     base: dict[str, Any]
 

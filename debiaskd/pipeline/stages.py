@@ -17,6 +17,7 @@ from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed
 from debiaskd.pipeline.last_layer import last_layer
 from debiaskd.pipeline.refits import check_refit, refitted
+from debiaskd.pipeline.teacher_outputs import live_teacher, teacher_outputs
 from debiaskd.pipeline.teachers import check_dfr, student_selection, teacher_terms, trained_options, trained_teacher
 from debiaskd.pipeline.weights import read_weights, sample_weights
 from debiaskd.recipe import REFITS, Recipe, RefitOptions, Teacher
@@ -28,8 +29,8 @@ from debiaskd.training.rebuild import BEFORE_REFIT, frozen, observed, transplant
 from debiaskd.training.run import STAGE, ProgressCallback, Run, Stage, data_fingerprint, decisive
 from debiaskd.training.schedule import brief_schedule
 from debiaskd.training.shared_stages import SharedStages
-from debiaskd.training.teacher_cache import PARTS, CachedTeacher, write_cache
-from debiaskd.training.teacher_outputs import FrozenExtractor, LiveTeacher, TeacherOutputs
+from debiaskd.training.teacher_cache import PARTS
+from debiaskd.training.teacher_outputs import FrozenExtractor, TeacherOutputs
 from debiaskd.utils import files
 
 
@@ -112,7 +113,7 @@ class Pipeline(StageContext):
             self.trainer.dry_run(plain, labels, brief_schedule(recipe.schedule, recipe.weights.epochs), run=run)
         if recipe.refit is not None:
             check_refit(self, recipe.student, model, recipe.refit, recipe.refit.method, "refit")
-        taught = None if teacher is None else LiveTeacher(teacher)
+        taught = None if teacher is None or recipe.teacher is None else live_teacher(self, teacher, recipe.teacher)
         self.trainer.dry_run(model, self._terms(), recipe.schedule, teacher=taught, run=run)
 
     def _terms(self) -> dict[str, TermOptions]:
@@ -127,7 +128,7 @@ class Pipeline(StageContext):
         example = self.trainer.example(options)
         if self.recipe.transplant is not None:
             return frozen(source, options, example)
-        return observed(source, options, example, sorted(self._required_outputs() - {"logits"}))
+        return observed(source, options, example, sorted(self._required_outputs() & {"feature", "pooled"}))
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Pipeline(StageContext):
             needs = self._required_outputs()
             if needs:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
-                teacher = self._teacher_outputs(frozen_teacher, recipe.teacher, fingerprint, parts)
+                teacher = teacher_outputs(self, frozen_teacher, recipe.teacher, fingerprint, parts)
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
         inputs = {**before, **self.trainer.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
         chosen = student_selection(self.trainer)
@@ -209,43 +210,6 @@ class Pipeline(StageContext):
             return self.run.stage("student", inputs, make)
         stage, refit = self.run.stage(BEFORE_REFIT, inputs, make), recipe.refit
         return refitted(self, "student", recipe.student, refit.method, refit, stage, lambda: model, recipe.schedule)
-
-    def _teacher_outputs(
-        self, teacher: FrozenTeacher | FrozenExtractor, options: Teacher, fingerprint: str, parts: tuple[str, ...]
-    ) -> TeacherOutputs:
-        if self.recipe.compute.compile:
-            teacher.body.compile()
-        live = LiveTeacher(teacher).to(self.fabric.device)
-        if options.cache is None:
-            return live
-        trainer, views = self.trainer, options.views or 1
-        seed = zlib.crc32(f"{self.recipe.seed}/student/steps".encode())
-        inputs = {**self.base, "pictures": self.common()["pictures"], "teacher": fingerprint, "seed": seed}
-        inputs |= {"parts": parts, "dtype": options.cache, "views": views}
-        # Of both networks: the student's size, too, decides how large the crop is that the teacher's input is made of.
-        inputs |= trainer.contracts.decisive(self.recipe.student, options)
-        older = dict(inputs)
-        inputs |= {key: value for key, value in self.common().items() if key == "compute"}
-        inputs["network"] = [options.bias_free, options.layer, options.head, options.options]
-        inputs["transplant"] = self.recipe.transplant is not None
-
-        def make(folder: Path, fingerprint: str) -> dict[str, Any]:
-            loader = trainer.loader(
-                trainer.train, self.recipe.student, training=True, batch=64, teacher_outputs=live, alone=True
-            )
-            share = (trainer.ranks.rank, trainer.ranks.world_size)
-            with self.fabric.autocast():
-                for done in write_cache(
-                    folder, live, loader, seed=seed, views=views, dtype=str(options.cache), parts=parts, share=share
-                ):
-                    trainer.progress("teacher-cache", done, "")
-            self.fabric.barrier()
-            return {"pictures": len(trainer.train), "views": views, "parts": parts, "dtype": options.cache}
-
-        stage = self.run.stage("teacher-cache", inputs, make, older=older)
-        place = torch.full((len(trainer.train.whole),), -1)
-        place[trainer.train.numbers] = torch.arange(len(trainer.train))
-        return CachedTeacher(stage.folder, place, views, live.width)
 
     def _pretraining(self) -> Stage:
         recipe = self.recipe

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import fields
 
 from debiaskd.models.input import inverse_added
 from debiaskd.recipe.bias_options import REFITS, RefitOptions
 from debiaskd.recipe.data_options import data_problems
 from debiaskd.recipe.options import Input, Network, Recipe, Teacher
 from debiaskd.recipe.schedule_options import Schedule
-from debiaskd.terms import TermOptions
+from debiaskd.recipe.term_checks import number, terms_problems
 
-OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor")
-BY_WEIGHT = ("supervised", "match", "kd", "sample", "backdoor")
+OF_TEACHER = ("match", "kd", "sample", "relation", "backdoor", "explain")
+BY_WEIGHT = ("supervised", "match", "kd", "sample", "backdoor", "explain")
 
 
 class RecipeError(ValueError):
@@ -38,7 +36,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _schedule(name, schedule)
         if schedule.patience is not None and recipe.selection.rule == "last":
             yield f"{name}.patience: selection.rule last compares no metric; got {schedule.patience}"
-    yield from _terms(recipe)
+    yield from terms_problems(recipe)
     yield from _teacher(recipe)
     yield from _weights(recipe)
     yield from _discovery(recipe)
@@ -57,8 +55,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"compute.checkpoint_every: compute.checkpoints is false, got {recipe.compute.checkpoint_every}"
     if len(set(loggers := recipe.compute.loggers or [])) < len(loggers):
         yield f"compute.loggers: must be different names, got {loggers}"
-    if recipe.compute.compile and recipe.terms.guide is not None:
-        yield "compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.guide has to"
+    for name in ("guide", "explain"):
+        if recipe.compute.compile and getattr(recipe.terms, name) is not None:
+            yield f"compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.{name} has to"
     if recipe.pretraining is not None and recipe.transplant is not None:
         yield "pretraining: a transplanted student has no classifier of its own to be trained on labels first"
 
@@ -80,52 +79,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     for name, seed in {"seed": recipe.seed, "data.seed": data.seed}.items():
         if not 0 <= seed < 2**63:
             yield f"{name}: must be >= 0 and < 2**63, got {seed}"
-    for name, number in {"data.dilate": data.dilate, "compute.workers": compute.workers}.items():
-        yield from _number(name, number, zero=True)
-
-
-def _number(name: str, value: float | None, *, zero: bool = False) -> Iterator[str]:
-    """Finite, and > 0 or, with `zero`, >= 0. None is for options that were left out."""
-    if value is not None and not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-        yield f"{name}: must be a number {'>=' if zero else '>'} 0, got {value}"
-
-
-def _terms(recipe: Recipe) -> Iterator[str]:
-    terms = recipe.terms.given()
-    if not terms:
-        names = [field.name for field in fields(recipe.terms) if field.init]
-        yield f"terms: at least one is needed, of {', '.join(names)}"
-    for name, options in terms.items():
-        yield from _term(f"terms.{name}", options)
-        if options.start >= recipe.schedule.epochs:
-            yield f"terms.{name}.start: never comes, there are {recipe.schedule.epochs} epochs; got {options.start}"
-    # Contexts are built in an epoch of which other terms are the loss.
-    counting = [options.start for name, options in terms.items() if name != "backdoor"]
-    if terms and (not counting or min(counting) > 0):
-        yield "terms: none counts in epoch 0; one other than backdoor must have start 0"
-    backdoor, guide = recipe.terms.backdoor, recipe.terms.guide
-    if backdoor is not None and backdoor.start < 1:
-        yield "terms.backdoor.start: must be >= 1, the epoch before it builds the contexts; got 0"
-    if backdoor is not None and not 0 <= backdoor.mix < 1:
-        yield f"terms.backdoor.mix: must lie in [0, 1), got {backdoor.mix}"
-    if guide is None:
-        if recipe.data.annotated_fraction != 1 or recipe.data.dilate:
-            yield "data.annotated_fraction, data.dilate: only terms.guide uses boxes, and there is none"
-        return
-    if guide.steps is not None and guide.attribution != "integrated_gradients":
-        yield f"terms.guide.steps: only for integrated_gradients, got attribution {guide.attribution or 'left out'}"
-    if guide.steps is not None and guide.steps < 1:
-        yield f"terms.guide.steps: must be >= 1, got {guide.steps}"
-
-
-def _term(name: str, options: TermOptions) -> Iterator[str]:
-    yield from _number(f"{name}.weight", options.weight)
-    yield from _number(f"{name}.start", options.start, zero=True)
-    yield from _number(f"{name}.ramp", options.ramp, zero=True)
-    yield from _number(f"{name}.temperature", getattr(options, "temperature", None))
-    smoothing = getattr(options, "label_smoothing", 0)
-    if not 0 <= smoothing < 1:
-        yield f"{name}.label_smoothing: must lie in [0, 1), got {smoothing}"
+    for name, least_zero in {"data.dilate": data.dilate, "compute.workers": compute.workers}.items():
+        yield from number(name, least_zero, zero=True)
 
 
 def _teacher(recipe: Recipe) -> Iterator[str]:
@@ -168,8 +123,8 @@ def _method(teacher: Teacher) -> Iterator[str]:
         yield f"teacher.head: {teacher.head} is for method checkpoint, got {method}, which trains a last layer"
     if teacher.probe is not None and teacher.head != "probe":
         yield f"teacher.probe: only with teacher.head probe, got head {teacher.head or 'left out'}"
-    yield from _number("teacher.up", teacher.up)
-    yield from _number("teacher.step_size", teacher.step_size)
+    yield from number("teacher.up", teacher.up)
+    yield from number("teacher.step_size", teacher.step_size)
     if teacher.validation_share is not None and not 0 < teacher.validation_share < 1:
         yield f"teacher.validation_share: must lie in (0, 1), got {teacher.validation_share}"
     if teacher.identification_epochs is not None and teacher.identification_epochs < 1:
@@ -190,7 +145,7 @@ def _weights(recipe: Recipe) -> Iterator[str]:
         for key in ("up", "convention", "epochs"):
             if getattr(weights, key) is not None:
                 yield f"weights.{key}: only for method errors, got groups"
-    yield from _number("weights.up", weights.up)
+    yield from number("weights.up", weights.up)
     if weights.convention == "copies" and weights.up is not None and weights.up % 1:
         yield f"weights.up: must be a whole number of copies, got {weights.up}"
     if weights.epochs is not None and weights.epochs < 1:
@@ -235,8 +190,8 @@ def _refit(name: str, options: RefitOptions, method: str) -> Iterator[str]:
             yield f"{name}.{key}: only for {', '.join(methods)}, got {method}"
     if not 0 < options.share < 1:
         yield f"{name}.holdout: must lie in (0, 1), got {options.share}"
-    yield from _number(f"{name}.gamma", options.gamma, zero=True)
-    yield from _number(f"{name}.pull", options.pull)
+    yield from number(f"{name}.gamma", options.gamma, zero=True)
+    yield from number(f"{name}.pull", options.pull)
     for key in ("count", "early"):
         value = getattr(options, key)
         if value is not None and value < 1:
@@ -276,10 +231,10 @@ def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
     for key in ("epochs", "batch", "accumulate"):
         if getattr(schedule, key) < 1:
             yield f"{name}.{key}: must be >= 1, got {getattr(schedule, key)}"
-    yield from _number(f"{name}.learning_rate", schedule.learning_rate)
-    yield from _number(f"{name}.weight_decay", schedule.weight_decay, zero=True)
-    yield from _number(f"{name}.warmup", schedule.warmup, zero=True)
-    yield from _number(f"{name}.clip", schedule.clip)
+    yield from number(f"{name}.learning_rate", schedule.learning_rate)
+    yield from number(f"{name}.weight_decay", schedule.weight_decay, zero=True)
+    yield from number(f"{name}.warmup", schedule.warmup, zero=True)
+    yield from number(f"{name}.clip", schedule.clip)
     if schedule.warmup and schedule.shape == "one_cycle":
         yield f"{name}.warmup: shape one_cycle has a rise of its own, got {schedule.warmup}"
     if schedule.patience is not None and schedule.patience < 1:

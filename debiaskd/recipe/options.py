@@ -13,6 +13,7 @@ from debiaskd.recipe.schedule_options import Schedule
 from debiaskd.terms import (
     TERMS,
     BackdoorOptions,
+    ExplainOptions,
     GuideOptions,
     KdOptions,
     MatchOptions,
@@ -174,6 +175,7 @@ class Terms:
     relation: RelationOptions | None = None
     backdoor: BackdoorOptions | None = None
     guide: GuideOptions | None = None
+    explain: ExplainOptions | None = None
     own: dict[str, OwnTerm] = field(default_factory=dict, init=False)
 
     def given(self) -> dict[str, TermOptions]:

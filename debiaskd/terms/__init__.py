@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from debiaskd.terms.backdoor import Backdoor, BackdoorOptions
 from debiaskd.terms.distil import Kd, KdOptions, Relation, RelationOptions, Sample, SampleOptions
+from debiaskd.terms.explain import ExplainOptions, ExplainTerm, make_explainer
 from debiaskd.terms.guidance import GuideOptions, GuideTerm, make_guide
 from debiaskd.terms.match import Match, MatchOptions
 from debiaskd.terms.robust import GroupDro, GroupDroOptions
 from debiaskd.terms.state import Draws, Outputs, Ranks, Setting, State, StepInputs, StepTotals, Term, TermOptions
 from debiaskd.terms.supervised import Supervised, SupervisedOptions
 
-#: By name, all that are built from their options and the setting alone. `guide` also needs the student.
+#: By name, all that are built from their options and the setting alone. `guide` and `explain` also need the student.
 TERMS: dict[str, type[Term]] = {
     "supervised": Supervised,
     "match": Match,
@@ -23,6 +24,7 @@ TERMS: dict[str, type[Term]] = {
     "backdoor": Backdoor,
     "group_dro": GroupDro,
     "guide": GuideTerm,
+    "explain": ExplainTerm,
 }
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "Backdoor",
     "BackdoorOptions",
     "Draws",
+    "ExplainOptions",
+    "ExplainTerm",
     "GroupDro",
     "GroupDroOptions",
     "GuideOptions",
@@ -52,5 +56,6 @@ __all__ = [
     "SupervisedOptions",
     "Term",
     "TermOptions",
+    "make_explainer",
     "make_guide",
 ]

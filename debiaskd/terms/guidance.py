@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from debiaskd.attribution.explainer import has_bcos_layers
 from debiaskd.attribution.guide import Guide
 from debiaskd.attribution.maps import draw_target
 from debiaskd.models.depths import DEPTHS
 from debiaskd.ops.ignore import judged
 from debiaskd.terms.backdoor import Intervened
-from debiaskd.terms.state import State, StepInputs, Term, TermOptions
+from debiaskd.terms.deciding import DecidingTerm
+from debiaskd.terms.state import State, StepInputs, TermOptions
 
 
 @dataclass
@@ -36,29 +37,17 @@ class GuideOptions(TermOptions):
     steps: int | None = None
 
 
-class GuideTerm(Term):
+class GuideTerm(DecidingTerm):
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
     tallied = "inputs"
 
     def __init__(self, options: GuideOptions, guide: Guide) -> None:
-        super().__init__(options)
+        super().__init__(options, guide)
         self.guide = guide
         self.reduction = options.reduction
 
     def tally(self, inputs: StepInputs, logits: Tensor | None) -> dict[str, Tensor]:
         return {"guide.annotated": _annotated(inputs, _target(inputs))}
-
-    def get_extra_state(self) -> Tensor:
-        """What the guide has decided is part of a checkpoint: JSON, as a tensor like all else in a state dict."""
-        return torch.tensor(list(json.dumps(self.guide.state_dict()).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.guide.load_state_dict(json.loads(bytes(state.tolist())))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Older checkpoints hold no decision: it is made again.
-        state_dict.setdefault(f"{prefix}_extra_state", GuideTerm.get_extra_state(self))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, state: State) -> Tensor:
         assert state.seen is not None
@@ -88,8 +77,7 @@ def make_guide(options: GuideOptions, model: torch.nn.Module) -> Guide:
     steps = 32 if options.steps is None else options.steps
     layer, attribution = options.layer, options.attribution
     if attribution is None:
-        explained = any(callable(getattr(module, "set_explanation_mode", None)) for module in model.modules())
-        attribution = "bcos" if explained else "input_x_gradient"
+        attribution = "bcos" if has_bcos_layers(model) else "input_x_gradient"
     if isinstance(model, Intervened) and layer not in DEPTHS:  # which is named as the student has it
         layer = f"student.{layer}"
     return Guide(model, layer, attribution, options.loss, reduction="sum", steps=steps)

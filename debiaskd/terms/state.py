@@ -18,11 +18,14 @@ class Outputs(NamedTuple):
     """A model's outputs for N images; None where no term needs them.
 
     feature: [N,C,H,W] the last feature map. pooled: [N,D] what the last linear layer reads. logits: [N,K].
+    explanation: [N,h,w] or [N,C,H,W], a teacher's attribution maps; explained: int64 [N], the classes that they are of.
     """
 
     feature: Tensor | None
     pooled: Tensor | None
     logits: Tensor
+    explanation: Tensor | None = None
+    explained: Tensor | None = None
 
 
 class Ranks:
@@ -137,6 +140,7 @@ class State(StepInputs):
     Attributes:
         student, teacher: what they gave; `teacher` is None where no term asked for it.
         seen: what the guide watched, or None without one.
+        watched: the same of the term `explain`.
         totals: sums over the whole step.
         number: which of the step's passes this is, from 0.
     """
@@ -144,6 +148,7 @@ class State(StepInputs):
     student: Outputs
     teacher: Outputs | None
     seen: Seen | None
+    watched: Seen | None = None
     totals: StepTotals = field(default_factory=StepTotals)
     number: int = 0
 

@@ -56,6 +56,8 @@ def check_data(recipe: Recipe, split: Split, validation: Split) -> None:
             raise RecipeError(f"terms.{name}: needs groups, and the prepared data has none")
         if "boxes" in term.needs and not len(split.boxes.coords):
             raise RecipeError(f"terms.{name}: needs boxes, and the training pictures have none")
+    if recipe.terms.explain is not None and recipe.terms.explain.target == "label" and split.whole.multi_label:
+        raise RecipeError("terms.explain.target: label needs one class an image, here it may be several")
     if recipe.terms.guide is not None and not len(split.boxes.coords):
         raise RecipeError("terms.guide: the training pictures have no boxes")
     if recipe.selection.attributions and not has_boxes(validation):

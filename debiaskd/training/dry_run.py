@@ -72,8 +72,9 @@ class DryRun:
             key = f"{self.schedule_key}.{'accumulate' if accumulate > 1 else 'batch'}"
             got = f"accumulate={accumulate} of batch={self.schedule.batch} gives" if accumulate > 1 else "gives"
             return f"{key}: {got} {passes}, and {self.name} needs 2 in training mode {shown}"
-        if "guide" in learner.names and self._error(learner, self.count, plain=True) is None:
-            return f"terms.guide: cannot train {self.name} {shown}"
+        maps = [f"terms.{name}" for name in ("guide", "explain") if name in learner.names]
+        if maps and self._error(learner, self.count, plain=True) is None:
+            return f"{', '.join(maps)}: cannot train {self.name} {shown}"
         own = [f"terms.{name}" for name in self.own_terms if name in learner.names]
         if own and self._error(learner, self.count, plain=True) is None:
             kind = f"{type(error).__name__}: " if str(error) else ""

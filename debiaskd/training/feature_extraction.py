@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from debiaskd.attribution.attributor import Seen
-from debiaskd.attribution.guide import Guide
+from debiaskd.attribution.attributor import Attributor, Seen
 from debiaskd.models.depths import find
 from debiaskd.models.last_layers import last_layers
 from debiaskd.models.layouts import Layout
@@ -122,7 +121,7 @@ class FeatureExtractor(nn.Module):
         if self.recording:
             self.read.append(arguments[0])
 
-    def forward(self, images: Tensor, guide: Guide | None = None) -> tuple[Outputs, Seen | None]:
+    def forward(self, images: Tensor, guide: Attributor | None = None) -> tuple[Outputs, Seen | None]:
         """Run the model; with a guide on the same model, also return what the guide records in the same pass."""
         self.recording = True
         try:

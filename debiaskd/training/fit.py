@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from debiaskd.attribution.guide import Guide
+from debiaskd.attribution.attributor import Attributor
 from debiaskd.models.depths import find
 from debiaskd.models.modules import has_protocol
 from debiaskd.recipe import Network, Recipe, RecipeError, Schedule, Teacher, to_dict
-from debiaskd.terms import GuideOptions, GuideTerm, Ranks, Setting, Term, TermOptions, make_guide
+from debiaskd.terms import (
+    ExplainOptions,
+    ExplainTerm,
+    GuideOptions,
+    GuideTerm,
+    Ranks,
+    Setting,
+    Term,
+    TermOptions,
+    make_explainer,
+    make_guide,
+)
 from debiaskd.terms.own import build_term
 from debiaskd.training.batches import Split, SplitLoader, open_split
 from debiaskd.training.data_checks import check_data, expect_groups, hold_out
@@ -30,6 +43,8 @@ from debiaskd.training.split_parts import check_overlap
 from debiaskd.training.teacher_outputs import TeacherOutputs
 from debiaskd.training.validation import Evaluator, attribution_options
 from debiaskd.utils import files
+
+Made = TypeVar("Made", bound=Attributor)
 
 
 class Trainer(Networks):
@@ -184,7 +199,7 @@ class Trainer(Networks):
             **against_worst_group(selector, rule),
             **_stopped(training, rule, names),
             "training_groups": self._group_counts(),
-            "figures": {name: none_for_nan(value) for name, value in selector.figures[str(selector.best)].items()},
+            "figures": {n: v if v == v else None for n, v in selector.figures[str(selector.best)].items()},  # no NaN
         }
 
     def _group_counts(self) -> dict[str, int] | None:
@@ -216,23 +231,28 @@ class Trainer(Networks):
         if "backdoor" in terms and not has_protocol(model):
             raise RecipeError("terms.backdoor: needs a student with timm's forward_features, or a transplanted one")
         made: dict[str, Term] = {}
-        guide = None
+        guide = explainer = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/terms".encode()))
             for name, options in terms.items():
                 if isinstance(options, GuideOptions):
-                    guide = self._guide(options, model, network)
+                    guide = self._attributor(name, partial(make_guide, options), model, network)
                     made[name] = GuideTerm(options, guide)
+                elif isinstance(options, ExplainOptions):
+                    explainer = self._attributor(name, partial(make_explainer, options), model, network)
+                    made[name] = ExplainTerm(options, explainer)
                 else:
                     made[name] = build_term(kinds[name], options, setting)
-        return Learner(FeatureExtractor(model, at, wanted), made, teacher=teacher, guide=guide, weight=weight)
+        unregistered: dict[str, Any] = {"teacher": teacher, "guide": guide, "explainer": explainer, "weight": weight}
+        return Learner(FeatureExtractor(model, at, wanted), made, **unregistered)
 
-    def _guide(self, options: GuideOptions, model: nn.Module, network: Network) -> Guide:
+    def _attributor(self, name: str, make: Callable[[nn.Module], Made], model: nn.Module, network: Network) -> Made:
         try:
-            find(model, options.layer, self.example(network))
-            return make_guide(options, model)
+            attributor = make(model)
+            find(model, attributor.layer, self.example(network))
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"terms.guide: {error}") from None
+            raise RecipeError(f"terms.{name}: {error}") from None
+        return attributor
 
     def loader(
         self,
@@ -273,7 +293,3 @@ def _stopped(training: TrainingLoop, rule: str, names: tuple[str, ...]) -> dict[
     compared = "Pareto front over " + ", ".join(names) if rule == "pareto" else names[0]
     why = f"no improvement of {compared} on validation in {training.waited} epochs"
     return {"stopped": {"epochs": done, "patience": schedule.patience, "why": why}}
-
-
-def none_for_nan(value: float) -> float | None:
-    return value if value == value else None

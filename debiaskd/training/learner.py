@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from debiaskd.attribution.attributor import Seen
+from debiaskd.attribution.explainer import Explainer
 from debiaskd.attribution.guide import Guide
 from debiaskd.data import Batch
 from debiaskd.models.wrappers import statistics_kept
-from debiaskd.terms import Draws, Ranks, State, StepInputs, StepTotals, Term
+from debiaskd.terms import Draws, Outputs, Ranks, State, StepInputs, StepTotals, Term
 from debiaskd.training.feature_extraction import FeatureExtractor
 from debiaskd.training.teacher_outputs import TeacherOutputs
 
@@ -54,7 +56,7 @@ class Learner(nn.Module):
         terms: by name.
         teacher: not registered as a submodule, since nothing of it is trained, saved or synchronised; None: no term
             needs it.
-        guide: of the student's own model, if there is a guided term.
+        guide, explainer: of the student's own model, if there are the terms `guide` and `explain`.
         weight: float32 [M], a weight for every image of the training split, by its number; or None.
     """
 
@@ -65,12 +67,13 @@ class Learner(nn.Module):
         *,
         teacher: TeacherOutputs | None = None,
         guide: Guide | None = None,
+        explainer: Explainer | None = None,
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.extractor = extractor
         self.terms = nn.ModuleDict(terms)
-        self._unregistered = (teacher, guide, weight)
+        self._unregistered = (teacher, guide, explainer, weight)
         self.register_load_state_dict_pre_hook(_rename_old_keys)  # type: ignore[no-untyped-call]
 
     @property
@@ -84,24 +87,26 @@ class Learner(nn.Module):
 
     def place(self, device: torch.device) -> None:
         """Move to the device what is not registered in the module."""
-        teacher, guide, weight = self._unregistered
+        teacher, guide, explainer, weight = self._unregistered
         self._unregistered = (
             None if teacher is None else teacher.to(device),
             guide,
+            explainer,
             None if weight is None else weight.to(device),
         )
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (the loss to minimise, the unweighted loss of each term)."""
-        teacher, guide, _ = self._unregistered
+        teacher = self._unregistered[0]
         batch, epoch, active = step.batch, step.epoch, self._active(step.epoch)
         taught = any(need.startswith("teacher.") for term in active.values() for need in term.needs)
-        student, seen = self.extractor(batch.images, guide if "guide" in active else None)
+        student, seen, watched = self._run(batch.images, active)
         state = State(
             **self._inputs(step),
             student=student,
             teacher=teacher(batch, epoch, step.numbers) if taught and teacher is not None else None,
             seen=seen,
+            watched=watched,
             totals=step.totals,
             number=step.number,
         )
@@ -121,6 +126,22 @@ class Learner(nn.Module):
         ]
         total = total + sum(0.0 * part.float().sum() for part in idle if part.requires_grad)
         return total, {name: loss.detach().float() for name, loss in losses.items() if factors[name]}
+
+    def _run(self, images: Tensor, active: Mapping[str, Term]) -> tuple[Outputs, Seen | None, Seen | None]:
+        """The student's outputs, and what the guide and the explainer watched: in one pass where one can use the
+        other's, else in two."""
+        _, guide, explainer, _ = self._unregistered
+        guide, explainer = guide if "guide" in active else None, explainer if "explain" in active else None
+        if explainer is None or guide is None:
+            watcher = guide or explainer
+            outputs, seen = self.extractor(images, watcher)
+            return outputs, seen if guide else None, seen if explainer else None
+        outputs, seen = self.extractor(images, guide)
+        if explainer.can_use(guide):
+            explainer.decide_with(guide)
+            return outputs, seen, seen
+        with statistics_kept(self.extractor.model):
+            return outputs, seen, explainer.watch(images)
 
     def tallied(self, epoch: int) -> bool:
         """Whether terms need more of a whole step than its samples' weights; `totals` then reads augmented images."""
@@ -160,7 +181,7 @@ class Learner(nn.Module):
         return {name: self.term(name) for name in self.names if self.term(name).active(epoch)}
 
     def _inputs(self, step: Step) -> dict[str, Any]:
-        batch, weight = step.batch, self._unregistered[2]
+        batch, weight = step.batch, self._unregistered[3]
         return {
             "images": batch.images,
             "target": batch.target.float() if batch.target.dim() == 2 else batch.target,

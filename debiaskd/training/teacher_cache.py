@@ -3,7 +3,7 @@
 A distillation epoch then runs the student alone. Augmentation comes from a fixed number of views: view v of an image is
 the same in every epoch e with e mod views = v, so that the teacher's outputs belong to the student's input.
 
-    teacher-cache/view-00/00000/{feature,pooled,logits}.npy     512 images, whole once the folder has its name
+    teacher-cache/view-00/00000/{feature,pooled,logits,…}.npy   512 images, whole once the folder has its name
 
 bfloat16, which numpy does not know, is stored as the int16 of the same bits.
 """
@@ -30,7 +30,7 @@ from debiaskd.utils import files
 
 #: Images a shard.
 SHARD = 512
-PARTS = ("feature", "pooled", "logits")
+PARTS = ("feature", "pooled", "logits", "explanation", "explained")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -76,7 +76,7 @@ class CachedTeacher:
         found = {part: self._rows(epoch % self.count, part, places) for part in PARTS}
         logits = found["logits"]
         assert logits is not None
-        return Outputs(found["feature"], found["pooled"], logits)
+        return Outputs(found["feature"], found["pooled"], logits, found["explanation"], found["explained"])
 
     def to(self, device: torch.device) -> CachedTeacher:
         self.device = device
@@ -169,7 +169,7 @@ def _write(
         for part in parts:
             value: Tensor = getattr(outputs, part)
             value = value.permute(0, 2, 3, 1) if value.dim() == 4 else value
-            found[part].append(value.to(_DTYPES[dtype]).cpu())
+            found[part].append((value.to(_DTYPES[dtype]) if value.is_floating_point() else value).cpu())
     for part, values in found.items():
         joined = torch.cat(values).contiguous()
         stored = joined.view(torch.int16) if joined.dtype == torch.bfloat16 else joined

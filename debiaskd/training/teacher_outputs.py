@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from debiaskd.attribution.explainer import Explainer
 from debiaskd.data import Batch
 from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.heads import Frozen, freeze
@@ -50,17 +51,74 @@ class FrozenExtractor(Frozen):
         return outputs
 
 
-class LiveTeacher:
-    """Teacher outputs computed for every batch."""
+class WholeTeacher(Frozen):
+    """A frozen teacher as one network from images to logits, which records the feature between its body and its head.
+
+    Args:
+        teacher: cut or not; its tensors are shared.
+    """
 
     def __init__(self, teacher: FrozenTeacher | FrozenExtractor) -> None:
+        super().__init__()
         self.teacher = teacher
+        self.recording = False  # a copy of the network must not hold the outputs of an earlier pass
+        self.recorded: Outputs | None = None
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if isinstance(self.teacher, FrozenExtractor):
+            outputs = self.teacher.outputs(images)
+        else:
+            feature: Tensor = self.teacher.body(images)
+            pooled = self.teacher.forward_head(feature, pre_logits=True)
+            outputs = Outputs(feature, pooled, self.teacher.forward_head(feature))
+        self.recorded = outputs if self.recording else None
+        return outputs.logits
+
+    def explain(self, explainer: Explainer, images: Tensor, target: Tensor | None) -> Outputs:
+        """All outputs and the attribution maps, in one pass; `explainer` is of this network."""
+        self.recording = True
+        try:
+            _, classes, maps = explainer.explain(images, target)
+            recorded = self.recorded
+        finally:
+            self.recording, self.recorded = False, None
+        assert recorded is not None
+        feature, pooled = (None if value is None else value.detach() for value in recorded[:2])
+        return Outputs(feature, pooled, recorded.logits.detach(), maps, classes)
+
+    def submodule(self, name: str) -> str:
+        """The name here of a module of the teacher as it was before it was cut and frozen."""
+        return f"teacher.body.model.{name}"
+
+
+class LiveTeacher:
+    """Teacher outputs computed for every batch.
+
+    Args:
+        teacher: of them.
+        explainer: of a `WholeTeacher` of it, whose attribution maps are wanted besides.
+        labels: whether the maps are of the labels' classes instead of those that the teacher ranks first.
+    """
+
+    def __init__(
+        self,
+        teacher: FrozenTeacher | FrozenExtractor,
+        explainer: Explainer | None = None,
+        *,
+        labels: bool = False,
+    ) -> None:
+        self.teacher, self.explainer, self.labels = teacher, explainer, labels
         self.width = teacher.num_features if isinstance(teacher, FrozenExtractor) else teacher.head.in_features
         self.views: int | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         images = batch.images if batch.teacher_images is None else batch.teacher_images
+        if self.explainer is not None:
+            whole = self.explainer.model
+            assert isinstance(whole, WholeTeacher)
+            return whole.explain(self.explainer, images, batch.target if self.labels else None)
         if isinstance(self.teacher, FrozenExtractor):
             return self.teacher.outputs(images)
         feature = self.teacher.forward_features(images)
@@ -86,16 +144,17 @@ class InMemoryTeacher:
 
     def __call__(self, batch: Batch, epoch: int, numbers: Tensor | None = None) -> Outputs:
         assert batch.index is not None
-        feature, pooled, logits = self.outputs
-        return Outputs(_rows(feature, batch.index), _rows(pooled, batch.index), logits[batch.index])
+        logits = self.outputs.logits[batch.index]
+        others = (_rows(value, batch.index) for value in (*self.outputs[:2], *self.outputs[3:]))
+        feature, pooled, explanation, explained = others
+        return Outputs(feature, pooled, logits, explanation, explained)
 
     def to(self, device: torch.device) -> InMemoryTeacher:
-        feature, pooled, logits = self.outputs
-        self.outputs = Outputs(
-            None if feature is None else feature.to(device),
-            None if pooled is None else pooled.to(device),
-            logits.to(device),
+        feature, pooled, logits, explanation, explained = (
+            None if value is None else value.to(device) for value in self.outputs
         )
+        assert logits is not None
+        self.outputs = Outputs(feature, pooled, logits, explanation, explained)
         return self
 
 

@@ -48,6 +48,7 @@ NEWER = (
     "pretraining.ema",
     "terms.kd.temperature",
     "terms.guide",
+    "terms.explain",
     "weights.convention",
     "selection.every",
     "selection.reuse",
