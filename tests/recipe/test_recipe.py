@@ -59,7 +59,7 @@ def test_a_file_of_ones_own_comes_before_a_name_of_ours(tmp_path: Path, monkeypa
 def test_another_word_is_answered_with_our_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        RecipeError, match=r"^nosuch: no such file; recipes that come with debiaskd: celeba_dett, .*cid$"
+        RecipeError, match=r"^nosuch: no such file; recipes that come with debiaskd: celeba_dett, .*waterbirds_e2kd$"
     ):
         read("nosuch")
     for path in ("nosuch.yaml", "nosuch/waterbirds_dett"):
