@@ -377,7 +377,7 @@ def test_there_are_recipes() -> None:
         (terms(kd={}), "teacher: is needed by terms.kd"),
         (terms(backdoor={"start": 1}), "teacher: is needed by terms.backdoor"),
         ({"transplant": {}}, "teacher: is needed by transplant"),
-        (TEACHER, "teacher: nothing uses it; none of the terms match, kd, sample, relation, backdoor, and no"),
+        (TEACHER, "teacher: nothing uses it; none of the terms match, kd, sample, relation, backdoor, explain, and no"),
         ({**TEACHER, "terms": {"match": {}}}, "terms.match: needs transplant, whose projector gives the maps"),
         (
             {"student": {"name": "bcos/resnet18", "input": {"mean": [0.5, 0.5, 0.5]}}},
