@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
+from debiaskd.data.color import jitter_colors
 from debiaskd.masks import Masks
 from debiaskd.models.input import IMAGENET_MEAN as MEAN
 from debiaskd.models.input import IMAGENET_STD as STD
@@ -44,6 +45,8 @@ class Augment:
         interpolation: for an image of another size that is not cropped: "nearest", "bilinear" or "bicubic", the latter
             two with antialiasing.
         box_size: (height, width) that the resulting boxes refer to; None: the size of the result.
+        color_jitter: (brightness, contrast, saturation, hue), how far colours change, as `jitter_colors` has it, after
+            crops and flips; None: not at all.
 
     Crops are interpolated bilinearly. The memory format is kept.
 
@@ -71,6 +74,7 @@ class Augment:
         generator: torch.Generator | None = None,
         interpolation: str = "bilinear",
         box_size: tuple[int, int] | None = None,
+        color_jitter: tuple[float, float, float, float] | None = None,
     ) -> None:
         checks.flag("flip", flip)
         checks.option("interpolation", interpolation, INTERPOLATIONS)
@@ -79,6 +83,7 @@ class Augment:
         self.size = None if size is None else checks.size("size", (size, size) if isinstance(size, int) else size)
         self.box_size = None if box_size is None else checks.size("box_size", box_size)
         self.interpolation = interpolation
+        self.color_jitter = None if color_jitter is None else _strength(color_jitter)
         self.flip = flip
         self.crop_scale = None if crop_scale is None else _interval("crop_scale", crop_scale)
         if self.crop_scale is not None and self.crop_scale[1] > 1:
@@ -132,6 +137,9 @@ class Augment:
                 pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
         if flipped is not None:
             every = [flip_boxes(boxes, flipped, box_size[1]) for boxes in every]
+        if self.color_jitter is not None:
+            drawn = draw((count, 4), images.device)
+            pixels = jitter_colors(pixels / 255, drawn.to(pixels.dtype), self.color_jitter) * 255
         images = self._normalized(pixels).contiguous(memory_format=order)
         return dataclasses.replace(batch, images=images, boxes=every[0], ignore=every[1] if len(every) > 1 else None)
 
@@ -259,6 +267,16 @@ def _kept(boxes: Boxes, coords: Tensor, keep: Tensor, masks: Masks | None) -> Bo
     before = torch.cat([boxes.offsets.new_zeros(1), keep.cumsum(0)])
     labels = None if boxes.labels is None else boxes.labels[keep]
     return Boxes(coords[keep], before[boxes.offsets], labels, boxes.annotated, masks)
+
+
+def _strength(value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    names = ("brightness", "contrast", "saturation", "hue")
+    if not isinstance(value, Sequence) or len(value) != len(names):
+        raise ValueError(f"color_jitter must be ({', '.join(names)}), got {value!r}")
+    brightness, contrast, saturation, hue = (checks.number(n, v, minimum=0) for n, v in zip(names, value))
+    if hue > 0.5:
+        raise ValueError(f"hue must lie in [0, 0.5], got {hue}")
+    return brightness, contrast, saturation, hue
 
 
 def _interval(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from debiaskd.training.fit import Trainer
 from debiaskd.training.run import Run, decisive
 
 #: Keys of `data` that only change boxes and masks, so that stages without guidance are the same.
-BOX_KEYS = ("annotated_fraction", "dilate", "masks")
+BOX_KEYS = ("annotated_fraction", "dilate", "jitter", "masks")
 
 
 class StageContext:

@@ -24,6 +24,8 @@ class Data:
             those that `discovery` finds. "none": no group is read. The test keeps those that it was prepared with.
         annotated_fraction: share of the training pictures whose boxes are known.
         dilate: enlarge training boxes by this share of their size on every side.
+        jitter: noise on the boxes and masks of the training images, for studies of robustness: each side moves by up to
+            this share of the object's width or height, always the same way for an image and `data.seed`.
         masks: where images were prepared with masks (`debiaskd prepare --masks`), guide into those and measure by
             those, in training, validation and test; images without a mask keep their boxes.
         seed: decides which parts of a split, and which annotated pictures, are meant.
@@ -32,6 +34,9 @@ class Data:
         flip: mirror half of the training pictures.
         crop_scale: smallest and largest share of its area that a random crop of a training picture takes; no crop if it
             is left out.
+        color_jitter: brightness, contrast, saturation and hue of a training image change by random amounts up to these
+            (torchvision's `ColorJitter`, in this order): three factors in 1 ± b, and a turn of the hue by a share of
+            the circle up to 0.5; [0.4, 0.4, 0.4, 0.1], for one. Left out: colours stay.
     """
 
     path: str
@@ -42,11 +47,13 @@ class Data:
     groups: str | None = None
     annotated_fraction: float = 1.0
     dilate: float = 0.0
+    jitter: float = 0.0
     masks: bool = False
     seed: int = 0
     size: int | None = None
     flip: bool = True
     crop_scale: tuple[float, float] | None = None
+    color_jitter: tuple[float, float, float, float] | None = None
 
 
 def data_problems(data: Data) -> Iterator[str]:
@@ -59,3 +66,8 @@ def data_problems(data: Data) -> Iterator[str]:
         yield f"data.dilate: enlarges boxes, and data.masks is true; got {data.dilate}"
     if data.crop_scale is not None and not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         yield f"data.crop_scale: must be (smallest, largest) in (0, 1], got {data.crop_scale}"
+    if not 0 <= data.jitter < float("inf"):
+        yield f"data.jitter: must be a share >= 0, got {data.jitter}"
+    strength = data.color_jitter
+    if strength is not None and not (all(0 <= value < float("inf") for value in strength) and strength[3] <= 0.5):
+        yield f"data.color_jitter: must be four numbers >= 0, the last one (hue) at most 0.5, got {list(strength)}"

@@ -42,8 +42,8 @@ def terms_problems(recipe: Recipe) -> Iterator[str]:
     if explain is not None and explain.layer not in (None, *DEPTHS) and explain.teacher_layer is None:
         yield f"terms.explain.teacher_layer: is needed, because layer names one of the student, {explain.layer}"
     if guide is None:
-        if recipe.data.annotated_fraction != 1 or recipe.data.dilate:
-            yield "data.annotated_fraction, data.dilate: only terms.guide uses boxes, and there is none"
+        if recipe.data.annotated_fraction != 1 or recipe.data.dilate or recipe.data.jitter:
+            yield "data.annotated_fraction, data.dilate, data.jitter: only terms.guide uses boxes, and there is none"
         return
     if guide.steps is not None and guide.attribution != "integrated_gradients":
         yield f"terms.guide.steps: only for integrated_gradients, got attribution {guide.attribution or 'left out'}"

@@ -61,7 +61,7 @@ class Split:
         part = parts.parse(text, f"data.{key}")
         options: dict[str, Any] = {"masks": data.masks}
         if training:
-            options |= {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate}
+            options |= {"annotated_fraction": data.annotated_fraction, "dilate": data.dilate, "jitter": data.jitter}
         whole = _opened(data, part.name, **options)
         if data.groups is not None and key in ("train", "validation"):
             _regroup(whole, data.groups, key)
@@ -148,7 +148,7 @@ class InputTransform:
     Args:
         contract: of what it reads.
         device: where it is.
-        flip, crop_scale: see `Augment`.
+        flip, crop_scale, color_jitter: see `Augment`.
         teacher: contract of the network that teaches it; None: there is none.
         with_teacher_input: whether the teacher's input is made as well, as `Batch.teacher_images`.
         stored: (height, width) of the stored images; None: of several sizes.
@@ -165,6 +165,7 @@ class InputTransform:
         *,
         flip: bool = False,
         crop_scale: tuple[float, float] | None = None,
+        color_jitter: tuple[float, float, float, float] | None = None,
         teacher: InputContract | None = None,
         with_teacher_input: bool = False,
         stored: tuple[int, int] | None = None,
@@ -174,15 +175,14 @@ class InputTransform:
         same_crop = crop_scale is None or teacher is None or teacher.size == contract.size
         resized = crop_scale is None and contract.size != stored
         two = with_teacher_input and teacher is not None and not teacher.same_as(contract, resized=resized)
+        drawn: dict[str, Any] = {"flip": flip, "crop_scale": crop_scale, "color_jitter": color_jitter}
         if same_crop and not two:
             normal: dict[str, Any] = {"mean": contract.mean, "std": contract.std}
-            self.augment = Augment(
-                contract.size, flip=flip, crop_scale=crop_scale, interpolation=contract.interpolation, **normal
-            )
+            self.augment = Augment(contract.size, interpolation=contract.interpolation, **drawn, **normal)
             return
         assert teacher is not None
         size = None if crop_scale is None else max(contract.size, teacher.size, key=lambda s: s[0] * s[1])
-        self.augment = Augment(size, flip=flip, crop_scale=crop_scale, mean=None, std=None, box_size=contract.size)
+        self.augment = Augment(size, mean=None, std=None, box_size=contract.size, **drawn)
         self.own = Preprocess(contract).to(device)
         self.teacher = Preprocess(teacher).to(device) if with_teacher_input else None
 
@@ -241,6 +241,7 @@ class SplitLoader:
             device,
             flip=flip,
             crop_scale=crop,
+            color_jitter=data.color_jitter if training else None,
             teacher=teacher,
             with_teacher_input=with_teacher_input,
             stored=split.whole.size,

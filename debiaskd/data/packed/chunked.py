@@ -29,7 +29,7 @@ class ChunkedDataset(PackedDataset):
 
     Args:
         path: the folder that was prepared.
-        split, annotated_fraction, seed, dilate, masks, verify, pin_memory: as for `PackedDataset`.
+        split, annotated_fraction, seed, dilate, jitter, masks, verify, pin_memory: as for `PackedDataset`.
         url: where the split's chunks are, if they are not all below `path`: any location that LitData reads, such as
             "s3://bucket/coco-224/train2017". All files but `chunk-*.bin` must be below `path`. A missing chunk is
             downloaded when an image of it is first requested, compared with its checksum, and kept there; only one of
@@ -58,6 +58,7 @@ class ChunkedDataset(PackedDataset):
         annotated_fraction: float = 1.0,
         seed: int = 0,
         dilate: float = 0.0,
+        jitter: float = 0.0,
         masks: bool = False,
         verify: bool = False,
         pin_memory: bool = False,
@@ -74,6 +75,7 @@ class ChunkedDataset(PackedDataset):
             annotated_fraction=annotated_fraction,
             seed=seed,
             dilate=dilate,
+            jitter=jitter,
             masks=masks,
             verify=verify,
             pin_memory=pin_memory,

@@ -16,6 +16,7 @@ from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
 from debiaskd.data.packed import manifest as manifests
 from debiaskd.data.packed import shards
+from debiaskd.data.packed.jitter import jitter_boxes
 from debiaskd.data.packed.reading import load
 from debiaskd.data.packed.stored_masks import StoredMasks
 from debiaskd.data.sources.records import IGNORE, DataError
@@ -36,6 +37,8 @@ class PackedDataset(Dataset[Any]):
         seed: see `annotated_fraction`.
         dilate: boxes are enlarged by this share of their width and height on every side, clipped to the image.
         verify: read all of the split's files and compare checksums.
+        jitter: sides of boxes and masks are moved by up to this share of their width and height, by amounts that depend
+            on `seed` alone and belong to each box; see `debiaskd.data.packed.jitter`.
         masks: images that were prepared with masks have those instead of their boxes, in what is read by number;
             `boxes`, of all images, stay boxes. Only for data that was prepared with masks, and without `dilate`.
         pin_memory: copy batches from the files directly into pinned memory. Not possible in worker processes; there use
@@ -68,6 +71,7 @@ class PackedDataset(Dataset[Any]):
         annotated_fraction: float = 1.0,
         seed: int = 0,
         dilate: float = 0.0,
+        jitter: float = 0.0,
         masks: bool = False,
         verify: bool = False,
         pin_memory: bool = False,
@@ -99,6 +103,10 @@ class PackedDataset(Dataset[Any]):
                 f"{self.path}: prepared without masks; run `debiaskd prepare` with --masks into another folder"
             )
         self.masks = StoredMasks(self._folders, self._starts, side, annotated) if masks else None
+        if checks.number("jitter", jitter, minimum=0):
+            self.boxes = jitter_boxes(self.boxes, jitter, self.size, seed)
+            if self.masks is not None:
+                self.masks.jitter(jitter, seed)
         if dilate:
             self.boxes = self.boxes.dilate(dilate, self.size)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from debiaskd.boxes import Boxes
+from debiaskd.data.packed.jitter import jitter_masks, noise
 from debiaskd.data.packed.reading import load
 from debiaskd.masks import Masks
 
@@ -33,10 +34,15 @@ class StoredMasks:
         self.offsets = np.concatenate([[0], *(o[1:] + first for o, first in zip(offsets, self.first))])
         self.labels = np.concatenate([np.zeros(0, np.int64), *(load(f / "mask_labels.npy") for f in folders)])
         self.known = (np.diff(self.offsets) > 0) & annotated.numpy()
+        self.shares: Tensor | None = None
         self.words: list[NDArray[np.int32] | None] = [None] * len(folders)
 
     def renumber(self, places: Tensor) -> None:
         self.labels = places.numpy()[self.labels]
+
+    def jitter(self, fraction: float, seed: int) -> None:
+        """Move the sides of every mask by up to `fraction`; see `debiaskd.data.packed.jitter`."""
+        self.shares = fraction * noise(len(self.labels), seed)
 
     def applied(self, boxes: Boxes, numbers: NDArray[np.int64]) -> Boxes:
         """The boxes of images `numbers`, with masks instead of boxes where there are masks."""
@@ -50,9 +56,10 @@ class StoredMasks:
             row[...] = self._shard(shard)[number - self.first[shard]]
         offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int64))
         labels = torch.from_numpy(self.labels[chosen])
-        return boxes.without(torch.from_numpy(known)).with_masks(
-            Masks(torch.from_numpy(words), self.side, offsets, labels)
-        )
+        masks = Masks(torch.from_numpy(words), self.side, offsets, labels)
+        if self.shares is not None:
+            masks = jitter_masks(masks, self.shares[torch.from_numpy(chosen)])
+        return boxes.without(torch.from_numpy(known)).with_masks(masks)
 
     def _shard(self, shard: int) -> NDArray[np.int32]:
         words = self.words[shard]
