@@ -17,6 +17,7 @@ from debiaskd.models.own import GIVEN, give, given_name
 
 if TYPE_CHECKING:
     from debiaskd.data import Prepared
+    from debiaskd.evaluation.pretrained import Pretrained
     from debiaskd.recipe import Recipe
 
 #: In a run's folder: weights of modules and packed data sets that were given to `train`.
@@ -172,6 +173,28 @@ class Run:
             write_report([self.folder, *folders], page, split=split)
         return page
 
+    def save_pretrained(self, folder: Path | str) -> Path:
+        """Write the student in the layout of the Hugging Face hub: model.safetensors, config.json, and README.md, a
+        model card made from the run and its evaluations.
+
+        `load` gives it back; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads students of timm that have
+        their own last layer. Nothing is uploaded.
+
+        Args:
+            folder: is made; an earlier one of these is replaced.
+
+        Returns:
+            `folder`.
+
+        Raises:
+            RunError: the folder holds something else.
+            NetworkError, OSError: as their names say.
+        """
+        from debiaskd.reports.model_card import save_pretrained
+
+        with self._modules():
+            return save_pretrained(self.folder, Path(folder))
+
     def __repr__(self) -> str:
         figures = ", ".join(f"{name}={self.metrics[name]:.4f}" for name in _LEADING if name in self.metrics)
         return f"Run({str(self.folder)!r}, student={self.recipe.student.name!r}, {figures})"
@@ -274,17 +297,21 @@ def train(
     return Run(folder, **given)
 
 
-def load(folder: Path | str, *, student: nn.Module | None = None, teacher: nn.Module | None = None) -> Run:
-    """Open a finished run.
+def load(folder: Path | str, *, student: nn.Module | None = None, teacher: nn.Module | None = None) -> Run | Pretrained:
+    """Open a finished run, or a student of `Run.save_pretrained`.
 
     Args:
-        folder: of the run.
+        folder: of the run, or of the student.
         student, teacher: modules with the same tensors as those that were given to `train`, where there were such; only
             their structure matters.
 
     Raises:
         RunError: no run's folder, one that is not finished, or another module than was trained.
     """
+    from debiaskd.evaluation.pretrained import Pretrained, is_pretrained
+
+    if not (Path(folder) / "recipe.yaml").exists() and is_pretrained(Path(folder)):
+        return Pretrained(folder, student=student)
     return Run(folder, student=student, teacher=teacher)
 
 
