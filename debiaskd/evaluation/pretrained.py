@@ -141,7 +141,7 @@ def config(loaded: LoadedStage, metrics: Mapping[str, Mapping[str, float]], sha2
         "fixed_input_size": bool(loose.get("fixed_input_size", False)),
         "interpolation": contract.interpolation,
         "crop_pct": 1.0,
-        "crop_mode": {"squash": "squash", "pad": "border"}.get(fit, "center"),
+        "crop_mode": {"squash": "squash", "pad": "border"}.get(fit or "", "center"),
         "mean": list(contract.mean),
         "std": list(contract.std),
         "num_classes": len(loaded.classes),
