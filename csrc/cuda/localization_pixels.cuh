@@ -184,7 +184,7 @@ struct Window {
 template <typename T>
 struct BlendedPixels {
   using A = typename accumulator<T>::type;
-  static constexpr int kWidth = 1, kBlocks = kMapBlocks<T> > 1 ? 5 : 1;
+  static constexpr int kWidth = 1, kBlocks = kMapBlocks<T> > 1 ? 4 : 1;
 
   Maps<T> maps;
   Scaling scaling;

@@ -60,10 +60,7 @@ def brief_schedule(schedule: Schedule, epochs: int | None) -> Schedule:
 
 
 def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
-    """Weight decay for matrices and kernels; not for biases, norms, and terms that want none.
-
-    Adam on the CPU is the fused implementation: the other one runs ten small ops for every parameter, some 4 ms a step.
-    """
+    """Weight decay for matrices and kernels; not for biases, norms, and terms that want none."""
     spared = {
         id(p) for name in learner.names if learner.term(name).no_weight_decay for p in learner.term(name).parameters()
     }
@@ -77,8 +74,7 @@ def optimizer(schedule: Schedule, learner: Learner) -> torch.optim.Optimizer:
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, schedule.learning_rate, momentum=0.9, nesterov=True)
     kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.AdamW
-    fused = True if all(p.device.type == "cpu" for p in trained) else None
-    return kind(groups, schedule.learning_rate, fused=fused)
+    return kind(groups, schedule.learning_rate)
 
 
 class Ema:

@@ -144,8 +144,8 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     src, out = trees.coco(tmp_path / "src", 4), tmp_path / "out"
     init = shards.NpyWriter.__init__
 
-    def cramped(self: shards.NpyWriter, folder: Path, size: int) -> None:
-        init(self, folder, size)
+    def cramped(self: shards.NpyWriter, *arguments: Any) -> None:
+        init(self, *arguments)
         self.pixels = FullDisk(self.pixels, 2000)  # type: ignore[assignment]
 
     with monkeypatch.context() as patch:

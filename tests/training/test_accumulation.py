@@ -159,7 +159,7 @@ def relinked(copied: Learner, options: Any) -> Learner:
     if isinstance(options, GuideOptions):
         guide = make_guide(options, copied.extractor.model)
         copied.term("guide").guide = guide  # type: ignore[assignment]
-        copied._unregistered = (copied._unregistered[0], guide, copied._unregistered[2])
+        copied._unregistered = (copied._unregistered[0], guide, *copied._unregistered[2:])
     return copied
 
 

@@ -136,7 +136,7 @@ def test_a_learners_loss_is_the_sum_of_its_terms() -> None:
     assert list(losses) == ["match", "kd", "sample"]  # contexts are being built, which is no loss
     torch.testing.assert_close(total, losses["match"] + 0.5 * losses["kd"] + 0.1 * losses["sample"])
     student: Any = learner.extractor.model
-    weight = learner._unregistered[2]
+    weight = learner._unregistered[3]
     assert weight is not None
     feature, logits = student.forward_features(shown.images), student(shown.images)
     each = (feature - teacher.forward_features(shown.images)).square().mean((1, 2, 3))
