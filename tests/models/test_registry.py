@@ -257,7 +257,7 @@ def test_a_last_layer_of_other_classes_begins_anew_in_a_network_that_is_trained(
 
 @pytest.mark.parametrize("source", ["file", "pretrained"])
 def test_fine_tuning_starts_from_moderate_logits(source: str, tmp_path: Path) -> None:
-    # timm draws this last layer from +-1/sqrt(number of classes): logits of 8 before the first step.
+    # timm draws this last layer from +-1/sqrt(number of classes).
     known = build("efficientnet_b0", 1000)
     torch.save(known.state_dict(), tmp_path / "w.pth")
     if source == "pretrained":
