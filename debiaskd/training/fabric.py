@@ -7,7 +7,9 @@ import logging
 import os
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ def launch(compute: Compute) -> Any:
     Raises:
         RecipeError: the devices are not available.
     """
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies.ddp import DDPStrategy
+    with _versions_from_metadata():
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # torchrun's
     devices = local or compute.devices
@@ -57,6 +60,37 @@ def launch(compute: Compute) -> Any:
     if fabric.world_size > 1 and torch.distributed.get_backend() == "gloo":
         atexit.register(_leave)
     return fabric
+
+
+@contextmanager
+def _versions_from_metadata() -> Iterator[None]:
+    """Within, Lightning Fabric compares the version of torchmetrics without importing it.
+
+    Fabric looks that version up when it is imported, and imports torchmetrics for it, which imports torchvision, SciPy
+    and transformers where they are installed: seconds before the first step (findings/fabric_imports_transformers.sh).
+    """
+    try:
+        from lightning_utilities.core import imports
+        from packaging.version import Version
+    except ImportError:  # importing Fabric says what is missing
+        yield
+        return
+    compare = imports.compare_version
+
+    def compare_version(package: str, op: Callable[..., bool], version: str, use_base_version: bool = False) -> bool:
+        if package != "torchmetrics":
+            return compare(package, op, version, use_base_version)
+        try:
+            found = Version(metadata.version(package))
+        except metadata.PackageNotFoundError:
+            return False
+        return op(Version(found.base_version) if use_base_version else found, Version(version))
+
+    imports.compare_version = compare_version
+    try:
+        yield
+    finally:
+        imports.compare_version = compare
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[Any]:

@@ -14,7 +14,6 @@ from debiaskd.attribution.guide import Guide
 from debiaskd.bias import are_found
 from debiaskd.boxes import Boxes
 from debiaskd.data import Batch
-from debiaskd.metrics import BoxIoU, EnergyPointingGame, GroupAccuracy, MultilabelF1, MultilabelMeanAveragePrecision
 from debiaskd.ops.ignore import judged
 from debiaskd.recipe import Network, Recipe
 from debiaskd.terms import GuideOptions, make_guide
@@ -142,6 +141,15 @@ def attributions(guide: Guide, batch: Batch) -> list[tuple[Tensor, Boxes, Boxes 
 
 class _Metrics:
     def __init__(self, evaluation: Evaluator) -> None:
+        # Here, not above: torchmetrics takes seconds to import, which a run's first step must not wait for.
+        from debiaskd.metrics import (
+            BoxIoU,
+            EnergyPointingGame,
+            GroupAccuracy,
+            MultilabelF1,
+            MultilabelMeanAveragePrecision,
+        )
+
         loader = evaluation.loader
         split, device = loader.split, loader.device
         self.found: dict[str, Any] = {}

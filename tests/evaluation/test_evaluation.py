@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from sklearn.metrics import average_precision_score
 
 from debiaskd import Boxes
 from debiaskd.attribution.guide import Guide
-from debiaskd.data import Batch, prepare
+from debiaskd.data import Batch, PackedDataset, prepare
+from debiaskd.evaluation.evaluate import evaluate_run
 from debiaskd.metrics import box_size_bins, energy_pointing_game, group_accuracy, iou_with_boxes
 from debiaskd.models import SmallNet
 from debiaskd.recipe import Data, Network, Recipe, RecipeError, Teacher, Terms, Transplant
@@ -173,3 +175,22 @@ def test_selection_by_what_validation_cannot_tell_is_refused_by_name(tmp_path: P
         runs.train(recipe, tmp_path / "default")
     stage = runs.train(recipe, tmp_path / "last", "--selection.rule", "last")
     assert stage.facts["figures"]["map"] is None and stage.facts["training_groups"] is None
+
+
+def test_evaluation_of_a_finished_run_reads_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = runs.write(
+        tmp_path / "plain.yaml", runs.birds(tmp_path), {**runs.PLAIN, "student": {"name": "small/4,4/1"}}
+    )
+    runs.train(recipe, tmp_path / "run", "--schedule.epochs", "1")
+    read: list[tuple[str, int]] = []
+    inner = PackedDataset.__getitems__
+
+    def counted(self: PackedDataset, indices: Any) -> Batch:
+        read.extend((self.split, int(i)) for i in indices)
+        return inner(self, indices)
+
+    monkeypatch.setattr(PackedDataset, "__getitems__", counted)
+    document, _ = evaluate_run(tmp_path / "run", "student", None, None)
+    # Training computed no maps, so that the validation images choose the threshold of the IoU.
+    assert sorted(read) == [("test", i) for i in range(16)] + [("val", i) for i in range(16)]
+    assert document["figures"]["epg"] is not None and document["figures"]["worst_group_accuracy"] is not None
