@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mask_cases import blobs
 
 import debiaskd as dk
-from debiaskd.data.augment import crop_resize, crop_resize_boxes, flip_boxes
+from debiaskd.data.crops import crop_resize, crop_resize_boxes, flip_boxes
 from debiaskd.masks import Masks, pack_bits, unpack_bits
 
 lengths = st.sampled_from((1, 5, 31, 32, 33, 70))

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
 from debiaskd.data.color import jitter_colors
-from debiaskd.masks import Masks
+from debiaskd.data.crops import crop_resize, crop_resize_boxes, flip_boxes
+from debiaskd.data.mixing import Mixing
+from debiaskd.data.rand_augment import MOST, rand_augment
 from debiaskd.models.input import IMAGENET_MEAN as MEAN
 from debiaskd.models.input import IMAGENET_STD as STD
 from debiaskd.models.input import INTERPOLATIONS, resize
@@ -47,6 +47,11 @@ class Augment:
         box_size: (height, width) that the resulting boxes refer to; None: the size of the result.
         color_jitter: (brightness, contrast, saturation, hue), how far colours change, as `jitter_colors` has it, after
             crops and flips; None: not at all.
+        rand_augment: (operations, magnitude): so many random operations on each image, of a magnitude in 0..30, after
+            crops and flips and before colours, as `torchvision.transforms.v2.RandAugment` has them. Boxes and masks
+            are sheared, moved and rotated with the pixels. None: none.
+        mixup, cutmix: the alpha of `Mixing`, which comes last; the result's `partner` and `share` say how images were
+            mixed, target and boxes are those of the image itself. None: images are not mixed.
 
     Crops are interpolated bilinearly. The memory format is kept.
 
@@ -55,6 +60,7 @@ class Augment:
 
     Example:
         >>> pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        >>> from debiaskd import Boxes
         >>> batch = Batch(pictures, torch.tensor([0, 1]), Boxes.from_lists([[[4, 4, 20, 20]], None]))
         >>> made = Augment(24, crop_scale=(0.5, 1))(batch)
         >>> made.images.shape, made.images.dtype, len(made.boxes)
@@ -75,6 +81,9 @@ class Augment:
         interpolation: str = "bilinear",
         box_size: tuple[int, int] | None = None,
         color_jitter: tuple[float, float, float, float] | None = None,
+        rand_augment: tuple[int, int] | None = None,
+        mixup: float | None = None,
+        cutmix: float | None = None,
     ) -> None:
         checks.flag("flip", flip)
         checks.option("interpolation", interpolation, INTERPOLATIONS)
@@ -84,6 +93,8 @@ class Augment:
         self.box_size = None if box_size is None else checks.size("box_size", box_size)
         self.interpolation = interpolation
         self.color_jitter = None if color_jitter is None else _strength(color_jitter)
+        self.rand_augment = None if rand_augment is None else _operations(rand_augment)
+        self.mixing = None if mixup is None and cutmix is None else Mixing(mixup, cutmix)
         self.flip = flip
         self.crop_scale = None if crop_scale is None else _interval("crop_scale", crop_scale)
         if self.crop_scale is not None and self.crop_scale[1] > 1:
@@ -137,9 +148,16 @@ class Augment:
                 pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels)
         if flipped is not None:
             every = [flip_boxes(boxes, flipped, box_size[1]) for boxes in every]
+        if self.rand_augment is not None:
+            operations, magnitude = self.rand_augment
+            drawn = draw((count, 2 * operations), images.device)
+            pixels, every = rand_augment(pixels, every, drawn.to(pixels.dtype), magnitude, box_size)
         if self.color_jitter is not None:
             drawn = draw((count, 4), images.device)
             pixels = jitter_colors(pixels / 255, drawn.to(pixels.dtype), self.color_jitter) * 255
+        if self.mixing is not None:
+            pixels, *mixed = self.mixing(pixels, draw((count, 4), images.device).to(pixels.dtype))
+            batch = dataclasses.replace(batch, partner=mixed[0], share=mixed[1])
         images = self._normalized(pixels).contiguous(memory_format=order)
         return dataclasses.replace(batch, images=images, boxes=every[0], ignore=every[1] if len(every) > 1 else None)
 
@@ -194,81 +212,6 @@ class Augment:
         return torch.stack([x, y, x + w, y + h], 1).long()
 
 
-def crop_resize(images: Tensor, windows: Tensor, size: tuple[int, int], flipped: Tensor | None = None) -> Tensor:
-    """Crop a window of every image, resize it bilinearly and, where `flipped`, mirror it.
-
-    Args:
-        images: floating point [N,C,H,W].
-        windows: integers [N,4], rows (x0, y0, x1, y1) within the image, at least a pixel large.
-        size: (height, width) of the result.
-        flipped: bool [N], or None.
-
-    Returns:
-        [N,C,*size].
-    """
-    height, width = images.shape[2:]
-    (x, left), (y, top) = (_samples(windows, axis, size[1 - axis]) for axis in (0, 1))
-    if flipped is not None:
-        x = torch.where(flipped[:, None], x.flip(1), x)
-    # Pixels outside the window must not contribute to its edge.
-    x = x.clamp(left[0][:, None] + 0.5, left[1][:, None] - 0.5) * (2 / width) - 1
-    y = y.clamp(top[0][:, None] + 0.5, top[1][:, None] - 0.5) * (2 / height) - 1
-    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], -1)
-    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
-
-
-def _samples(windows: Tensor, axis: int, steps: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    start, end = windows[:, axis].float(), windows[:, axis + 2].float()
-    centres = (torch.arange(steps, device=windows.device) + 0.5) / steps
-    return start[:, None] + (end - start)[:, None] * centres, (start, end)
-
-
-def crop_resize_boxes(boxes: Boxes, windows: Tensor, size: tuple[int, int]) -> Boxes:
-    """Transform boxes like `crop_resize`: clip them to the window, and remove those outside it.
-
-    On an accelerator they become empty instead of being removed, as in `Boxes.crop`. A box that covers part of the
-    window keeps at least one pixel. Masks move too, by `Masks.crop_resize`, and may lose what is thinner than a pixel.
-
-    Args:
-        boxes: of N images.
-        windows, size: as for `crop_resize`.
-
-    Raises:
-        ValueError: not one window per image.
-    """
-    checks.shape("windows", windows, "[N,4]", [len(boxes), 4])
-    mine = windows[boxes.image_ids()].long()
-    begin, extent = mine[:, :2], mine[:, 2:] - mine[:, :2]
-    coords = boxes.coords.long()
-    start = (coords[:, :2] - begin).clamp(min=0).minimum(extent)
-    end = (coords[:, 2:] - begin).clamp(min=0).minimum(extent)
-    seen = (end > start).all(1)
-    target = torch.tensor([size[1], size[0]], device=coords.device)
-    # Rounded to the nearest edge with integers: exact, and equal on every device.
-    first = torch.div(2 * start * target + extent, 2 * extent, rounding_mode="floor").minimum(target - 1)
-    last = torch.div(2 * end * target + extent, 2 * extent, rounding_mode="floor").maximum(first + 1)
-    masks = None if boxes.masks is None else boxes.masks.crop_resize(windows, size)
-    return _kept(boxes, torch.cat([first, last], 1).to(torch.int32), seen, masks)
-
-
-def flip_boxes(boxes: Boxes, flipped: Tensor, width: int) -> Boxes:
-    """Mirror boxes in images `width` pixels wide where `flipped`, bool [N]."""
-    checks.shape("flipped", flipped, "[N]", [len(boxes)])
-    x0, y0, x1, y1 = boxes.coords.unbind(1)
-    mirrored = torch.stack([width - x1, y0, width - x0, y1], 1)
-    coords = torch.where(flipped[boxes.image_ids()][:, None], mirrored, boxes.coords)
-    masks = None if boxes.masks is None else boxes.masks.hflip(flipped)
-    return Boxes(coords, boxes.offsets, boxes.labels, boxes.annotated, masks)
-
-
-def _kept(boxes: Boxes, coords: Tensor, keep: Tensor, masks: Masks | None) -> Boxes:
-    if coords.device.type != "cpu":  # counting the remaining boxes would synchronise with the device
-        return Boxes(coords * keep[:, None], boxes.offsets, boxes.labels, boxes.annotated, masks)
-    before = torch.cat([boxes.offsets.new_zeros(1), keep.cumsum(0)])
-    labels = None if boxes.labels is None else boxes.labels[keep]
-    return Boxes(coords[keep], before[boxes.offsets], labels, boxes.annotated, masks)
-
-
 def _strength(value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
     names = ("brightness", "contrast", "saturation", "hue")
     if not isinstance(value, Sequence) or len(value) != len(names):
@@ -277,6 +220,15 @@ def _strength(value: tuple[float, float, float, float]) -> tuple[float, float, f
     if hue > 0.5:
         raise ValueError(f"hue must lie in [0, 0.5], got {hue}")
     return brightness, contrast, saturation, hue
+
+
+def _operations(value: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"rand_augment must be (operations, magnitude), got {value!r}")
+    operations, magnitude = (checks.integer("rand_augment", part) for part in value)
+    if operations < 1 or not 0 <= magnitude <= MOST:
+        raise ValueError(f"rand_augment must be (operations >= 1, magnitude in 0..{MOST}), got {value!r}")
+    return operations, magnitude
 
 
 def _interval(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -25,6 +25,8 @@ class Batch:
         index: int64 [N], the index of each image in its data set, or None.
         ignore: areas that count neither as inside nor as outside (crowds with `--crowd mask`), or None.
         teacher_images: [N,C,H,W], the same images as the teacher's input; None: it reads `images`.
+        partner, share: int64 [N] and float [N] where images were mixed (mixup, CutMix): image `i` is `share[i]` of its
+            own, and the rest is of image `partner[i]` of this batch. None: they are not mixed.
 
     Example:
         >>> batch = collate([(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, [[0, 0, 4, 4]])] * 2)
@@ -39,6 +41,8 @@ class Batch:
     index: Tensor | None = None
     ignore: Boxes | None = None
     teacher_images: Tensor | None = None
+    partner: Tensor | None = None
+    share: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)

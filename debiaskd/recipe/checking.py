@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from debiaskd.models.input import inverse_added
 from debiaskd.recipe.bias_options import REFITS, RefitOptions
 from debiaskd.recipe.data_options import data_problems
+from debiaskd.recipe.mixing_checks import mixing_problems
 from debiaskd.recipe.options import Input, Network, Recipe, Teacher
 from debiaskd.recipe.schedule_options import Schedule
 from debiaskd.recipe.term_checks import number, terms_problems
@@ -41,6 +42,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _weights(recipe)
     yield from _discovery(recipe)
     yield from _refits(recipe)
+    yield from mixing_problems(recipe)
     if recipe.selection.attributions is False and recipe.selection.rule == "pareto":
         yield "selection.attributions: rule pareto compares EPG and IoU, which are made of them; got False"
     yield from _network("student", recipe.student)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from debiaskd.data.rand_augment import MOST
+
 
 @dataclass
 class Data:
@@ -37,6 +39,14 @@ class Data:
         color_jitter: brightness, contrast, saturation and hue of a training image change by random amounts up to these
             (torchvision's `ColorJitter`, in this order): three factors in 1 ± b, and a turn of the hue by a share of
             the circle up to 0.5; [0.4, 0.4, 0.4, 0.1], for one. Left out: colours stay.
+        rand_augment: [operations, magnitude], such as [2, 9]: so many random operations on each training image, of a
+            magnitude in 0..30 (torchvision's `RandAugment`), before color_jitter. Boxes and masks are sheared, moved
+            and rotated with the image. Left out: none.
+        mixup: alpha > 0, such as 0.2: each training image is blended with another one of its pass, by a share from
+            Beta(alpha, alpha). Only for terms that can follow that: supervised, kd, match and sample, unweighted, with
+            a teacher that is not cached. Left out: images are not blended.
+        cutmix: alpha > 0, such as 1: a window of each training image shows another one; for the same terms. With mixup
+            as well, each image is mixed in one of both ways. Left out: none does.
     """
 
     path: str
@@ -54,6 +64,14 @@ class Data:
     flip: bool = True
     crop_scale: tuple[float, float] | None = None
     color_jitter: tuple[float, float, float, float] | None = None
+    rand_augment: tuple[int, int] | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+
+    @property
+    def mixing(self) -> str | None:
+        """The key that mixes images with others, if one does."""
+        return "data.mixup" if self.mixup is not None else "data.cutmix" if self.cutmix is not None else None
 
 
 def data_problems(data: Data) -> Iterator[str]:
@@ -68,6 +86,13 @@ def data_problems(data: Data) -> Iterator[str]:
         yield f"data.crop_scale: must be (smallest, largest) in (0, 1], got {data.crop_scale}"
     if not 0 <= data.jitter < float("inf"):
         yield f"data.jitter: must be a share >= 0, got {data.jitter}"
+    if data.rand_augment is not None and not (data.rand_augment[0] >= 1 and 0 <= data.rand_augment[1] <= MOST):
+        expected = f"[operations, magnitude] with operations >= 1 and magnitude in 0..{MOST}"
+        yield f"data.rand_augment: must be {expected}, got {list(data.rand_augment)}"
+    for key in ("mixup", "cutmix"):
+        alpha = getattr(data, key)
+        if alpha is not None and not 0 < alpha < float("inf"):
+            yield f"data.{key}: must be a number > 0, got {alpha}"
     strength = data.color_jitter
     if strength is not None and not (all(0 <= value < float("inf") for value in strength) and strength[3] <= 0.5):
         yield f"data.color_jitter: must be four numbers >= 0, the last one (hue) at most 0.5, got {list(strength)}"

@@ -139,9 +139,14 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     found = dataclasses.asdict(recipe)
     del found["terms"]["own"]
     found["terms"] |= {name: term.to_dict() for name, term in recipe.terms.own.items()}
-    if found["data"]["crop_scale"] is not None:
-        found["data"]["crop_scale"] = list(found["data"]["crop_scale"])
-    return found
+    return {name: _as_yaml_has_it(value) for name, value in found.items()}
+
+
+def _as_yaml_has_it(value: Any) -> Any:
+    """Lists in place of tuples, so that a recipe equals what is read of its file."""
+    if isinstance(value, dict):
+        return {name: _as_yaml_has_it(inner) for name, inner in value.items()}
+    return [_as_yaml_has_it(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _in_our_words(message: str, document: Any) -> str:

@@ -31,6 +31,7 @@ class KdOptions(TermOptions):
 
 class Kd(Term):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logits"})
+    mixes: ClassVar[bool] = True
 
     def __init__(self, options: KdOptions, setting: Setting) -> None:
         super().__init__(options)
@@ -57,6 +58,7 @@ class SampleOptions(TermOptions):
 class Sample(Term):
     needs: ClassVar[frozenset[str]] = frozenset({"student.pooled", "teacher.pooled"})
     no_weight_decay: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __init__(self, options: SampleOptions, setting: Setting) -> None:
         super().__init__(options)

@@ -28,6 +28,7 @@ class MatchOptions(TermOptions):
 
 class Match(Term):
     needs: ClassVar[frozenset[str]] = frozenset({"student.feature", "teacher.feature"})
+    mixes: ClassVar[bool] = True
 
     def __init__(self, options: MatchOptions, setting: Setting) -> None:
         super().__init__(options)

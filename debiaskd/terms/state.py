@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
@@ -115,6 +115,8 @@ class StepInputs:
         boxes, ignore: of N pictures; areas that count neither as inside nor as outside, or None.
         groups: int64 [N], or None where the data has none.
         weight: float32 [N], the samples' weights, or None without reweighting.
+        partner, share: int64 [N] and float [N] where images are mixed: `share` of each is the image of `target`, the
+            rest is the image that `partner` names. None: they are not mixed.
         epoch: from 0.
         draws, ranks: random numbers, and the other processes.
     """
@@ -128,6 +130,16 @@ class StepInputs:
     epoch: int
     draws: Draws
     ranks: Ranks
+    partner: Tensor | None = None
+    share: Tensor | None = None
+
+    def over_targets(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Each sample's loss [N] of a function of the targets. Where images are mixed, that of both of their targets by
+        their shares."""
+        own = loss(self.target)
+        if self.share is None or self.partner is None:
+            return own
+        return self.share * own + (1 - self.share) * loss(self.target[self.partner])
 
 
 @dataclass(kw_only=True)
@@ -230,12 +242,15 @@ class Term(nn.Module):
         undecayed: the optimiser's weight decay leaves its parameters alone.
         own: names of buffers in which every rank sums up by itself.
         tallied: what `tally` reads, "inputs" or "logits"; None: there is nothing to tally.
+        mixes: its loss is right for mixed images (`data.mixup`, `data.cutmix`): it is of the images alone, or computed
+            by `StepInputs.over_targets`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     no_weight_decay: ClassVar[bool] = False
     own: ClassVar[frozenset[str]] = frozenset()
     tallied: ClassVar[Literal["inputs", "logits"] | None] = None
+    mixes: ClassVar[bool] = False
 
     def __init__(self, options: TermOptions) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +25,8 @@ class SupervisedOptions(TermOptions):
 
 
 class Supervised(Term):
+    mixes: ClassVar[bool] = True
+
     def __init__(self, options: SupervisedOptions, setting: Setting) -> None:
         super().__init__(options)
         self.weighted, self.smoothing = options.weighted, options.label_smoothing
@@ -33,5 +36,6 @@ class Supervised(Term):
         if state.target.is_floating_point():
             each = F.binary_cross_entropy_with_logits(logits, state.target, reduction="none").mean(1)
         else:
-            each = F.cross_entropy(logits, state.target, reduction="none", label_smoothing=self.smoothing)
+            smoothing = self.smoothing
+            each = state.over_targets(lambda y: F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing))
         return state.mean(each, self.weighted)

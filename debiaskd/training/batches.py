@@ -21,6 +21,9 @@ from debiaskd.recipe import Data, RecipeError
 from debiaskd.terms import Ranks
 from debiaskd.training import split_parts as parts
 
+#: Keys of the data that say what is random in training images, named as arguments of `Augment`.
+RANDOM = ("flip", "crop_scale", "color_jitter", "rand_augment", "mixup", "cutmix")
+
 
 class Random(Protocol):
     """Draw uniform random numbers, one row per image."""
@@ -148,10 +151,10 @@ class InputTransform:
     Args:
         contract: of what it reads.
         device: where it is.
-        flip, crop_scale, color_jitter: see `Augment`.
         teacher: contract of the network that teaches it; None: there is none.
         with_teacher_input: whether the teacher's input is made as well, as `Batch.teacher_images`.
         stored: (height, width) of the stored images; None: of several sizes.
+        flip, crop_scale, random: what is random, as `Augment` has it; nothing is where they are left out.
 
     Both networks read the same augmented image: a random crop is made at the larger of the two sizes, and each
     network resizes and normalises its own input from it. Where nothing is cropped, each resizes the stored image.
@@ -163,19 +166,19 @@ class InputTransform:
         contract: InputContract,
         device: torch.device,
         *,
-        flip: bool = False,
-        crop_scale: tuple[float, float] | None = None,
-        color_jitter: tuple[float, float, float, float] | None = None,
         teacher: InputContract | None = None,
         with_teacher_input: bool = False,
         stored: tuple[int, int] | None = None,
+        flip: bool = False,
+        crop_scale: tuple[float, float] | None = None,
+        **random: Any,
     ) -> None:
         self.contract, self.device = contract, device
         self.own = self.teacher = None
         same_crop = crop_scale is None or teacher is None or teacher.size == contract.size
         resized = crop_scale is None and contract.size != stored
         two = with_teacher_input and teacher is not None and not teacher.same_as(contract, resized=resized)
-        drawn: dict[str, Any] = {"flip": flip, "crop_scale": crop_scale, "color_jitter": color_jitter}
+        drawn: dict[str, Any] = {"flip": flip, "crop_scale": crop_scale, **random}
         if same_crop and not two:
             normal: dict[str, Any] = {"mean": contract.mean, "std": contract.std}
             self.augment = Augment(contract.size, interpolation=contract.interpolation, **drawn, **normal)
@@ -234,17 +237,13 @@ class SplitLoader:
         size = data.size or split.whole.size[0]
         contract = contract or default_contract("", (size, size))
         self.size = contract.size
-        crop = data.crop_scale if training else None
-        flip = training and data.flip
         self.transform = InputTransform(
             contract,
             device,
-            flip=flip,
-            crop_scale=crop,
-            color_jitter=data.color_jitter if training else None,
             teacher=teacher,
             with_teacher_input=with_teacher_input,
             stored=split.whole.size,
+            **({name: getattr(data, name) for name in RANDOM} if training else {}),
         )
         self.dataloader = loader(
             split.dataset,

@@ -38,6 +38,8 @@ def check_data(recipe: Recipe, split: Split, validation: Split) -> None:
         for name in ("kd", "relation", "backdoor"):  # kd softens a softmax
             if getattr(recipe.terms, name) is not None:
                 raise RecipeError(f"terms.{name}: needs one class a picture, here it may be several")
+        if recipe.data.mixing is not None:
+            raise RecipeError(f"{recipe.data.mixing}: needs one class an image, here it may be several")
         if recipe.weights is not None and recipe.weights.method == "errors":
             raise RecipeError("weights.method: errors needs one class a picture, here it may be several")
         if recipe.teacher is not None and recipe.teacher.method == "jtt":

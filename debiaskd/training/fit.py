@@ -119,6 +119,9 @@ class Trainer(Networks):
             passes = f" × {schedule.accumulate} passes" if schedule.accumulate > 1 else ""
             processes = f"{self.ranks.world_size} processes{passes}"
             raise RecipeError(f"{key}.batch: {schedule.batch} is no multiple of {processes}")
+        if self.recipe.data.mixing is not None and share < 2:
+            found = f"{key}.batch={schedule.batch} in {self.ranks.world_size} processes has {share}"
+            raise RecipeError(f"{self.recipe.data.mixing}: mixes images of a process's pass, which needs two; {found}")
         return share
 
     def fit(

@@ -192,6 +192,8 @@ class Learner(nn.Module):
             "epoch": step.epoch,
             "draws": step.draws,
             "ranks": step.ranks,
+            "partner": batch.partner,
+            "share": batch.share,
         }
 
     def end_epoch(self, epoch: int, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from debiaskd import Boxes
 from debiaskd.data import Augment, Batch
 from debiaskd.data import augment as augment_module
-from debiaskd.data.augment import crop_resize, crop_resize_boxes, flip_boxes
+from debiaskd.data.crops import crop_resize, crop_resize_boxes, flip_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

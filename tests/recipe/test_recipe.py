@@ -310,7 +310,13 @@ def test_a_recipe_is_written_and_read_again_as_it_was(tmp_path: Path) -> None:
     everything = {
         **PLAIN,
         **MATCH,
-        "data": {"path": "x", "crop_scale": [0.25, 0.5], "size": 8},
+        "data": {
+            "path": "x",
+            "crop_scale": [0.25, 0.5],
+            "size": 8,
+            "color_jitter": [0.4, 0.4, 0.4, 0.1],
+            "rand_augment": [2, 9],
+        },
         "weights": {"convention": "copies", "up": 3},
         "schedule": {"shape": "steps", "milestones": [1, 2], "ema": 0.5, "clip": 1.0},
         "compute": {"precision": "bf16"},
@@ -318,6 +324,7 @@ def test_a_recipe_is_written_and_read_again_as_it_was(tmp_path: Path) -> None:
     first = read(written(tmp_path, everything), ["--terms.backdoor.start", "3"])
     again = read(written(tmp_path, to_dict(first)))
     assert again == first and to_dict(again) == to_dict(first)
+    assert yaml.safe_load(yaml.safe_dump(to_dict(first))) == to_dict(first), "lists, and not tuples"
     assert again.data.crop_scale == (0.25, 0.5) and again.weights is not None and again.weights.up == 3
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import debiaskd as dk
 from debiaskd.models import SmallNet
 from debiaskd.terms import (
+    TERMS,
     Backdoor,
     BackdoorOptions,
     Draws,
@@ -52,6 +53,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_weight_start_and_ramp(options: TermOptions, factors: list[float]) -> None:
     assert [options.factor(epoch) for epoch in range(5)] == pytest.approx(factors)
     assert [Term(options).active(epoch) for epoch in range(5)] == [factor > 0 for factor in factors]
+
+
+def test_labels_of_mixed_images_count_by_their_shares() -> None:
+    """The cross-entropy of soft targets, with and without smoothing."""
+    torch.manual_seed(0)
+    partner, share = torch.arange(N).roll(1), torch.rand(N)
+    made = state(partner=partner, share=share)
+    one_hot = F.one_hot(TARGET, K).float()
+    soft = share[:, None] * one_hot + (1 - share[:, None]) * one_hot[partner]
+    for smoothing in (0.0, 0.1):
+        term = Supervised(SupervisedOptions(label_smoothing=smoothing), SETTING)
+        expected = F.cross_entropy(made.student.logits, soft, label_smoothing=smoothing)
+        torch.testing.assert_close(term(made), expected)
+        plain = term(replace(made, partner=None, share=None))
+        torch.testing.assert_close(plain, F.cross_entropy(made.student.logits, TARGET, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in TERMS.items() if kind.mixes and name != "supervised"])
+def test_other_terms_that_follow_mixed_images_read_no_labels(name: str) -> None:
+    torch.manual_seed(0)
+    kind = {"kd": (Kd, KdOptions), "match": (Match, MatchOptions), "sample": (Sample, SampleOptions)}[name]
+    term = kind[0](kind[1](), SETTING)
+    made = state(student=outputs(D if name != "match" else E), teacher=outputs(E))
+    assert torch.equal(term(made), term(replace(made, target=(TARGET + 1) % K)))
 
 
 def test_two_ranks_draw_together_what_one_does() -> None:

@@ -173,6 +173,7 @@ def test_pictures_that_show_several_classes(several: Path, tmp_path: Path) -> No
             {"terms": {"sample": {}, "supervised": {"label_smoothing": 0.1}}},
             "terms.supervised.label_smoothing: needs one",
         ),
+        ({"data": {"mixup": 0.2}}, "data.mixup: needs one class an image"),
         ({"teacher": {"method": "jtt", "up": 2}}, "teacher.method: jtt needs one class a picture"),
         ({"teacher": {"method": "group_dro"}}, "data.path: groups are asked for, and the prepared data has none"),
         ({"selection": {"rule": "accuracy"}}, "selection.rule: accuracy needs accuracy, and the validation pictures"),

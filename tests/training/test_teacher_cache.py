@@ -92,9 +92,19 @@ def test_half_precision_is_close(recipe: Path, tmp_path: Path, asked: list[int])
     torch.testing.assert_close(weights(tmp_path / "bf16"), weights(tmp_path / "fp32"), rtol=2e-2, atol=5e-3)
 
 
-def test_views_take_turns_and_the_teacher_saw_each(recipe: Path, tmp_path: Path, asked: list[int]) -> None:
-    options = ["--data.flip", "true", "--data.crop_scale", "[0.3, 1]"]
-    options += ["--teacher.cache", "fp32", "--teacher.views", "2", "--schedule.epochs", "4"]
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        ["--data.flip", "true", "--data.crop_scale", "[0.3, 1]"],
+        ["--data.color_jitter", "[0.4, 0.4, 0.4, 0.1]"],
+        ["--data.rand_augment", "[2, 15]"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_views_take_turns_and_the_teacher_saw_each(
+    recipe: Path, tmp_path: Path, asked: list[int], augmentation: list[str]
+) -> None:
+    options = [*augmentation, "--teacher.cache", "fp32", "--teacher.views", "2", "--schedule.epochs", "4"]
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     inner = caching.CachedTeacher.__call__
 
@@ -123,8 +133,8 @@ def test_views_take_turns_and_the_teacher_saw_each(recipe: Path, tmp_path: Path,
     shown: list[dict[int, torch.Tensor]] = [{} for _ in range(4)]
     for epoch, numbers, images in seen:
         shown[epoch] |= dict(zip(numbers.tolist(), images))
-    (number, *_) = set.intersection(*(set(one) for one in shown))
-    first, second, third, fourth = (one[number] for one in shown)
+    always = sorted(set.intersection(*(set(one) for one in shown)))
+    first, second, third, fourth = (torch.stack([one[number] for number in always]) for one in shown)
     assert torch.equal(first, third) and torch.equal(second, fourth) and not torch.equal(first, second)
 
 
