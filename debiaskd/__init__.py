@@ -27,6 +27,7 @@ from debiaskd.losses import (
 )
 from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.own import register_model
+from debiaskd.models.projector_fit import fit_projector
 from debiaskd.models.transplant import Transplanted, match_spatial, transplant
 from debiaskd.ops.backdoor import backdoor_logits
 from debiaskd.ops.backend import BackendError, backend
@@ -83,6 +84,7 @@ __all__ = [
     "energy_loss",
     "error_weights",
     "feature_match_loss",
+    "fit_projector",
     "group_weights",
     "kd_loss",
     "load",

@@ -12,10 +12,12 @@ from torch import nn
 
 from debiaskd.models.frozen_teacher import FrozenTeacher
 from debiaskd.models.registry import load_weights, weights_hash
+from debiaskd.models.transplant import Transplanted
 from debiaskd.pipeline.context import StageContext
 from debiaskd.pipeline.discovery import discovered
 from debiaskd.pipeline.head_probe import probed
 from debiaskd.pipeline.last_layer import last_layer
+from debiaskd.pipeline.projector import fitted_projector
 from debiaskd.pipeline.refits import check_refit, refitted
 from debiaskd.pipeline.teacher_outputs import live_teacher, teacher_outputs
 from debiaskd.pipeline.teachers import check_dfr, student_selection, teacher_terms, trained_options, trained_teacher
@@ -160,7 +162,7 @@ class Pipeline(StageContext):
     def _student(self) -> Stage:
         discovered(self)
         recipe, model, before = self.recipe, self.student_network, dict(self.base)
-        weight = sampling = None
+        found = weight = sampling = None
         if recipe.weights is not None:
             stage = sample_weights(self)
             before["weights"] = stage.fingerprint
@@ -185,6 +187,10 @@ class Pipeline(StageContext):
             if needs:
                 parts = tuple(p for p in PARTS if p in needs or p == "logits")  # those are small, and always there
                 teacher = teacher_outputs(self, frozen_teacher, recipe.teacher, fingerprint, parts)
+        if recipe.transplant is not None and recipe.transplant.init == "least_squares":
+            assert isinstance(model, Transplanted) and teacher is not None
+            whole = None if found is None else self.scatter_weights(found)
+            before["projector"] = fitted_projector(self, model, teacher, before, whole).fingerprint
         networks = [recipe.student] if recipe.teacher is None else [recipe.student, recipe.teacher]
         inputs = {**before, **self.trainer.contracts.decisive(*networks), "recipe": decisive(self.run.document)}
         chosen = student_selection(self.trainer)

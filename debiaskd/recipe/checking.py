@@ -60,6 +60,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name in ("guide", "explain"):
         if recipe.compute.compile and getattr(recipe.terms, name) is not None:
             yield f"compute.compile: PyTorch cannot differentiate a compiled student twice, as terms.{name} has to"
+    if (made := recipe.transplant) is not None and made.init == "least_squares":
+        if made.projector != "linear":
+            yield f"transplant.init: least_squares needs projector linear, got {made.projector}"
+        if recipe.terms.match is None:
+            yield "transplant.init: least_squares fits the maps that terms.match compares, and there is none"
     if recipe.pretraining is not None and recipe.transplant is not None:
         yield "pretraining: a transplanted student has no classifier of its own to be trained on labels first"
 

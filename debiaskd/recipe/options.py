@@ -135,9 +135,12 @@ class Transplant:
 
     Args:
         projector: see `dk.transplant`.
+        init: "random"; "least_squares": a linear projector starts at the minimum of the match loss for the student's
+            initial weights (`dk.fit_projector`), with the recipe's sample weights. It takes one pass over the images.
     """
 
     projector: Literal["depthwise", "dense", "linear", "identity"] = "depthwise"
+    init: Literal["random", "least_squares"] = "random"
 
 
 @dataclass
