@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from models_table import table
-from torch import Tensor, nn
+from torch import nn
 
 import debiaskd as dk
 from debiaskd.boxes import Boxes
@@ -39,18 +39,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 #: Families whose smallest network has more parameters than this are not tried.
 LARGEST = 150_000_000
 CLASSES = 3
-
-
-class Logits(nn.Module):
-    """A classifier of transformers as a module from images to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images).logits
-        return logits
 
 
 # -- which networks ---------------------------------------------------------------------------------------------------
@@ -77,24 +65,16 @@ def torchvision_families() -> Iterator[tuple[str, list[str]]]:
 
 def transformers_families() -> Iterator[tuple[str, list[str]]]:
     for name in TRANSFORMERS:
-        yield f"transformers {name}", [f"transformers/{name}"]
-
-
-def _transformers(name: str) -> nn.Module:
-    import transformers
-
-    options = dict(TRANSFORMERS[name])
-    config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **options)
-    return Logits(getattr(transformers, f"{name}ForImageClassification")(config))
+        yield f"transformers {name}", [f"hf/{name}"]
 
 
 _TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"},
-    "ViT": {**_TINY, "intermediate_size": 96, "patch_size": 16},
-    "ConvNext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
-    "Swin": {"image_size": 64, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
-    "Dinov2": {**_TINY, "patch_size": 16},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"},
+    "vit": {**_TINY, "intermediate_size": 96, "patch_size": 16},
+    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "swin": {"image_size": 64, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "dinov2": {**_TINY, "patch_size": 16},
 }
 
 
@@ -105,9 +85,7 @@ def build(name: str) -> nn.Module:
         import timm
 
         return timm.create_model(rest, num_classes=CLASSES)
-    if source == "torchvision":
-        return networks.build(name, CLASSES)
-    return _transformers(rest)
+    return networks.build(name, CLASSES, options=TRANSFORMERS[rest] if source == "hf" else None)
 
 
 def smallest(names: list[str]) -> tuple[str, int]:

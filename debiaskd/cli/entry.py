@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from debiaskd.reports.summary import Summary
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+#: Extras of the package that a missing module is in; any other one is in `train`.
+_EXTRAS = {"torchdata": "data", "litdata": "data", "transformers": "hf"}
 
 
 class Failure(Exception):  # noqa: N818
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "debiaskd":
             raise
-        extra = "data" if (error.name or "").partition(".")[0] in ("torchdata", "litdata") else "train"
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "train")
         return _fail(f"this command needs {error.name}, which is not installed: pip install 'debiaskd[{extra}]'")
     except KeyboardInterrupt:
         _fail("stopped")

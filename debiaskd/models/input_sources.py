@@ -2,7 +2,7 @@
 
 1. the recipe's keys (`student.input`, `teacher.input`);
 2. the weights: the contract saved in a run, the configuration beside a file, timm's `pretrained_cfg`, torchvision's
-   `weights.transforms()`;
+   `weights.transforms()`, the `preprocessor_config.json` of a folder of transformers;
 3. ImageNet's mean and std, bilinear interpolation.
 
 The size differs: weights alone do not enlarge the images of a data set. It is the recipe's `input.size`, else the size
@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from debiaskd.models import hugging_face
 from debiaskd.models.input import INTERPOLATIONS, InputContract, default_contract, inverse_added, saved
+from debiaskd.models.weight_reading import NetworkError
 
 #: transformers names interpolation by PIL's numbers.
 _PIL: dict[Any, str] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -45,7 +47,7 @@ def resolve(
         data_size: the recipe's `data.size`.
         pretrained: whether it begins from the weights that timm or torchvision know under the name.
         weights: a file that it begins from.
-        options: what it is built with; of these `img_size` says what it reads.
+        options: what it is built with; of these `img_size` (transformers: `image_size`) says what it reads.
 
     Returns:
         The contract, and in words where mean and std come from.
@@ -64,7 +66,7 @@ def resolve(
             known, origin = published(name, prepared), f"the pretrained weights of {name}"
     if known is not None:
         found, source = known.to_dict(), origin
-    built_for = (options or {}).get("img_size")
+    built_for = (options or {}).get("img_size", (options or {}).get("image_size"))
     if built_for is not None and "size" not in own:
         own["size"] = built_for
     wanted = (data_size, data_size) if data_size is not None else saved_size or prepared
@@ -88,9 +90,7 @@ def beside(file: Path, size: tuple[int, int]) -> InputContract | None:
     if isinstance(found, dict) and {"mean", "std"} <= set(found):
         mean, std, interpolation = found["mean"], found["std"], str(found.get("interpolation"))
     elif {"image_mean", "image_std"} <= set(processor):
-        mean, std = processor["image_mean"], processor["image_std"]
-        if processor.get("do_normalize") is False:
-            mean, std = [0.0] * 3, [1.0] * 3
+        mean, std = _normalization(processor, file.parent / "preprocessor_config.json")
         interpolation = _PIL.get(processor.get("resample"), "bicubic")
     else:
         return None
@@ -98,6 +98,24 @@ def beside(file: Path, size: tuple[int, int]) -> InputContract | None:
         if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
             return None
     return InputContract(size, tuple(map(float, mean)), tuple(map(float, std)), _known(interpolation))
+
+
+def _normalization(processor: dict[str, Any], file: Path) -> tuple[Any, Any]:
+    """Mean and std of pixels in 0..1, from those that transformers applies to the pixels that it rescaled.
+
+    Raises:
+        NetworkError: the network reads the channels in another order than red, green, blue.
+    """
+    if processor.get("do_flip_channel_order"):
+        raise NetworkError(f"{file}: do_flip_channel_order: networks that read blue, green, red are not supported")
+    mean, std = processor["image_mean"], processor["image_std"]
+    if processor.get("do_normalize") is False:
+        mean, std = [0.0] * 3, [1.0] * 3
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    scale, offset = 255 * factor, 1.0 if processor.get("rescale_offset") else 0.0
+    if (abs(scale - 1) > 1e-6 or offset) and isinstance(mean, list) and isinstance(std, list):
+        mean, std = [(value + offset) / scale for value in mean], [value / scale for value in std]
+    return mean, std
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -111,6 +129,9 @@ def _json(file: Path) -> dict[str, Any]:
 def published(name: str, size: tuple[int, int]) -> InputContract | None:
     """What the authors of a name's pretrained weights trained with, at another size; None where nothing is known."""
     family, slash, rest = name.partition("/")
+    if family == hugging_face.FAMILY:
+        folder = hugging_face.folder_of(name)
+        return None if folder is None else beside(folder / "model.safetensors", size)
     if slash and family == "torchvision":
         made = _torchvision_transforms(rest)
         if made is None:
@@ -131,6 +152,8 @@ def fixed_size(name: str, *, pretrained: bool = False) -> tuple[int, int] | None
         made = _torchvision_transforms(rest) if pretrained else None
         side = 224 if made is None else int(made.crop_size[0])
         return side, side
+    if family == hugging_face.FAMILY:
+        return hugging_face.fixed_size(name)
     config = None if slash else timm_config(name)
     if config is None or not config.fixed_input_size:
         return None
@@ -147,13 +170,18 @@ def accepts(name: str, size: tuple[int, int], *, pretrained: bool = False) -> bo
     fixed = fixed_size(name, pretrained=pretrained)
     if fixed is None or fixed == size:
         return True
-    if "/" in name:
+    family, slash, rest = name.partition("/")
+    if slash and family != hugging_face.FAMILY:
         return False
     import timm
 
     try:
         with torch.device("meta"), torch.no_grad():
-            timm.create_model(name, num_classes=2).eval()(torch.zeros(1, 3, *size))
+            if slash:
+                model = hugging_face.build_hugging_face(rest, 2, False, None, {})
+            else:
+                model = timm.create_model(name, num_classes=2)
+            model.eval()(torch.zeros(1, 3, *size))
     except (RuntimeError, ValueError, TypeError, AssertionError):
         return False
     return True

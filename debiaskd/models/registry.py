@@ -3,6 +3,7 @@
 resnet18              timm
 torchvision/resnet18  torchvision
 bcos/resnet18         the B-cos networks of their authors' package
+hf/resnet             transformers, from a configuration; hf/FOLDER: of a local folder (`debiaskd.models.hugging_face`)
 small/8,16/1,32       3×3 convolutions of these widths, each halving the map but for those of stride 1 (`SmallNet`)
 cifar/resnet20        the CIFAR ResNets of He et al. 2016 (depths 6n + 2), without parameters in their shortcuts
 my_nets:Net           a callable of the user's, see `debiaskd.models.own`; names given to `register_model`, too
@@ -11,13 +12,14 @@ my_nets:Net           a callable of the user's, see `debiaskd.models.own`; names
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from debiaskd.models.bcos_networks import build_bcos
+from debiaskd.models.hugging_face import build_hugging_face
 from debiaskd.models.input import InputContract
 from debiaskd.models.input_sources import accepts
 from debiaskd.models.last_layers import classifiers_of, tame
@@ -54,7 +56,8 @@ def build(
         name, num_classes, pretrained: see there.
         size: (height, width) of its input. Networks for a single size (a ViT's position embeddings) are built for this
             one. None: the default size.
-        options: keyword arguments of timm's `create_model`, of torchvision's builder, or of the user's callable.
+        options: keyword arguments of timm's `create_model`, of torchvision's builder, of transformers' configuration
+            or of the user's callable.
 
     Raises:
         NetworkError: no such network, or no pretrained weights for it; they could not be downloaded; it cannot be built
@@ -64,19 +67,20 @@ def build(
     family, slash, rest = name.partition("/")
     make, options = _FAMILIES.get(family) if slash else None, dict(options or {})
     own = make is None and is_own(name)
-    if pretrained and (own or make not in (None, _torchvision, build_bcos)):
+    if pretrained and (own or make not in (None, _torchvision, build_bcos, build_hugging_face)):
         raise NetworkError(f"{name}: has no pretrained weights that could be loaded; give a file of weights")
     if own:
         _refuse_ambiguous(name)
         return build_own(name, num_classes, options)
-    if options and make not in (None, _torchvision):
+    if options and make not in (None, _torchvision, build_hugging_face):
         raise NetworkError(f"{name}: takes no options, got {', '.join(options)}")
-    other = size is not None and not accepts(name, size, pretrained=pretrained) and "img_size" not in options
+    sized = not {"img_size", "image_size"}.isdisjoint(options)
+    other = None if sized or size is None or accepts(name, size, pretrained=pretrained) else size
     try:
         if make is None:
-            return _timm(name, num_classes, pretrained, size if other else None, options)
-        if make is _torchvision:
-            return _torchvision(rest, num_classes, pretrained, size if other else None, options)
+            return _timm(name, num_classes, pretrained, other, options)
+        if make in (_torchvision, build_hugging_face):
+            return make(rest, num_classes, pretrained, other, options)
         return make(rest, num_classes, pretrained)
     except OSError as error:
         if not pretrained:
@@ -214,7 +218,13 @@ _CIFAR = {
     "vgg8": cifar_models.vgg8,
     "mobilenetv2": cifar_models.mobilenetv2,
 }
-_FAMILIES = {"torchvision": _torchvision, "bcos": build_bcos, "small": _small, "cifar": _cifar}
+_FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "torchvision": _torchvision,
+    "bcos": build_bcos,
+    "hf": build_hugging_face,
+    "small": _small,
+    "cifar": _cifar,
+}
 
 
 def pretrained_classes(name: str, model: nn.Module) -> int:
@@ -223,7 +233,7 @@ def pretrained_classes(name: str, model: nn.Module) -> int:
     Where a network of `build` has another number, its last layer is random, whatever else was loaded.
     """
     family, slash, _ = name.partition("/")
-    if slash and family in _FAMILIES:
+    if slash and family in _FAMILIES and family != "hf":
         return 1000  # of ImageNet: torchvision and bcos have no others
     loose: Any = model
     return int((getattr(loose, "pretrained_cfg", None) or {}).get("num_classes", 1000))

@@ -117,7 +117,7 @@ def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) 
         raise NetworkError(
             f"{file}: of another network: {name} is {_shape(state, name)} there and {_shape(own, name)} here"
             + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-            + _advice(file)
+            + (_advice(file) or str(getattr(model, "weights_advice", "")))
         )
     model.load_state_dict(state)
     return found.described()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from debiaskd.models.frozen_teacher import FrozenTeacher
+from debiaskd.models.hugging_face import folder_hash
 from debiaskd.models.registry import load_weights, weights_hash
 from debiaskd.models.transplant import Transplanted
 from debiaskd.pipeline.context import StageContext
@@ -64,6 +65,9 @@ class Pipeline(StageContext):
         for name, network in begun.items():
             if network is not None and network.weights is not None:
                 self.base[f"{name}.weights"] = weights_hash(network.weights)
+            folder_of_name = None if network is None else folder_hash(network.name, weights=network.pretrained)
+            if folder_of_name is not None:
+                self.base[f"{name}.folder"] = folder_of_name
             if network is not None and network.made_head not in (None, "probe"):
                 self.base[f"{name}.head"] = files.sha256(Path(str(network.head)))
         self.run = Run(folder, recipe, write=fabric.is_global_zero, shared=self._shared())
@@ -240,7 +244,8 @@ class Pipeline(StageContext):
         """The teacher, trained here if need be, and a fingerprint of its weights."""
         model = self.trainer.network(options, "teacher")
         if not options.is_trained:
-            what = "pretrained" if options.weights is None else weights_hash(options.weights)
+            published = folder_hash(options.name, weights=True) if options.pretrained else None
+            what = published or "pretrained" if options.weights is None else weights_hash(options.weights)
             head = f" {files.sha256(Path(options.made_head))}" if options.made_head else ""
             return model, f"{options.name} {what}{head}"
         stage = self._teacher_stage(options)

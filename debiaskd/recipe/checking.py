@@ -212,10 +212,11 @@ def _network(name: str, network: Network) -> Iterator[str]:
         if key in (network.options or {}):
             what = {"num_classes": "comes from the data", "pretrained": f"is {name}.pretrained"}.get(key, "is 3")
             yield f"{name}.options.{key}: {what}; leave it out"
-    size = (network.options or {}).get("img_size", 1)
-    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
-    if not all(type(side) is int and side >= 1 for side in sides):
-        yield f"{name}.options.img_size: must be an integer >= 1, or two of them, got {size!r}"
+    for key in ("img_size", "image_size"):
+        size = (network.options or {}).get(key, 1)
+        sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+        if not all(type(side) is int and side >= 1 for side in sides):
+            yield f"{name}.options.{key}: must be an integer >= 1, or two of them, got {size!r}"
     if network.input is not None:
         yield from _input(f"{name}.input", network.input, network.name)
 

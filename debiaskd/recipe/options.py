@@ -29,7 +29,8 @@ from debiaskd.terms.own import OwnTerm
 @dataclass
 class Input:
     """What a network reads. What is left out comes from its weights: from the run that trained them, from timm's
-    `pretrained_cfg` or from torchvision's `transforms()`; else mean and std are ImageNet's.
+    `pretrained_cfg`, torchvision's `transforms()` or transformers' preprocessor_config.json; else mean and std are
+    ImageNet's.
 
     Args:
         size: side in pixels; if it is left out, `data.size`, or the size of a network that reads one size only.
@@ -49,16 +50,18 @@ class Network:
 
     Args:
         name: of timm, "resnet18"; or "torchvision/resnet18", "bcos/resnet18", "small/8,16,32" (convolutions of these
-            widths, each halving the map; "8/1" keeps its size), "cifar/resnet20"; a network of your own,
-            "package.module:callable", or a name that `debiaskd.register_model` knows.
-        pretrained: begin from the weights that timm or torchvision know for the name, which they download.
+            widths, each halving the map; "8/1" keeps its size), "cifar/resnet20"; "hf/resnet", a model type of Hugging
+            Face transformers, or "hf/FOLDER" of its save_pretrained; a network of your own, "package.module:callable",
+            or a name that `debiaskd.register_model` knows.
+        pretrained: begin from the weights that timm or torchvision know for the name, which they download, or from
+            those in the folder of "hf/FOLDER".
         weights: begin from these: a file of safetensors, the index of its shards, a state dict or a checkpoint that has
             one, or the folder of a run. A last layer of other classes begins anew, unless the network is used as it is.
         bias_free: make it an X-DNN.
         layer, head: names of its last feature map's module and of its last linear layer, where they are not found.
         input: what it reads, where that is not what its weights were trained with.
-        options: keyword arguments of timm's `create_model`, of torchvision's builder or of your own callable, such as
-            {img_size: 96, drop_path_rate: 0.1}.
+        options: keyword arguments of timm's `create_model`, of torchvision's builder, of transformers' configuration or
+            of your own callable, such as {img_size: 96, drop_path_rate: 0.1}.
     """
 
     name: str

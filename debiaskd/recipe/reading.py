@@ -73,8 +73,16 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-#: Keys of a recipe that hold paths.
-PATHS = ("data.path", "student.weights", "teacher.weights", "teacher.head", "compute.stages")
+#: Keys of a recipe that hold paths; names of networks do in "hf/FOLDER".
+PATHS = (
+    "data.path",
+    "student.name",
+    "student.weights",
+    "teacher.name",
+    "teacher.weights",
+    "teacher.head",
+    "compute.stages",
+)
 
 
 def _expand(document: dict[str, Any]) -> None:
@@ -89,11 +97,14 @@ def _expand(document: dict[str, Any]) -> None:
         text = section.get(last) if isinstance(section, dict) else None
         if not isinstance(text, str) or (last == "head" and not text.endswith(".safetensors")):
             continue
-        expanded = os.path.expandvars(os.path.expanduser(text))
+        before = "hf/" if last == "name" else ""
+        if not text.startswith(before):
+            continue
+        expanded = os.path.expandvars(os.path.expanduser(text.removeprefix(before)))
         missing = re.search(r"\$(\w+|\{[^}]*\})", expanded)
         if missing is not None and not os.path.exists(expanded):
             raise RecipeError(f"{key}: {missing[0]} is not set, in {text}")
-        section[last] = expanded  # type: ignore[index]
+        section[last] = before + expanded  # type: ignore[index]
 
 
 def _precision(document: dict[str, Any]) -> None:

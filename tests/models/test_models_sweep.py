@@ -22,7 +22,7 @@ FEW = [
     ("timm", "timm mobilenetv3"),
     ("torchvision", "torchvision squeezenet"),
     ("torchvision", "torchvision mobilenetv3"),
-    ("transformers", "transformers Dinov2"),
+    ("transformers", "transformers dinov2"),
 ]
 
 
@@ -42,6 +42,8 @@ def test_the_page_is_the_files(models: ModuleType) -> None:
 
 
 def test_what_the_sweep_found() -> None:
+    names = [row["name"] for row in DOCUMENT["rows"]]
+    assert len(set(names)) == len(names)
     tried = [row for row in DOCUMENT["rows"] if not row.get("skipped")]
     assert [row["name"] for row in tried if not row["learns"] or not row["guided"]] == []
     assert sum(row["teaches"] for row in tried) >= 0.97 * len(tried)
