@@ -66,7 +66,7 @@ def rewritten(text: str, source: str, page: str) -> str:
             return match[0]
         target = resolved(match[1], source)
         if target.startswith("docs/"):
-            uri = target.removeprefix("docs/")
+            uri = re.sub(r"\.ipynb$", ".md", target.removeprefix("docs/"))  # see notebooks.py
         elif (ROOT / target).exists():
             uri = PAGES.get(target, f"source/{target}.md")
         else:
