@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 from debiaskd.recipe.checking import RecipeError
-from debiaskd.recipe.keys import expected, free, keys, nullable, section
+from debiaskd.recipe.keys import expected, free, hints, keys, nullable, section
 from debiaskd.recipe.options import Recipe, Terms
 
 
@@ -34,31 +33,25 @@ def refuse_unknown(
     Raises:
         RecipeError: names the keys that are close to it.
     """
-    hints = _hints(cls)
+    kinds = hints(cls)
     for key, value in document.items():
         name = f"{prefix}{key}"
-        if key not in hints and cls is Terms and isinstance(value, Mapping) and value:
+        if key not in kinds and cls is Terms and isinstance(value, Mapping) and value:
             continue  # perhaps a term of the user's own: see `own_terms`
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), [*hints, *more], 3) or list(hints)
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), [*kinds, *more], 3) or list(kinds)
             raise RecipeError(
                 f"{where}{shown or name}: no such key; did you mean {', '.join(prefix + n for n in near)}?"
             )
-        inner = section(hints[key])
+        inner = section(kinds[key])
         if inner is not None and isinstance(value, Mapping):
             refuse_unknown(value, where, cls=inner, prefix=f"{name}.", shown=shown)
-        elif free(hints[key]):
+        elif free(kinds[key]):
             _refuse_no_names(value, f"{where}{name}")
         elif shown and value:
             raise RecipeError(f"{where}{shown}: no such key; did you mean {name}?")
         elif inner is not None and value is not None:
             raise RecipeError(f"{where}{name}: must be a mapping of keys, got {value!r}")
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """The types of a section's keys."""
-    found = get_type_hints(cls)
-    return {field.name: found[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def _refuse_no_names(value: Any, where: str) -> None:
@@ -73,7 +66,7 @@ def _refuse_no_names(value: Any, where: str) -> None:
 
 
 def refuse_null(document: Mapping[str, Any], where: str, *, cls: type = Recipe, prefix: str = "") -> None:
-    """Refuse null and empty texts where the type has no such value; jsonargparse 4.53.0 takes null for any type.
+    """Refuse null and empty texts where the type has no such value.
 
     Args:
         document, where, cls, prefix: as for `refuse_unknown`, which comes first.
@@ -81,15 +74,15 @@ def refuse_null(document: Mapping[str, Any], where: str, *, cls: type = Recipe, 
     Raises:
         RecipeError: says what was expected.
     """
-    hints = _hints(cls)
+    kinds = hints(cls)
     for key, value in document.items():
-        if key not in hints:
+        if key not in kinds:
             continue
-        inner = section(hints[key])
-        if value is None and not nullable(hints[key]):
-            raise RecipeError(f"{where}{prefix}{key}: must be {expected(hints[key])}, got null")
+        inner = section(kinds[key])
+        if value is None and not nullable(kinds[key]):
+            raise RecipeError(f"{where}{prefix}{key}: must be {expected(kinds[key])}, got null")
         if isinstance(value, str) and not value.strip():
-            raise RecipeError(f"{where}{prefix}{key}: must be {expected(hints[key])}, got {value!r}")
+            raise RecipeError(f"{where}{prefix}{key}: must be {expected(kinds[key])}, got {value!r}")
         if inner is not None and isinstance(value, Mapping):
             refuse_null(value, where, cls=inner, prefix=f"{prefix}{key}.")
 

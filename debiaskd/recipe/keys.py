@@ -47,16 +47,23 @@ def keys(cls: type = Recipe, prefix: str = "") -> tuple[Key, ...]:
 
 
 def _keys(cls: type, prefix: str) -> Iterator[Key]:
-    hints, meanings = get_type_hints(cls), described(cls)[1]
+    kinds, meanings = hints(cls), described(cls)[1]
     for field in dataclasses.fields(cls):
-        if not field.init:  # not of the YAML file
+        if field.name not in kinds:
             continue
-        kind, inner = hints[field.name], section(hints[field.name])
+        kind, inner = kinds[field.name], section(kinds[field.name])
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         summary = "" if inner is None else described(inner)[0]
         yield Key(f"{prefix}{field.name}", kind, default, meanings.get(field.name, summary))
         if inner is not None:
             yield from keys(inner, f"{prefix}{field.name}.")
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a section's keys, by name; fields that no YAML file gives are left out."""
+    found = get_type_hints(cls)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def section(kind: Any) -> type | None:

@@ -1,4 +1,4 @@
-"""Read a `Recipe` from a YAML file and `--key value` overrides, and write it back; jsonargparse parses the types."""
+"""Read a `Recipe` from a YAML file and `--key value` overrides, and write it back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from debiaskd.recipe.building import build
 from debiaskd.recipe.checking import RecipeError, check
-from debiaskd.recipe.keys import expected, keys, shown
 from debiaskd.recipe.options import Recipe
 from debiaskd.recipe.overrides import checked, parse, put
 from debiaskd.recipe.own_terms import take_own_terms
@@ -43,7 +42,7 @@ def read(
         RecipeError: no such name; a cycle of `extends`; unknown keys, keys without a value or given twice, values of
             another type, unused options, impossible combinations.
         OSError: the file cannot be read.
-        ModuleNotFoundError: jsonargparse is not installed (`pip install 'debiaskd[train]'`).
+        ModuleNotFoundError: PyYAML is not installed (`pip install 'debiaskd[train]'`).
     """
     if isinstance(path, Recipe):
         document, where = to_dict(path), "recipe"
@@ -115,34 +114,11 @@ def _precision(document: dict[str, Any]) -> None:
 
 
 def _typed(document: dict[str, Any], overridden: Sequence[str], path: Path | str) -> Recipe:
-    import yaml
-    from jsonargparse import ArgumentError
-
-    parser = _parser()
     try:
-        text = yaml.safe_dump(document)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: holds a value that YAML cannot ({_one_line(str(error))})") from None
-    try:
-        instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called
-        parsed = parser.parse_args(["--recipe", text])
-        parsed.pop("recipe")
-        made = instantiate(parsed)
-    except ArgumentError as error:
-        message = _in_our_words(_one_line(str(error)), document)
-        typed = any(re.match(rf"{re.escape(key)}[.:]", message) for key in overridden)
-        raise RecipeError(f"--{message}" if typed else f"{path}: {message}") from None
-    return Recipe(**{field.name: made[field.name] for field in dataclasses.fields(Recipe)})
-
-
-@cache
-def _parser() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, prog="debiaskd train")
-    parser.add_class_arguments(Recipe, None)
-    parser.add_argument("--recipe", action="config")
-    return parser
+        return cast(Recipe, build(Recipe, document))
+    except RecipeError as error:
+        typed = any(re.match(rf"{re.escape(key)}[.:]", str(error)) for key in overridden)
+        raise RecipeError(f"--{error}" if typed else f"{path}: {error}") from None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -158,25 +134,3 @@ def _as_yaml_has_it(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _as_yaml_has_it(inner) for name, inner in value.items()}
     return [_as_yaml_has_it(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _in_our_words(message: str, document: Any) -> str:
-    """What a key must be and what it is, where jsonargparse says so of one; its own words otherwise."""
-    name = message.partition(":")[0]
-    key = next((key for key in keys() if key.name == name), None)
-    if key is None or key.section is not None:
-        return message
-    for part in name.split("."):
-        document = document[part]
-    return f"{name}: must be {expected(key.kind)}, got {shown(document)}"
-
-
-def _one_line(text: str) -> str:
-    """jsonargparse's message, the key in front, without its account of every alternative that it tried."""
-    text = re.sub(r"^Parser key \"([^\"]*)\":", r"\1:", text.strip())
-    text = re.sub(r"Does not validate against any of the Union subtypes\s+Subtypes:.*?Errors:\s*", "", text, flags=re.S)
-    text = re.sub(r"\s+Given value type:.*", "", text, flags=re.S)
-    text = re.sub(r"\s+- Expected a <class 'NoneType'>", "", text)
-    text = re.sub(r"Problem with given class_path '[^']*':", "", text)
-    text = " ".join(text.split()).replace(": - ", ": ")
-    return re.sub(r": Parser key \"([^\"]*)\":", r".\1:", text)

@@ -66,7 +66,7 @@ def test_a_recipe_of_ours_is_extended_by_name(tmp_path: Path) -> None:
 
 def test_what_others_share_is_not_listed() -> None:
     assert not [name for name in names() if name.rpartition("/")[2].startswith("_")]
-    with pytest.raises(RecipeError, match=r"^_cifar100_cid: teacher: .* name$"):
+    with pytest.raises(RecipeError, match=r"^_cifar100_cid: .* required: student.name, teacher.name$"):
         read("_cifar100_cid")
 
 
