@@ -29,7 +29,7 @@ if WORKERS > 1:
 # The same examples in every run, so that a red gate is a fact about the change and not about the day. "few" is for slow
 # sanitized libraries; "thorough" searches on:
 # HYPOTHESIS_PROFILE=thorough python -m pytest tests/ops/test_localization.py
-settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.register_profile("default", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.register_profile("few", settings.get_profile("default"), max_examples=10)
 settings.register_profile(
     "thorough", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None

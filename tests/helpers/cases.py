@@ -196,6 +196,12 @@ def box_lists(draw: Any, images: int, height: int, width: int, most: int = 5) ->
     return [[box() for _ in range(draw(st.integers(0, most)))] if draw(annotated) else None for _ in range(images)]
 
 
+#: The test runs once for each layout, with dtypes in turns: strides and dtypes are handled apart from each other.
+each_layout_and_dtype = pytest.mark.parametrize(
+    ("layout", "dtype"), [(layout, DTYPES[i % 4]) for i, layout in enumerate(LAYOUTS)], ids=str
+)
+
+
 # ---- oracles ----
 
 

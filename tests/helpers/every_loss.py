@@ -96,11 +96,24 @@ every_loss_every_way = pytest.mark.parametrize(("loss", "way"), _pairs(None))
 
 
 def _of_each_op(pairs: list[Any]) -> list[Any]:
-    """Without pairs that differ in kind or size alone, which are mere arguments of a native op."""
-    chosen = ("feature_match", "energy", "rrr_upsampled")
-    return [pair for pair in pairs if pair.values[1].name.startswith("eager") or pair.values[0].name in chosen]
+    """Without pairs that differ in what is a mere argument of a native op, or that eager has in another pair."""
+    native = ("feature_match", "energy", "rrr_upsampled", "map_cosine_upsampled")
+    eager = ("feature_match_relative", "energy_upsampled", "l1", "ppce", "rrr", "map_cosine_upsampled")
+    return [pair for pair in pairs if pair.values[0].name in (eager if _is_eager(pair) else native)]
+
+
+def _of_other_shapes(pairs: list[Any]) -> list[Any]:
+    """What reads boxes, what reads pairs of maps, and what reads features; with and without interpolation."""
+    native = ("feature_match", "rrr_upsampled", "map_cosine")
+    eager = ("feature_match", "energy_upsampled", "ppce", "map_cosine_upsampled")
+    return [pair for pair in pairs if pair.values[0].name in (eager if _is_eager(pair) else native)]
+
+
+def _is_eager(pair: Any) -> bool:
+    return bool(pair.values[1].name.startswith("eager"))
 
 
 every_loss_once = pytest.mark.parametrize(("loss", "way"), _of_each_op(_pairs(None)))
+every_loss_of_other_shapes = pytest.mark.parametrize(("loss", "way"), _of_other_shapes(_pairs(None)))
 every_native_loss = pytest.mark.parametrize(("loss", "way"), _pairs(("cpp", "triton")))
 every_native_loss_once = pytest.mark.parametrize(("loss", "way"), _of_each_op(_pairs(("cpp", "triton"))))

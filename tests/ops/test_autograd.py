@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import REDUCTIONS, Way, every_way, feature_match_oracle, normal, poisoned_memory, uniform
+from cases import Way, every_way, feature_match_oracle, normal, poisoned_memory, uniform
 from every_loss import every_loss_every_way, every_native_loss
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -17,7 +17,7 @@ def gradient_of(loss, values, upstream=None, **options):
 
 
 @every_loss_every_way
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ("none", "mean"))
 def test_gradient_is_linear_in_the_upstream_gradient(loss, way, reduction):
     values, constants = loss.make(way)
     with way.active():

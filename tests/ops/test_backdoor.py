@@ -133,7 +133,7 @@ def test_any_shape_at_any_scale(way, shape, scale, seed, mode, with_prior):
 
 
 @every_way("backdoor")
-@pytest.mark.parametrize(("scale", "tolerance"), ((1, 1e-5), (10, 1e-5), (30, 1e-5), (100, 1e-4), (1000, 1e-4)))
+@pytest.mark.parametrize(("scale", "tolerance"), ((1, 1e-5), (30, 1e-5), (1000, 1e-4)))
 def test_exact_at_every_scale_of_features_and_contexts(way, scale, tolerance):
     check(way, *inputs(64, 48, 40, 32, scale=scale), mode="exact", tolerance=tolerance, gradient_tolerance=1e-4)
 
@@ -188,6 +188,15 @@ def test_any_strides(way, mode, layout):
 OP_SHAPES = ((3, 5, 4), (33, 70, 45), (65, 36, 68), (5, 40, 301), (2, 1, 7), (40, 97, 3), (0, 5, 4))
 
 
+#: Layouts and range of the logits, and how near their gradients come; each shape meets two of them.
+PLACED = (
+    (("contiguous", "contiguous"), 1, 2e-5),
+    (("reversed", "offset"), 30, 1e-4),
+    (("expanded_batch", "stepped"), 300, 2e-4),
+    (("contiguous", "unaligned"), 300, 2e-4),
+)
+
+
 def placed(values, layout):
     if layout != "unaligned":
         return lay_out(values, layout)
@@ -197,15 +206,10 @@ def placed(values, layout):
 
 
 @every_way("backdoor")
-@pytest.mark.parametrize("shape", OP_SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("layouts", "scale", "tolerance"),
-    (
-        (("contiguous", "contiguous"), 1, 2e-5),
-        (("reversed", "offset"), 30, 1e-4),
-        (("expanded_batch", "stepped"), 300, 2e-4),
-        (("contiguous", "unaligned"), 300, 2e-4),
-    ),
+    ("shape", "layouts", "scale", "tolerance"),
+    [(shape, *PLACED[(i + j) % 4]) for i, shape in enumerate(OP_SHAPES) for j in (0, 2)],
+    ids=str,
 )
 def test_logits_and_log_prior_of_any_shape_layout_and_range(way, shape, layouts, scale, tolerance):
     samples, strata, classes = shape
@@ -225,8 +229,7 @@ def test_logits_and_log_prior_of_any_shape_layout_and_range(way, shape, layouts,
 
 
 @every_way("backdoor")
-@pytest.mark.parametrize("scale", (1, 30, 1000))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize(("scale", "dtype"), ((1, torch.float32), (1000, torch.float32), (30, torch.float64)), ids=str)
 def test_every_element_is_written_and_threads_change_no_bit(way, scale, dtype):
     tensors = inputs(33, 20, 45, 20, scale=scale, dtype=dtype)
     results = []

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, box_lists, every_way, lay_out, normal, poisoned_memory, threads
+from cases import DTYPES, LAYOUTS, box_lists, covering, every_way, lay_out, normal, poisoned_memory, threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -82,9 +82,7 @@ def test_any_map_layout_size_and_boxes_agree_with_the_oracle(way, problem):
 
 
 @every_way("box_overlap")
-@pytest.mark.parametrize(("shape", "size"), [((3, 224, 224), None), ((3, 7, 7), (224, 224))], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ignoring", (False, True))
+@covering(shape__size=[((3, 224, 224), None), ((3, 7, 7), (224, 224))], dtype=DTYPES, ignoring=(False, True))
 def test_ordinary_sizes_agree_with_the_oracle(way, shape, size, dtype, ignoring):
     boxes = [[[20, 30, 150, 224], [100, 0, 224, 60]], [[64, 64, 96, 96]], []]
     areas = [[[0, 0, 40, 224]], None, [[3, 3, 5, 5], [200, 200, 300, 300], [-9, -9, 0, 0]]]
@@ -111,8 +109,9 @@ def test_pixels_at_a_threshold_count_as_in_the_normalised_map(way, dtype, scale)
 
 
 @every_way("box_overlap")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ((3, 5), (1, 1), (2, 3)), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(dtype, ((3, 5), (1, 1), (2, 3), (3, 5))[i]) for i, dtype in enumerate(DTYPES)], ids=str
+)
 def test_constant_maps_are_marked_whole_or_not_at_all(way, dtype, shape):
     maps = torch.tensor([0.0, -0.0, -2.0, 2.7])[:, None, None].expand(4, *shape).to(dtype)
     boxes = dk.Boxes.from_lists([[[0, 0, 2, 3]]] * 4).to(way.device)
@@ -124,9 +123,7 @@ def test_constant_maps_are_marked_whole_or_not_at_all(way, dtype, shape):
 
 
 @every_way("box_overlap")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [None, (8, 34)], ids=str)
-@pytest.mark.parametrize("value", (math.nan, -math.nan, math.inf, -math.inf))
+@covering(dtype=DTYPES, size=[None, (8, 34)], value=(math.nan, -math.nan, math.inf, -math.inf))
 def test_nan_and_infinity_show_unless_they_are_ignored(way, dtype, size, value):
     maps = normal(3, 4, 17, dtype=dtype).abs()
     maps[1:, 2, 3] = torch.full((), value, dtype=dtype) if value == value else torch.tensor(math.nan, dtype=dtype)

@@ -110,7 +110,8 @@ def test_one_compiled_graph_equals_the_plain_call(way, shape, layout):
 )
 def test_ops_are_registered_as_they_behave(layout, dtype):
     feature = lay_out(normal(3, 4, 3, 5, dtype=dtype), layout)
-    for values in (normal(3, 4, 3, 5, seed=1, dtype=dtype), normal(3, 4, seed=1)):
+    constant = layout in ("contiguous", "stepped")
+    for values in (normal(3, 4, seed=1) if constant else normal(3, 4, 3, 5, seed=1, dtype=dtype),):
         for op, arguments in (
             ("channel_dot", (values, feature)),
             ("channel_scale", (normal(3, 3, 5), values, layout == "channels_last", dtype)),

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, GOLDEN, LAYOUTS, assert_accurate, every_way, lay_out, normal, poisoned_memory, threads, ways
+from cases import (
+    DTYPES,
+    GOLDEN,
+    LAYOUTS,
+    assert_accurate,
+    each_layout_and_dtype,
+    every_way,
+    lay_out,
+    normal,
+    poisoned_memory,
+    threads,
+    ways,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,9 +95,17 @@ def test_any_shape_layout_and_dtype_agrees_with_the_oracle(way, problem, upstrea
 
 
 @every_way("class_relation")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("samples", "width", "classes"), [(70, 1030, 2), (50, 513, 1), (33, 2048, 20)], ids=str)
-def test_large_classes_and_long_rows_are_as_accurate(way, dtype, samples, width, classes):
+@pytest.mark.parametrize(
+    ("samples", "width", "classes", "dtype"),
+    [
+        (70, 1030, 2, torch.float32),
+        (50, 513, 1, torch.float16),
+        (33, 2048, 20, torch.bfloat16),
+        (40, 1030, 2, torch.float64),
+    ],
+    ids=str,
+)
+def test_large_classes_and_long_rows_are_as_accurate(way, samples, width, classes, dtype):
     labels = torch.randint(0, classes, (samples,), generator=torch.Generator().manual_seed(0))
     check(way, normal(samples, width, dtype=dtype), normal(samples, 300, seed=1, dtype=dtype), labels, 0.5)
 
@@ -99,7 +119,7 @@ def test_large_classes_and_long_rows_are_as_accurate(way, dtype, samples, width,
     [
         (75, 100, 1, torch.float32),
         (100, 5, 1, torch.float32),
-        (90, 3, 1, torch.float64),
+        (50, 3, 1, torch.float64),
         *((256, 264, 1, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
         (257, 261, 1, torch.float32),
         (258, 5, 1, torch.float32),
@@ -116,7 +136,7 @@ def test_large_batches_are_as_accurate(way, samples, width, classes, dtype):
 
 
 @every_way("class_relation")
-@pytest.mark.parametrize(("samples", "classes"), [(30, 5), (40, 1)], ids=str)
+@pytest.mark.parametrize(("samples", "classes"), [(12, 5), (40, 1)], ids=str)
 def test_loss_is_the_same_where_no_gradient_is_asked_for(way, samples, classes):
     student, teacher, labels = normal(samples, 6), normal(samples, 4, seed=1), torch.arange(samples) % classes
     with way.active():
@@ -237,8 +257,7 @@ def test_a_broken_feature_shows_in_the_loss_of_its_class_alone(way, value):
 
 
 @every_way("class_relation")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_layout_and_dtype
 def test_every_element_is_written(way, layout, dtype):
     student = way.put(lay_out(normal(7, 21, dtype=dtype), layout))
     teacher, labels = way.put(normal(7, 9, seed=1, dtype=dtype)), way.put(torch.tensor([4, 0, 4, 2, 9, 4, 9]))
@@ -267,9 +286,8 @@ def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, dtype,
 
 
 @every_way("class_relation")
-@pytest.mark.parametrize("layout", ("contiguous", "reversed", "stepped"))
-def test_gradcheck(way, layout):
-    student = way.put(lay_out(normal(6, 3, dtype=torch.float64), layout)).requires_grad_()
+def test_gradcheck(way):
+    student = way.put(lay_out(normal(6, 2, dtype=torch.float64), "stepped")).requires_grad_()
     teacher, labels = way.put(normal(6, 4, seed=1, dtype=torch.float64)), way.put(torch.tensor([0, 5, 0, 5, 5, 2]))
     with way.active():
         assert torch.autograd.gradcheck(lambda s: dk.class_relation_loss(s, teacher, labels), (student,))

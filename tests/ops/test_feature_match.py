@@ -10,6 +10,7 @@ from cases import (
     REDUCTIONS,
     assert_accurate,
     covering,
+    each_layout_and_dtype,
     every_way,
     feature_match_oracle,
     lay_out,
@@ -144,7 +145,7 @@ def test_axes_may_be_many_and_in_any_order(way, layouts, dtype):
 def test_gradients_too_large_for_the_caches(way, upstream):
     # From 16 MiB on the gradient is streamed past them; the odd length leaves every sample unaligned but the first.
     # Triton's interpreter has caches of no size in particular, and takes seconds for what they do not hold.
-    length = 300_003 if way.name == "triton" else 1_400_003
+    length = 100_003 if way.name == "triton" else 1_400_003
     student, teacher = normal(3, length), normal(3, length, seed=1)
     check(way, student, teacher, uniform(3), upstream, normalize=False, reduction="mean")
 
@@ -185,11 +186,11 @@ def test_mean_is_torch_mse_loss_with_weights(way):
 
 
 @every_way("feature_match")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (0,), (3, 0), (2, 4, 0, 5), (0, 0)], ids=str)
-def test_nothing_to_match_is_zero_with_a_zero_gradient(way, shape, reduction):
+def test_nothing_to_match_is_zero_with_a_zero_gradient(way, shape):
     student, teacher = way.put(torch.zeros(shape)), way.put(torch.zeros(shape))
-    for options in ({}, {"normalize": True}, {"weight": way.put(torch.ones(shape[0]))}):
+    weight = way.put(torch.ones(shape[0]))
+    for reduction, options in zip(REDUCTIONS, ({"weight": weight}, {"normalize": True}, {})):
         with way.active():
             loss, gradient = loss_and_gradient(student, teacher, reduction=reduction, **options)
         expected = [0.0] * shape[0] if reduction == "none" else 0.0
@@ -258,7 +259,8 @@ def test_a_broken_feature_shows_in_the_loss(way, where, value):
 
 
 @every_way("feature_match")
-@covering(layout=LAYOUTS, dtype=DTYPES, reduction=REDUCTIONS)
+@each_layout_and_dtype
+@pytest.mark.parametrize("reduction", ("none", "mean"))
 def test_every_element_is_written(way, layout, dtype, reduction):
     student = way.put(lay_out(normal(3, 5, 6, 7, dtype=dtype), layout))
     teacher = way.put(normal(3, 5, 6, 7, seed=1, dtype=dtype))
@@ -272,8 +274,7 @@ def test_every_element_is_written(way, layout, dtype, reduction):
 
 
 @every_way("feature_match")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalize", (False, True))
+@pytest.mark.parametrize(("dtype", "normalize"), [(dtype, i % 2 == 1) for i, dtype in enumerate(DTYPES)], ids=str)
 def test_same_inputs_give_the_same_bits_with_one_thread_and_with_two(way, dtype, normalize):
     inputs = [way.put(x) for x in (normal(3, 41, 37, 29, dtype=dtype), normal(3, 41, 37, 29, seed=1, dtype=dtype))]
     results = []
