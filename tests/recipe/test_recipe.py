@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("yaml")
 
+import yaml
 from recipe_documents import KD, MATCH, PLAIN, refused, terms, written
 
 from debiaskd.recipe import RecipeError, check, names, read, to_dict
