@@ -221,7 +221,7 @@ def open_dataset(path: Path | str, split: str | None = None, **options: Any) -> 
 
     Args:
         path, split: see `PackedDataset`.
-        **options: options of the class; annotated_fraction, seed and dilate are common to both.
+        **options: options of the class; annotated_fraction, seed, dilate and masks are common to both.
 
     Raises:
         DataError: as for `PackedDataset`.

@@ -181,12 +181,44 @@ def test_a_folder_in_which_no_mask_fits_is_refused(tmp_path: Path) -> None:
 
 def test_litdata_has_the_same_masks(tmp_path: Path) -> None:
     pytest.importorskip("litdata", reason="needs the data extra")
-    from debiaskd.data import ChunkedDataset
+    from debiaskd.data import ChunkedDataset, StreamedDataset, loader, open_dataset
 
     source = coco(tmp_path / "coco")
+    (source / "train2017" / "0001.png").unlink()  # so that numbers are not places
     for format in ("npy", "litdata"):
         prepare("coco", source, tmp_path / format, size=20, masks=True, format=format, shard_size=2)
-    plain, chunked = (c(tmp_path / n, masks=True) for c, n in ((PackedDataset, "npy"), (ChunkedDataset, "litdata")))
-    a, b = (data.__getitems__([2, 0, 3]).boxes.mask((20, 20)) for data in (plain, chunked))
+    options: dict[str, Any] = {"masks": True, "annotated_fraction": 0.7, "seed": 1}
+    plain, chunked = (c(tmp_path / n, **options) for c, n in ((PackedDataset, "npy"), (ChunkedDataset, "litdata")))
+    a, b = (data.__getitems__([2, 0, 1]).boxes.mask((20, 20)) for data in (plain, chunked))
     assert torch.equal(a, b)
     assert a.any()
+    streamed = open_dataset(tmp_path / "litdata", **options)
+    assert isinstance(streamed, StreamedDataset)
+    seen = []
+    for batch in loader(streamed, 2, workers=1):
+        expected = plain.__getitems__(batch.index).boxes
+        assert torch.equal(batch.boxes.mask((20, 20)), expected.mask((20, 20)))
+        assert batch.boxes.masks is not None and expected.masks is not None
+        assert torch.equal(batch.boxes.masks.words, expected.masks.words)
+        assert torch.equal(batch.boxes.coords, expected.coords)
+        seen += batch.index.tolist()
+    assert sorted(seen) == [0, 1, 2]
+
+
+def test_a_stream_whose_masks_are_not_there_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("litdata", reason="needs the data extra")
+    from debiaskd.data import StreamedDataset
+
+    source = coco(tmp_path / "coco")
+    prepare("coco", source, tmp_path / "plain", size=20, format="litdata")
+    prepare("coco", source, tmp_path / "masks", size=20, format="litdata", masks=True)
+    with pytest.raises(DataError, match="prepared without masks"):
+        StreamedDataset(tmp_path / "plain", masks=True)
+    with pytest.raises(ValueError, match=r"with masks it must be 0, got 0\.1"):
+        StreamedDataset(tmp_path / "masks", masks=True, dilate=0.1)
+    with pytest.raises(TypeError, match="masks must be True or False, got 1"):
+        StreamedDataset(tmp_path / "masks", masks=1)  # type: ignore[arg-type]
+    (tmp_path / "masks" / "train2017" / "00000" / "mask_offsets.npy").unlink()
+    with pytest.raises(DataError, match=r"mask_offsets\.npy: missing or damaged"):
+        StreamedDataset(tmp_path / "masks", masks=True)
+    assert len(StreamedDataset(tmp_path / "masks")) == 4

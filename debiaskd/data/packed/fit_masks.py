@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,12 @@ def fitted_masks(
     boxes: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]],
     problems: Problems,
 ) -> FittedMasks | None:
-    """The masks of an image, as `pixels.fit` placed it.
-
-    A class whose mask has no pixel, as annotated or when stored, takes the area of its boxes. Classes that the image is
-    not annotated with are left out.
+    """The masks of an image of a source, as `pixels.fit` placed it.
 
     Args:
         part, i: what is known of the image.
         size: its (height, width) as it lies in its file.
-        side: of the stored image.
-        placed, corner: (height, width) and (top, left) that the image takes in it.
-        boxes: stored coordinates, labels and flags of the image's boxes.
+        side, placed, corner, boxes: see `fit_classes`.
         problems: takes what is wrong with the masks.
 
     Returns:
@@ -60,17 +56,46 @@ def fitted_masks(
         return None
     if found is None:
         return None
-    coords, labels, flags = boxes
     rows = slice(part.offsets[i], part.offsets[i + 1])
     classes = set(part.labels[rows][(part.flags[rows] & IGNORE) == 0].tolist()) | ({target} if target >= 0 else set())
-    for label in sorted(found.keys() - classes):
-        problems.add(sources.CLASS_UNKNOWN, f"{name} (class {label})")
+
+    def report(kind: str, label: int) -> None:
+        problems.add(kind, f"{name} (class {label})")
+
+    return fit_classes(found, classes, side, placed, corner, boxes, report)
+
+
+def fit_classes(
+    found: Mapping[int, NDArray[np.bool_]],
+    classes: Collection[int],
+    side: int,
+    placed: tuple[int, int],
+    corner: tuple[int, int],
+    boxes: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]],
+    report: Callable[[str, int], None],
+) -> FittedMasks:
+    """The masks of an image's classes, as `pixels.fit` placed it.
+
+    A class whose mask has no pixel, as annotated or when stored, takes the area of its boxes. Classes that the image is
+    not annotated with are left out.
+
+    Args:
+        found: masks of the image as it lies in its file, bool [H,W], by class.
+        classes: those that the image is annotated with.
+        side: of the stored image.
+        placed, corner: (height, width) and (top, left) that the image takes in it.
+        boxes: stored coordinates, labels and flags of the image's boxes.
+        report: is told the kind of problem and the class of what is wrong.
+    """
+    coords, labels, flags = boxes
+    for label in sorted(set(found) - set(classes)):
+        report(sources.CLASS_UNKNOWN, label)
     wanted, dense = [], []
     for label in sorted(classes):
         own = coords[(labels == label) & ((flags & IGNORE) == 0)]
         mask = found.get(label)
         if (mask is None or not mask.any()) and len(own):
-            problems.add(sources.CLASS_EMPTY, f"{name} (class {label})")
+            report(sources.CLASS_EMPTY, label)
         stored = np.zeros((side, side), np.bool_) if mask is None else _placed(mask, side, placed, corner)
         if not stored.any():
             for x0, y0, x1, y1 in own:

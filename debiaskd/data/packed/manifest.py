@@ -122,6 +122,14 @@ def has_masks(manifest: dict[str, Any]) -> bool:
     return bool(manifest["options"].get("masks"))
 
 
+def check_masks(path: Path, manifest: dict[str, Any], masks: bool, dilate: float) -> None:
+    """Raises ValueError or DataError where `masks` are asked for and cannot be read."""
+    if masks and dilate:
+        raise ValueError(f"dilate enlarges boxes: with masks it must be 0, got {dilate}")
+    if masks and not has_masks(manifest):
+        raise DataError(f"{path}: prepared without masks; run `debiaskd prepare` with --masks into another folder")
+
+
 def has_ignored(manifest: dict[str, Any]) -> bool:
     """Return whether crowds or difficult objects are marked as areas to ignore."""
     return "mask" in (manifest["options"].get("crowd"), manifest["options"].get("difficult"))

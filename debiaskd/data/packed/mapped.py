@@ -96,12 +96,7 @@ class PackedDataset(Dataset[Any]):
         annotated = self._column("annotated") & annotated_choice(self.count, annotated_fraction, seed)
         self.boxes, self.ignore = self._boxes(annotated)
         self.dilate = checks.number("dilate", dilate, minimum=0)
-        if masks and dilate:
-            raise ValueError("dilate enlarges boxes: with masks it must be 0, got " + str(dilate))
-        if masks and not manifests.has_masks(manifest):
-            raise DataError(
-                f"{self.path}: prepared without masks; run `debiaskd prepare` with --masks into another folder"
-            )
+        manifests.check_masks(self.path, manifest, masks, dilate)
         self.masks = StoredMasks(self._folders, self._starts, side, annotated) if masks else None
         if checks.number("jitter", jitter, minimum=0):
             self.boxes = jitter_boxes(self.boxes, jitter, self.size, seed)

@@ -18,6 +18,7 @@ import numpy as np
 from debiaskd.data import pixels
 from debiaskd.data.packed import manifest, shards
 from debiaskd.data.packed import output_folder as output
+from debiaskd.data.packed.item_masks import with_masks
 from debiaskd.data.packed.items import Fault, Items, names_of, source_name
 from debiaskd.data.packed.packed_splits import finish
 from debiaskd.data.packed.prepare import SHARD_SIZE, Prepared
@@ -36,6 +37,7 @@ def pack(
     split: str,
     classes: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
+    masks: bool | None = None,
     size: int | None = None,
     fit: str = "squash",
     workers: int = 0,
@@ -48,14 +50,19 @@ def pack(
     Args:
         dataset: has a length and is read by number. Its items are (image, target), or mappings with "image", "target"
             (or "label") and, where there are such, "boxes" [k,4] as (x0, y0, x1, y1) in half-open pixels of the image
-            (None: not annotated), "box_labels" [k], "group". An image is a PIL image, or an array or tensor: uint8
-            [H,W], [H,W,3] or [3,H,W], or float [3,H,W] in 0..1. A target is a class, or a vector of 0 and 1 for each
-            class where an image may show several. A group is a number, or one of `groups`.
+            (None: not annotated), "box_labels" [k], "group", "mask". An image is a PIL image, or an array or tensor:
+            uint8 [H,W], [H,W,3] or [3,H,W], or float [3,H,W] in 0..1. A target is a class, or a vector of 0 and 1 for
+            each class where an image may show several. A group is a number, or one of `groups`. A mask has the image's
+            size: [k,H,W] of 0 and 1, one for each object (the boxes', or those of "box_labels"); or [H,W], where any
+            value but 0 is of the image's class or, where it may show several, a value k from 1 is of class k - 1, and 0
+            and 255 are of none. None: it has none, and keeps its boxes.
         out: folder, made if it does not exist; empty, or what earlier calls began.
         split: its name, such as "train".
         classes: names. None: `dataset.classes`, the names of a Hugging Face `ClassLabel`, those of the splits packed
             before, or else the numbers.
         groups: names. None: those of the splits packed before, or else the numbers.
+        masks: whether masks are stored, one bit a pixel, as `debiaskd prepare --masks` does it; an image without boxes
+            gets the bounds of its masks. None: as the splits packed before, else where the first item has a "mask".
         size: side of the stored images; None: that of the first image where it is square and at most 224, else 224.
         fit: "squash" to the square, or "pad": keep the shape, centred on black.
         workers: processes that read the data set; 0: this one.
@@ -90,9 +97,13 @@ def pack(
         before = manifest.read(out) if (out / shards.MANIFEST).is_file() else None
         size = size or plan.get("options", {}).get("size") or _side(dataset)
         options = {"kind": "pack", "format": "npy", "size": size, "fit": fit, "shard_size": shard_size}
-        if plan and plan["options"] != options:
-            key = next(key for key in options if plan["options"].get(key) != options[key])
-            raise DataError(f"{out}: begun with {key}={plan['options'].get(key)!r}, now {key}={options[key]!r}")
+        stored = with_masks(dataset, masks, plan.get("options"))
+        options |= {"masks": True} if stored else {}
+        before_options = plan.get("options", options)
+        for key in {**before_options, **options}:
+            old, new = before_options.get(key), options.get(key)
+            if old != new:
+                raise DataError(f"{out}: begun with {key}={old!r}, now {key}={new!r}")
         names = {
             "classes": _names("classes", classes, names_of(dataset), before),
             "groups": _names("groups", groups, None, before),
@@ -106,7 +117,7 @@ def pack(
             "packed": {**known, split: mine},
         }
         output.writing(out, lambda: shards.write_json(out / shards.PLAN, wanted))
-        items = Items(dataset, split, size, fit, names["classes"], names["groups"], workers)
+        items = Items(dataset, split, size, fit, names["classes"], names["groups"], workers, stored)
         written, reused = _shards(out / split, items, shard_size, strict, progress)
         return finish(out, options, {**known, split: mine}, split, written, reused)
 
@@ -246,10 +257,10 @@ def _compare(shard: Path, items: Items) -> None:
 def _write(
     folder: Path, name: str, items: Items, numbers: range, strict: bool, tell: Callable[[int], None], alike: _Targets
 ) -> None:
-    problems, skipped, boxes, count = Problems(strict), list[int](), 0, 0
+    problems, skipped, boxes, count, masked = Problems(strict), list[int](), 0, 0, 0
     unfinished = Path(tempfile.mkdtemp(prefix=f"{shards.TEMPORARY}{name}-", dir=folder))
     unfinished.chmod(folder.stat().st_mode & 0o777)  # mkdtemp's choice is private
-    writer = shards.NpyWriter(unfinished, items.size)
+    writer = shards.NpyWriter(unfinished, items.size, bool(items.masks))
     try:
         for number, found in zip(numbers, items.read(numbers)):
             if isinstance(found, Fault):
@@ -260,11 +271,15 @@ def _write(
             else:
                 alike.check(items.split, number, np.asarray(found.target)[None])
                 writer.add(found)
-                count, boxes = count + 1, boxes + len(found.coords)
+                count, boxes, masked = count + 1, boxes + len(found.coords), masked + (found.masks is not None)
+                for kind, text in found.problems:
+                    where = f"{items.split}, item {number}"
+                    problems.add(kind, f"{where} ({text})" if text else where)
             if number % 32 == 0:
                 tell(number)
         writer.close()
         facts = {"count": count, "boxes": boxes, "skipped": skipped, "problems": problems.found}
+        facts |= {"masks": masked} if items.masks else {}
         output.writing(folder, lambda: shards.seal(unfinished, facts))
         shards.move(unfinished, folder / name)
         tell(numbers.stop)

@@ -12,6 +12,7 @@ from debiaskd.data.packed import manifest, shards
 from debiaskd.data.packed import output_folder as output
 from debiaskd.data.packed.prepare import Prepared
 from debiaskd.data.packed.write_shard import finished
+from debiaskd.data.sources.masks import CLASS_EMPTY, CLASS_UNKNOWN, EMPTY
 from debiaskd.data.sources.problems import DataError, Problems
 from debiaskd.data.sources.records import Source, Split
 
@@ -46,6 +47,8 @@ def finish(
     tally.total = packed[split]["count"]
     for facts in mine:
         for kind, texts in facts["problems"].items():
+            if kind in (EMPTY, CLASS_EMPTY, CLASS_UNKNOWN):  # of an image that is not skipped
+                continue
             tally.skip(kind, texts[0], len(texts))
     problems.check([split])
     targets = {name: _column(out / name, "target", whole, name) for name in splits}

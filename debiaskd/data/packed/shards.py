@@ -36,7 +36,7 @@ FORMATS = ("npy", "litdata")
 class Sample:
     """One image as it is stored: pixels uint8 [S,S,3], boxes int32 [k,4] with labels and flags, target int64 or
     uint8 [K], its place in the split as annotated, the original (height, width), and masks by class as the words of
-    `debiaskd.masks`, int32 [m,ceil(S/32),S]."""
+    `debiaskd.masks`, int32 [m,ceil(S/32),S]. `problems`, which are not stored: what is wrong with it, by kind."""
 
     image: NDArray[np.uint8]
     coords: NDArray[np.int32]
@@ -50,6 +50,7 @@ class Sample:
     path: str
     masks: NDArray[np.int32] | None = None
     mask_labels: NDArray[np.int64] | None = None
+    problems: tuple[tuple[str, str], ...] = ()
 
 
 class Writer(Protocol):

@@ -16,6 +16,8 @@ from debiaskd.boxes import Boxes
 from debiaskd.data.batch import Batch
 from debiaskd.data.packed import manifest as manifests
 from debiaskd.data.packed.mapped import annotated_choice, select_boxes
+from debiaskd.data.packed.reading import load
+from debiaskd.data.packed.stored_masks import StoredMasks
 from debiaskd.utils import checks
 
 
@@ -27,6 +29,8 @@ class StreamedDataset(IterableDataset[Any]):
         split, annotated_fraction, seed, dilate: as for `PackedDataset`, with the same choice of images.
         url: where the split's files are, if not below `path`, such as "s3://bucket/coco-224/train2017". The manifest is
             small: keep a copy at `path`.
+        masks: as for `PackedDataset`. Masks are not part of the stream: the split's folders of `.npy` files, one bit a
+            pixel, must be below `path`.
         **options: further ones of `litdata.StreamingDataset`, such as cache_dir and max_cache_size.
 
     Raises:
@@ -48,6 +52,7 @@ class StreamedDataset(IterableDataset[Any]):
         annotated_fraction: float = 1.0,
         seed: int = 0,
         dilate: float = 0.0,
+        masks: bool = False,
         **options: Any,
     ) -> None:
         self.path = Path(path)
@@ -58,13 +63,17 @@ class StreamedDataset(IterableDataset[Any]):
         side = manifest["options"]["size"]
         self.size = (side, side)
         self.count: int = facts["count"]
+        checks.flag("masks", masks)
+        manifests.check_masks(self.path, manifest, masks, dilate)
+        annotated = annotated_choice(self.count, annotated_fraction, seed)
         self.collate = StreamCollate(
             self.size,
             bool(self.groups),
             np.array(facts["skipped"], np.int64),
-            annotated_choice(self.count, annotated_fraction, seed),
+            annotated,
             checks.number("dilate", dilate, minimum=0),
             manifests.has_ignored(manifest),
+            _stored(self.path / self.split, facts["shards"], side, annotated) if masks else None,
         )
         self.place, self.options = url or str(self.path / self.split), options
         self.stream = self.reader()
@@ -88,6 +97,18 @@ class StreamedDataset(IterableDataset[Any]):
             yield batch.images[0], batch.target[0], batch.boxes
 
 
+def _stored(folder: Path, parts: Sequence[dict[str, Any]], side: int, annotated: Tensor) -> StoredMasks:
+    """The masks of the columns beside the chunks.
+
+    Raises:
+        DataError: a file is not there.
+    """
+    folders = [folder / part["name"] for part in parts]
+    starts = np.cumsum([0, *(part["count"] for part in parts)])
+    known = np.concatenate([np.zeros(0, np.bool_), *(load(one / "annotated.npy") for one in folders)])
+    return StoredMasks(folders, starts, side, torch.from_numpy(known) & annotated)
+
+
 @dataclass(frozen=True)
 class StreamCollate:
     """Collate stored samples into a `Batch`."""
@@ -98,6 +119,7 @@ class StreamCollate:
     annotated: Tensor
     dilate: float
     has_ignored: bool
+    masks: StoredMasks | None = None
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         def column(name: str) -> Any:
@@ -115,6 +137,8 @@ class StreamCollate:
         boxes, ignore = select_boxes(*rows, annotated, self.has_ignored)
         if self.dilate:
             boxes = boxes.dilate(self.dilate, self.size)
+        if self.masks is not None:
+            boxes = self.masks.applied(boxes, index.numpy())
         target = torch.from_numpy(column("target"))
         groups = torch.from_numpy(column("group").astype(np.int64)) if self.grouped else None
         images = torch.from_numpy(column("image")).permute(0, 3, 1, 2)
