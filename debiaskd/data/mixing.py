@@ -112,7 +112,7 @@ class Beta:
     def __call__(self, uniform: Tensor) -> Tensor:
         """[N] in [0,1) to [N] in [0,1]."""
         if self.table.device != uniform.device:  # once
-            self.table = self.table.to(uniform.device)
+            self.table = self.table.to(uniform.device, non_blocking=True)
         place = 2 * _STEPS * torch.minimum(uniform, 1 - uniform)
         low = place.long().clamp(max=_STEPS - 1)
         found = torch.lerp(self.table[low], self.table[low + 1], place - low) ** (1 / self.alpha) / 2

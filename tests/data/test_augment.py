@@ -15,6 +15,7 @@ from debiaskd import Boxes
 from debiaskd.data import Augment, Batch
 from debiaskd.data import augment as augment_module
 from debiaskd.data.crops import crop_resize, crop_resize_boxes, flip_boxes
+from debiaskd.masks import Masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,12 +127,23 @@ def test_boxes_that_leave_disappear_and_cut_ones_are_clipped() -> None:
     assert made.annotated.tolist() == [True, False, True]
 
 
+EVERYTHING: dict[str, Any] = {
+    "crop_scale": (0.1, 1),
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "rand_augment": (2, 9),
+    "mixup": 0.2,
+    "cutmix": 1.0,
+}
+
+
 def test_nothing_is_read_back_from_an_accelerator() -> None:
     """On the meta device reading any value raises."""
-    boxes = Boxes.from_lists([[[0, 0, 4, 4], [9, 9, 10, 10]], [[1, 1, 2, 2]]]).to("meta")
+    boxes = Boxes.from_lists([[[0, 0, 4, 4], [9, 9, 10, 10]], [[1, 1, 2, 2]]])
+    masks = Masks.from_lists(list(boxes.mask((16, 16))))
+    boxes = boxes.with_masks(masks).to("meta")
     batch = Batch(torch.empty(2, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.empty(2, device="meta"), boxes)
-    for options in ({"crop_scale": (0.1, 1)}, {}, {"flip": False}):
-        made = Augment(8, **options)(batch)  # type: ignore[arg-type]
+    for options in ({"crop_scale": (0.1, 1)}, {}, {"flip": False}, EVERYTHING):
+        made = Augment(8, **options)(batch)
         assert made.images.shape == (2, 3, 8, 8)
         assert made.boxes.coords.shape == (3, 4)  # none is taken out, since counting would wait
 
@@ -144,10 +156,13 @@ def test_cuda_makes_the_same_crops_from_a_generator_on_the_cpu() -> None:
     there = Augment(24, crop_scale=(0.1, 1), generator=torch.Generator().manual_seed(3))(batch.to("cuda"))
     torch.testing.assert_close(there.images.cpu(), here.images, rtol=0, atol=1e-3)
     assert (there.boxes.mask((24, 24)).cpu() == here.boxes.mask((24, 24))).all()
+    everything, moved = Augment(24, **EVERYTHING), batch.to("cuda")
+    everything(moved)  # moves its tables to the device
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         Augment(24, crop_scale=(0.1, 1))(batch.to("cuda", non_blocking=True))
+        everything(moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
