@@ -17,6 +17,7 @@ pytest.importorskip("lightning_fabric", reason="needs the train extra")
 import training_runs as runs
 from PIL import Image
 
+from debiaskd.attribution.guide import Guide
 from debiaskd.data import prepare
 from debiaskd.evaluation.evaluate import LoadedStage, evaluate_run
 from debiaskd.metrics import energy_in_box
@@ -79,3 +80,19 @@ def test_data_without_masks_is_refused_by_name(tmp_path: Path) -> None:
     data = runs.birds(tmp_path)
     with pytest.raises(RecipeError, match=r"data\.masks: .* was prepared without masks"):
         open_split(Data(str(data), masks=True), "train")
+
+
+def test_guidance_sees_masks_where_rand_augment_has_moved_them(
+    birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, sizes = Guide.guide, []
+
+    def noted(self: Guide, seen: Any, target: torch.Tensor, boxes: Any, *rest: Any) -> Any:
+        sizes.append(boxes.mask((16, 16)).sum((1, 2)))
+        return inner(self, seen, target, boxes, *rest)
+
+    monkeypatch.setattr(Guide, "guide", noted)
+    document = {**GUIDED, "data": {"masks": True, "flip": False, "rand_augment": [2, 25]}}
+    runs.train(runs.write(tmp_path / "r.yaml", birds, document), tmp_path / "run")
+    # All masks are one diagonal half of the image until they are moved.
+    assert torch.cat(sizes).unique().numel() > 10
