@@ -54,6 +54,21 @@ def forked_workers(monkeypatch):
 
 
 @pytest.fixture
+def trained(monkeypatch):
+    """The names of the stages that are trained from here on."""
+    from debiaskd.training.fit import Trainer
+
+    inner, names = Trainer.fit, []
+
+    def noted(self, name, *arguments, **more):
+        names.append(name)
+        return inner(self, name, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "fit", noted)
+    return names
+
+
+@pytest.fixture
 def one_thread():
     """For tests of many small calls, where a second thread would only wait. Tests of threads ask for more."""
     before = torch.get_num_threads()

@@ -165,7 +165,9 @@ class ParetoFront:
         except ImportError as error:
             raise ImportError("the picture needs matplotlib: pip install 'debiaskd[train]'") from error
         pairs = list(combinations(range(len(self.names)), 2))
-        figure = Figure(figsize=(4.2 * len(pairs), 4.2), layout="constrained")
+        figure = Figure(
+            figsize=(4.2 * len(pairs), 4.2),
+        )
         for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
             kept = {candidate.epoch for candidate in self.front}
             beaten = [candidate.values for candidate in self.seen if candidate.epoch not in kept]
@@ -180,8 +182,10 @@ class ParetoFront:
             axes.grid(alpha=0.3)
         figure.axes[0].legend(fontsize=8)
         figure.suptitle(
-            f"{len(self.front)} of {len(self.seen)} epochs on the front, each with its number (bins of {self.bin:g})"
+            f"{len(self.front)} of {len(self.seen)} epochs on the front, each with its number (bins of {self.bin:g})",
+            fontsize=12 if len(pairs) > 1 else 8,
         )
+        figure.subplots_adjust(left=0.17 / len(pairs), right=0.99, bottom=0.12, top=0.91, wspace=0.25)
         figure.savefig(path, dpi=110)
 
 

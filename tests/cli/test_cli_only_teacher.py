@@ -15,33 +15,13 @@ pytest.importorskip("safetensors")
 import training_runs as runs
 from cli_runs import command, failed
 
-from debiaskd.training.fit import Trainer
-
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli_train")]
-FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
-TAUGHT: dict[str, Any] = {
-    **runs.PLAIN,
-    "schedule": FAST,
-    "teacher": {"name": "plain/6", "method": "erm", "schedule": FAST},
-    "terms": {"kd": {}},
-}
+TAUGHT = runs.taught()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.birds(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    inner, names = Trainer.fit, []
-
-    def noted(self: Trainer, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
-        names.append(name)
-        return inner(self, name, *arguments, **more)
-
-    monkeypatch.setattr(Trainer, "fit", noted)
-    return names
 
 
 @pytest.mark.parametrize(
@@ -103,7 +83,7 @@ def test_a_recipe_that_trains_no_teacher_is_refused(
 def test_patience_needs_validation_that_fitted_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = {**TAUGHT, "teacher": {**TAUGHT["teacher"], "method": "dfr"}, "schedule": {**FAST, "patience": 1}}
+    document = {**TAUGHT, "teacher": {**TAUGHT["teacher"], "method": "dfr"}, "schedule": {**runs.FAST, "patience": 1}}
     recipe = runs.write(tmp_path / "r.yaml", data, document)
     said = failed(*command(capsys, "train", recipe, "--out", tmp_path / "run"))
     assert "schedule.patience: all of validation fits the dfr teacher's last layer" in said

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import processes
 import pytest
 import torch
 import yaml
@@ -93,11 +94,11 @@ def test_the_report_shows_every_method(outcome):
 @pytest.fixture(scope="module")
 def again(recipes, tmp_path_factory):
     """(directory, results) of some of the methods, for another seed and for the same one, in two worker processes."""
-    out = tmp_path_factory.mktemp("again")
+    out, some = tmp_path_factory.mktemp("again"), {name: recipes[name] for name in ("dett", "cid")}
     torch.manual_seed(12345)  # what happens elsewhere in the process does not matter
-    return out, quickstart.run(
-        out, [1, 0], recipes={name: recipes[name] for name in ("dett", "cid")}, pictures=PICTURES, workers=2
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("debiaskd.utils.workers.get_context", lambda method: processes.context())
+        return out, quickstart.run(out, [1, 0], recipes=some, pictures=PICTURES, workers=2)
 
 
 def test_the_same_seed_gives_the_same_numbers_to_the_last_bit(outcome, again):

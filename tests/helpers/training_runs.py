@@ -68,6 +68,16 @@ PLAIN: dict[str, Any] = {
     "compute": {"accelerator": "cpu"},
 }
 
+#: One epoch.
+FAST: dict[str, Any] = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
+
+
+def taught(schedule: dict[str, Any] = FAST, terms: dict[str, Any] | None = None, **teacher: Any) -> dict[str, Any]:
+    """`PLAIN` with a teacher that is trained here, by "erm" and for `kd` alone unless the arguments say otherwise."""
+    made = {"name": "plain/6", "method": "erm", "schedule": schedule, **teacher}
+    return {**PLAIN, "schedule": schedule, "teacher": made, "terms": terms or {"kd": {}}}
+
+
 #: Everything at once: every term, every stage, EMA, clipping, a schedule, checkpoints within epochs.
 EVERYTHING: dict[str, Any] = {
     "data": {"annotated_fraction": 0.5, "crop_scale": [0.5, 1]},

@@ -35,13 +35,9 @@ pytestmark = [
     pytest.mark.xdist_group("tuning"),
     pytest.mark.filterwarnings("ignore::debiaskd.reweight.ErrorSetWarning"),
 ]
-FAST = {"epochs": 1, "batch": 12, "learning_rate": 1e-2}
 TAUGHT: dict[str, Any] = {
-    "student": {"name": "plain/4"},
-    "teacher": {"name": "plain/6", "method": "erm", "schedule": FAST},
+    **runs.taught(terms={"kd": {"weighted": True}}),
     "weights": {"method": "errors", "up": 20},
-    "schedule": FAST,
-    "terms": {"kd": {"weighted": True}},
     "compute": {"accelerator": "cpu", "checkpoints": False},
 }
 
@@ -49,18 +45,6 @@ TAUGHT: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.birds(tmp_path_factory.mktemp("tuning"))
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    inner, names = Trainer.fit, []
-
-    def noted(self: Trainer, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
-        names.append(name)
-        return inner(self, name, *arguments, **more)
-
-    monkeypatch.setattr(Trainer, "fit", noted)
-    return names
 
 
 def recipe(folder: Path, data: Path, document: dict[str, Any] = TAUGHT) -> Path:

@@ -22,19 +22,15 @@ from debiaskd.evaluation.evaluate import evaluate_run
 from debiaskd.models import registry as networks
 from debiaskd.recipe import Recipe
 from debiaskd.training import resume as begun
-from debiaskd.training.fit import Trainer
 from debiaskd.training.loop import TrainingLoop
 from debiaskd.training.run import RunError, digest, open_run
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stages")]
 FAST = {"epochs": 2, "batch": 12, "learning_rate": 1e-2}
 EVERYTHING: dict[str, Any] = {
-    "teacher": {"name": "plain/6", "method": "jtt", "up": 5.0, "schedule": FAST, "cache": "fp32"},
-    "student": {"name": "plain/4"},
-    "terms": {"kd": {"weighted": True}},
+    **runs.taught(FAST, {"kd": {"weighted": True}}, method="jtt", up=5.0, cache="fp32"),
     "weights": {"method": "errors", "up": 5.0},
     "pretraining": FAST,
-    "schedule": FAST,
     "compute": {"accelerator": "cpu", "checkpoint_every": 1},
 }
 #: Keys at their defaults, of every part of a recipe; for the trial, they are the ones that came with an upgrade.
@@ -60,19 +56,6 @@ NEWER = (
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.birds(tmp_path_factory.mktemp("begun"))
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of stages that were trained."""
-    inner, names = Trainer.fit, []
-
-    def noted(self: Trainer, name: str, *arguments: Any, **more: Any) -> dict[str, Any]:
-        names.append(name)
-        return inner(self, name, *arguments, **more)
-
-    monkeypatch.setattr(Trainer, "fit", noted)
-    return names
 
 
 def without(document: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
