@@ -165,9 +165,7 @@ class ParetoFront:
         except ImportError as error:
             raise ImportError("the picture needs matplotlib: pip install 'debiaskd[train]'") from error
         pairs = list(combinations(range(len(self.names)), 2))
-        figure = Figure(
-            figsize=(4.2 * len(pairs), 4.2),
-        )
+        figure = Figure(figsize=(4.2 * len(pairs), 4.2))
         for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
             kept = {candidate.epoch for candidate in self.front}
             beaten = [candidate.values for candidate in self.seen if candidate.epoch not in kept]
