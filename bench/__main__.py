@@ -38,7 +38,12 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     made = Parser(prog="python -m bench", description=__doc__)
-    made.add_argument("ops", nargs="*", metavar="OP", help=f"among {', '.join(OPS)}; all by default")
+    made.add_argument(
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help=f"among {', '.join(OPS)}; all by default. Or: peers, whole epochs against other libraries (peers --help)",
+    )
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
     made.add_argument("--seconds", type=float, default=6.0, help="of timing for each case (default 6)")
@@ -61,6 +66,11 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["peers"]:
+        from . import peers
+
+        return peers.main(arguments[1:])
     made = parser()
     options = made.parse_args(arguments)
     unknown = [op for op in options.ops if op not in OPS]

@@ -32,22 +32,25 @@ SIZE, BATCH, WORKERS, DIFFERENT = 224, 64, 2, 100
 
 def generate(root: Path, count: int) -> Path:
     """`count` JPEG files with a box each, of which 100 differ and the others are the same files under other names."""
-    from PIL import Image
-
     folder = root / "things"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i in range(min(DIFFERENT, count)):
-        coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8)).resize((500, 375), 3)
-        noise = generator.normal(0, 8, (375, 500, 3))  # as fine-grained as photographs are, so as large as their files
-        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(
-            folder / f"{i:05d}.jpg", quality=90
-        )
+        photograph(folder / f"{i:05d}.jpg", generator)
     for i in range(DIFFERENT, count):
         os.link(folder / f"{i % DIFFERENT:05d}.jpg", folder / f"{i:05d}.jpg")
     rows = "".join(f"things/{i:05d}.jpg,50,40,300,200\n" for i in range(count))
     (root / "boxes.csv").write_text("path,x0,y0,x1,y1\n" + rows)
     return root
+
+
+def photograph(path: Path, generator: np.random.Generator) -> None:
+    """Write a JPEG file of 500×375 pixels that is about as large as one of a photograph."""
+    from PIL import Image
+
+    coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8)).resize((500, 375), 3)
+    noise = generator.normal(0, 8, (375, 500, 3))  # as fine-grained as photographs are, so as large as their files
+    Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 class Files(Dataset[Tensor]):

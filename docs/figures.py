@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import comparisons  # noqa: E402
 
 from bench import metrics as bench_metrics  # noqa: E402
+from bench import peers as bench_peers  # noqa: E402
 from bench import report as bench_report  # noqa: E402
 from bench.__main__ import OPS  # noqa: E402
 from debiaskd.reports import quickstart as report  # noqa: E402
@@ -263,6 +264,18 @@ def metrics_block() -> str:
     return f"{bench_metrics.table(document['metrics'])}\n\nMedians; {_place(document['environment'], others)}."
 
 
+def peers_block() -> str:
+    """Whole epochs against other libraries; a sentence as long as nothing has been measured."""
+    if not list((ROOT / "bench" / "results").glob("peers-*.json")):
+        return "Not measured yet."
+    document = newest("peers")
+    where, settings = document["environment"], document["settings"]
+    return (
+        f"{bench_peers.table(document)}\n\nMedians over {settings['rounds']} trainings of {settings['epochs']} epochs, "
+        f"batches of {settings['batch']}; {_place(where, where['share_of_others'])}."
+    )
+
+
 def _place(where: dict[str, Any], others: float | None) -> str:
     busy = f", {others:.0%} of the processor's time taken by others" if others and others >= 0.05 else ""
     return f"{where['cpu']}, {where['threads']} threads{busy}, torch {where['torch']}, {where['date']}"
@@ -278,6 +291,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "own_maps": own_maps_block,
     "data": data_block,
     "metrics": metrics_block,
+    "peers": peers_block,
     "voc": voc_block,
     "training": training_block,
     **comparisons.blocks(),
