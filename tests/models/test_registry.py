@@ -68,7 +68,11 @@ def test_random_weights_come_from_the_global_generator() -> None:
 @pytest.mark.parametrize(
     ("name", "package", "message"),
     [
-        ("resnet19x", "timm", r"^resnet19x: timm has no such network \(others are named torchvision/…, bcos/…, small"),
+        (
+            "resnet19x",
+            "timm",
+            r"^resnet19x: timm has no such network \(others are named torchvision/…, bcos/…, hf/…, small",
+        ),
         ("resnet1", "timm", r"^resnet1: timm has no such network; it has .*resnet1\d.* \(others are named"),
         ("nothing/resnet18", "timm", "^nothing/resnet18: timm has no such network"),
         ("torchvision/resnet19", "torchvision", "^torchvision/resnet19: torchvision has no such classifier$"),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 import worker_jobs
@@ -19,6 +20,13 @@ SUMS = [
 ]
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that start in milliseconds; `test_a_script_needs_no_main_guard` spawns its own."""
+    monkeypatch.setattr("debiaskd.utils.workers.get_context", lambda method: processes.context())
+
+
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_news_and_warnings(workers):
     told, threads = [], torch.get_num_threads()
@@ -39,6 +47,7 @@ def test_results_news_and_warnings(workers):
     assert torch.get_num_threads() == threads and not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("job", "error", "message"),
     [
