@@ -144,8 +144,8 @@ def test_axes_may_be_many_and_in_any_order(way, layouts, dtype):
 @pytest.mark.parametrize("upstream", (1.0, -0.3))
 def test_gradients_too_large_for_the_caches(way, upstream):
     # From 16 MiB on the gradient is streamed past them; the odd length leaves every sample unaligned but the first.
-    # Triton's interpreter has caches of no size in particular, and takes seconds for what they do not hold.
-    length = 100_003 if way.name == "triton" else 1_400_003
+    # What is interpreted has caches of no size in particular, and takes seconds for what they do not hold.
+    length = 100_003 if way.name in ("triton", "cuda_on_cpu") else 1_400_003
     student, teacher = normal(3, length), normal(3, length, seed=1)
     check(way, student, teacher, uniform(3), upstream, normalize=False, reduction="mean")
 
