@@ -46,6 +46,7 @@ from debiaskd.version import __version__
 
 if TYPE_CHECKING:
     from debiaskd.reports.found_groups import Groups, discover
+    from debiaskd.reports.sweeps import Tuned, tune
 
 __all__ = [
     "BackdoorLogits",
@@ -73,6 +74,7 @@ __all__ = [
     "Term",
     "TermOptions",
     "Transplanted",
+    "Tuned",
     "__version__",
     "backdoor_logits",
     "backend",
@@ -97,12 +99,17 @@ __all__ = [
     "register_model",
     "train",
     "transplant",
+    "tune",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in ("Groups", "discover"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from debiaskd.reports import found_groups  # needs the train extra, which the losses do not
+#: Names that need the train extra, which the losses do not.
+_LATER = dict.fromkeys(("Groups", "discover"), "found_groups") | dict.fromkeys(("Tuned", "tune"), "sweeps")
 
-    return getattr(found_groups, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"debiaskd.reports.{_LATER[name]}"), name)

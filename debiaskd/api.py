@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -218,6 +218,7 @@ class Explanations(list[Path]):
         return images_html(self)
 
 
+@overload
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
@@ -225,9 +226,37 @@ def train(
     teacher: str | nn.Module | None = None,
     student: str | nn.Module | None = None,
     out: Path | str | None = None,
+    only: None = None,
     progress: bool = True,
     **overrides: Any,
-) -> Run:
+) -> Run: ...
+
+
+@overload
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    data: Path | str | Sequence[Any] | None = None,
+    teacher: str | nn.Module | None = None,
+    student: str | nn.Module | None = None,
+    out: Path | str | None = None,
+    only: Literal["teacher"],
+    progress: bool = True,
+    **overrides: Any,
+) -> Path: ...
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    data: Path | str | Sequence[Any] | None = None,
+    teacher: str | nn.Module | None = None,
+    student: str | nn.Module | None = None,
+    out: Path | str | None = None,
+    only: Literal["teacher"] | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Run | Path:
     """Train the student that a recipe describes, as `debiaskd train` does; finished stages are reused.
 
     Args:
@@ -236,11 +265,12 @@ def train(
         teacher: a name, or a module that is used as it is: images [N,3,H,W] to logits [N,K].
         student: a name, or a module that training begins from.
         out: folder of the run; None: runs/ and the recipe's name.
+        only: "teacher": train the recipe's teacher and nothing after it; without it, training continues from there.
         progress: show what is being done.
         **overrides: keys of the recipe: `seed=1`, `schedule={"epochs": 5}`, `**{"schedule.epochs": 5}`.
 
     Returns:
-        The run.
+        The run; with `only`, the file of the teacher's weights.
 
     Raises:
         RecipeError, RunError, DataError, NetworkError: before anything is trained.
@@ -261,9 +291,12 @@ def train(
         (['accuracy'], torch.Size([1, 2]))
     """
     from debiaskd.pipeline.stages import Pipeline
+    from debiaskd.pipeline.teachers import trained_options
     from debiaskd.recipe import RecipeError, read
     from debiaskd.training.fabric import launch
 
+    if only not in (None, "teacher"):
+        raise ValueError(f'only must be None or "teacher", got {only!r}')
     folder = _folder(recipe) if out is None else Path(out)
     values = dict(overrides)
     sets = None if data is None or isinstance(data, (str, Path)) else _sets(data)
@@ -283,6 +316,8 @@ def train(
     made = read(recipe, values)
     if made.compute.nodes * made.compute.devices > 1 and any(isinstance(one, nn.Module) for one in modules.values()):
         raise RecipeError("compute.devices: modules that are given from Python train on one device; name a callable")
+    if only is not None:
+        trained_options(made)
     fabric = launch(made.compute)
     if fabric.is_global_zero:
         for key, network in modules.items():
@@ -292,7 +327,10 @@ def train(
             pack(dataset, folder / GIVEN_DATA, split=split, progress=progress)
     fabric.barrier()
     with _shown(progress and fabric.is_global_zero) as say:
-        Pipeline(made, folder, fabric, say).student()
+        pipeline = Pipeline(made, folder, fabric, say)
+        stage = pipeline.student() if only is None else pipeline.teacher_alone()
+    if only is not None:
+        return stage.model
     given = {key: network for key, network in modules.items() if isinstance(network, nn.Module)}
     return Run(folder, **given)
 

@@ -177,3 +177,80 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is neither empty nor a run's folder"):
         train(recipe, data=sets(2), student="small/4", out=tmp_path / "out")
     assert files.sha256(tmp_path / "out" / "given" / "thesis.txt")
+
+
+TAUGHT: dict[str, Any] = {
+    **PLAIN,
+    "schedule": {"epochs": 1, "batch": 12},
+    "teacher": {"name": "plain/6", "method": "erm", "schedule": {"epochs": 1, "batch": 12}},
+    "terms": {"kd": {}},
+}
+
+
+def test_only_the_teacher(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "r.yaml", pictures, TAUGHT)
+    assert command(capsys, "train", file, "--out", tmp_path / "cli", "--only", "teacher")[0] == 0
+    weights = dk.train(file, out=tmp_path / "py", only="teacher", progress=False)
+    assert weights == tmp_path / "py" / "teacher" / "model.safetensors" and not (tmp_path / "py" / "student").exists()
+    assert weights.read_bytes() == (tmp_path / "cli" / "teacher" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="only must be None or \"teacher\", got 'student'"):
+        dk.train(file, out=tmp_path / "no", only="student", progress=False)  # type: ignore[call-overload]
+    with pytest.raises(RecipeError, match="the recipe has no teacher"):
+        dk.train(PLAIN, data=pictures, out=tmp_path / "no", only="teacher", progress=False)
+    assert not (tmp_path / "no").exists()
+
+
+def test_tuning_writes_what_the_command_writes(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "r.yaml", pictures, TAUGHT)
+    over = {"terms.kd.temperature": [1, 4], "schedule.clip": [None, 1.0]}
+    for name in ("cli", "py"):  # paths are in the results: the same ones in two working directories
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        (tmp_path / name / "r.yaml").write_bytes((tmp_path / "r.yaml").read_bytes())
+        if name == "cli":
+            asked = ("--over", "terms.kd.temperature=1,4", "--over", "schedule.clip=null,1.0", "--random", 2)
+            code, out, _ = command(capsys, "tune", "r.yaml", *asked, "--out", "tuned")
+            assert code == 0
+            continue
+        found = dk.tune("r.yaml", over, random=2, out="tuned", progress=False)
+    assert "\n".join(found.lines) == out.rstrip()
+    assert found.results["best"] == found.best and found.recipe.is_file()
+    for name in ("best.yaml", "tune.html"):
+        assert (tmp_path / "cli" / "tuned" / name).read_bytes() == (tmp_path / "py" / "tuned" / name).read_bytes(), name
+    student = next((tmp_path / "py" / "tuned" / "trials").iterdir()).name
+    weights = ["tuned", "trials", student, "student", "model.safetensors"]
+    assert tmp_path.joinpath("cli", *weights).read_bytes() == tmp_path.joinpath("py", *weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("over", "error", "message"),
+    [
+        ({}, TypeError, "over must be a dict of values by key"),
+        ({"schedule.clip": 3}, TypeError, "over must have a list of values for schedule.clip, got 3"),
+        ({"schedule.clpi": [3]}, RecipeError, "schedule.clpi"),
+        ({"seed": [1, 2]}, RecipeError, "seed cannot be swept"),
+        ({"schedule.clip": [1, 1]}, RecipeError, "schedule.clip has equal values"),
+    ],
+)
+def test_wrong_values_to_tune(over: Any, error: type[Exception], message: str, pictures: Path) -> None:
+    with pytest.raises(error, match=message):
+        dk.tune(TAUGHT, over, data=pictures, progress=False)
+
+
+def test_the_command_exports_what_the_run_saves(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(PLAIN, data=pictures, out=tmp_path / "run")
+    run.save_pretrained(tmp_path / "py")
+    code, out, _ = command(capsys, "export", run.folder, "--to", tmp_path / "cli")
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert code == 0 and out.split() == [str(tmp_path / "cli" / name) for name in names]
+    for name in names:
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "py" / name).read_bytes()
+    code, _, said = command(capsys, "export", tmp_path / "none")
+    assert code == 2 and said.count("\n") == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    assert "is not empty" in command(capsys, "export", run.folder, "--to", tmp_path / "full")[2]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from debiaskd.cli import discover as cli_discover
 from debiaskd.cli import distill as cli_distill
+from debiaskd.cli import export as cli_export
 from debiaskd.cli import prepare as cli_prepare
 from debiaskd.cli import train as cli_train
 from debiaskd.cli import tune as cli_tune
@@ -118,6 +119,7 @@ def _parser() -> Parser:
     cli_distill.add(commands)
     cli_train.add(commands)
     cli_tune.add(commands)
+    cli_export.add(commands)
     cli_discover.add(commands)
     cli_prepare.add(commands)
 
@@ -205,9 +207,14 @@ def _tune(options: argparse.Namespace) -> int:
     return 0 if chosen else 1
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    with _usage_errors():
-        print("\n".join(cli_train.evaluate(options)))
+def _lines_of(run: Callable[[argparse.Namespace], list[str]]) -> Callable[[argparse.Namespace], None]:
+    """A command that prints what a function returns."""
+
+    def command(options: argparse.Namespace) -> None:
+        with _usage_errors():
+            print("\n".join(run(options)))
+
+    return command
 
 
 def _discover(options: argparse.Namespace) -> None:
@@ -216,11 +223,6 @@ def _discover(options: argparse.Namespace) -> None:
     with _usage_errors():
         lines = cli_discover.discover(options, options.overrides, lambda: _progress(Console(stderr=True)))
     print("\n".join(lines))
-
-
-def _explain(options: argparse.Namespace) -> None:
-    with _usage_errors():
-        print("\n".join(cli_train.explain(options)))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -270,7 +272,6 @@ def _print_table(summaries: Sequence[Summary]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
-
     from debiaskd.reports.quickstart import COLUMNS
 
     table = Table("method", box=box.SIMPLE)
@@ -279,9 +280,8 @@ def _print_table(summaries: Sequence[Summary]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         table.add_row(summary.method, *(summary.figures[key].text(digits) for key, _, digits in columns))
-    terminal = Console()
     # A file has no width of its own, and a table cut to a guessed one would lose numbers.
-    (terminal if terminal.is_terminal else Console(width=160)).print(table)
+    (Console() if Console().is_terminal else Console(width=160)).print(table)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
@@ -289,10 +289,11 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "distill": _distill,
     "train": _train,
     "tune": _tune,
-    "evaluate": _evaluate,
+    "evaluate": _lines_of(cli_train.evaluate),
     "discover": _discover,
-    "explain": _explain,
+    "explain": _lines_of(cli_train.explain),
     "report": _report,
+    "export": _lines_of(cli_export.run),
     "prepare": _prepare,
     "doctor": _doctor,
     "bench": _bench,

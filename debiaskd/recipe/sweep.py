@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from debiaskd.recipe.checking import RecipeError
-from debiaskd.recipe.overrides import parse
+from debiaskd.recipe.overrides import checked, parse
 
 #: Keys that cannot be swept, and why not.
 FIXED = {
@@ -87,9 +87,7 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise RecipeError(f"--over: must be KEY=V1,V2,…, got {one!r}")
         if key in found:
             raise RecipeError(f"--over: {key} is given twice")
-        fixed = next((name for name in FIXED if key == name or key.startswith(f"{name}.")), None)
-        if fixed is None:
-            fixed = next((name for name in FIXED if name.startswith(f"{key}.")), None)
+        _check_key(key)
         pieces = _split(values)
         if "" in pieces:
             raise RecipeError(f"--over: {key} has an empty value, got {values!r}")
@@ -97,10 +95,46 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
             found[key] = [parse([f"--{key}={piece}"])[key] for piece in pieces]
         except RecipeError as error:
             raise RecipeError(f"--over: {str(error).removeprefix('--')}") from None
-        if fixed is not None:
-            raise RecipeError(f"--over: {key} cannot be swept: {FIXED[fixed]}")
-        if len({json.dumps(value, sort_keys=True) for value in found[key]}) < len(found[key]):
-            raise RecipeError(f"--over: {key} has equal values, got {values}")
+    return _compatible(found)
+
+
+def check_over(over: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The same for values by key that are given from Python.
+
+    Raises:
+        RecipeError: as `parse_over`.
+        TypeError: no mapping from keys to lists.
+    """
+    if not isinstance(over, Mapping) or not over:
+        raise TypeError(f"over must be a dict of values by key, such as {{'weights.up': [1, 5]}}, got {over!r}")
+    found: dict[str, list[Any]] = {}
+    for key, values in over.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise TypeError(f"over must have a list of values for {key}, got {values!r}")
+        found[key] = []
+        for value in values:
+            plain = list(value) if isinstance(value, tuple) else value
+            try:
+                checked({key: plain})
+            except RecipeError as error:
+                raise RecipeError(f"over: {str(error).removeprefix('--')}") from None
+            found[key].append(plain)
+        _check_key(key)
+    return _compatible(found)
+
+
+def _check_key(key: str) -> None:
+    fixed = next((name for name in FIXED if key == name or key.startswith(f"{name}.")), None)
+    if fixed is None:
+        fixed = next((name for name in FIXED if name.startswith(f"{key}.")), None)
+    if fixed is not None:
+        raise RecipeError(f"--over: {key} cannot be swept: {FIXED[fixed]}")
+
+
+def _compatible(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    for key, values in found.items():
+        if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+            raise RecipeError(f"--over: {key} has equal values, got {','.join(map(text, values))}")
     for key, other in itertools.permutations(found, 2):
         if other.startswith(f"{key}."):
             raise RecipeError(f"--over: {key} holds {other}; sweep one of them")
