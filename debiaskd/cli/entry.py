@@ -272,6 +272,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
     from debiaskd.reports.quickstart import COLUMNS
 
     table = Table("method", box=box.SIMPLE)
