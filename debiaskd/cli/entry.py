@@ -142,8 +142,7 @@ def _check_environment() -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from debiaskd.cli import doctor
 
-    for line in doctor.report():
-        print(line)
+    print("\n".join(doctor.report()))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -281,7 +280,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         table.add_row(summary.method, *(summary.figures[key].text(digits) for key, _, digits in columns))
-    # A file has no width of its own, and a table cut to a guessed one would lose numbers.
+    # A file has no width of its own; a table cut to a guessed one would lose numbers.
     (Console() if Console().is_terminal else Console(width=160)).print(table)
 
 

@@ -112,7 +112,7 @@ def write_weights(loaded: LoadedStage, path: Path) -> None:
         OSError: they cannot be written.
     """
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     source = loaded.stage.model
     with safe_open(source, "pt") as opened:
@@ -121,7 +121,18 @@ def write_weights(loaded: LoadedStage, path: Path) -> None:
     for base in about.get("bases", {}).values():
         _portable(base)
     metadata |= {"debiaskd": json.dumps(about), "format": "pt"}
-    files.write(path, lambda unfinished: save_file(load_file(source), unfinished, metadata))
+    content = _in_order(save(load_file(source), metadata))
+    files.write(path, lambda unfinished: unfinished.write_bytes(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with sorted metadata: safetensors writes several keys in an order that changes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned; their offsets count from the end of the header
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def config(loaded: LoadedStage, metrics: Mapping[str, Mapping[str, float]], sha256: str) -> dict[str, Any]:

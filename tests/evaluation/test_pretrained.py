@@ -146,3 +146,17 @@ def test_what_is_damaged_or_something_else_is_refused(timms: dk.Run, tmp_path: P
         dk.load(folder)
     with pytest.raises(RunError, match="is not empty and was not written by save_pretrained; choose another folder"):
         timms.save_pretrained(timms.folder)
+
+
+def test_metadata_is_written_in_one_order() -> None:
+    """safetensors itself writes several keys in an order that changes from call to call."""
+    from safetensors.torch import load, save
+
+    from debiaskd.evaluation.pretrained import _in_order
+
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.int64)}
+    metadata = dict.fromkeys("zyxwvuts", "é")
+    contents = {_in_order(save(tensors, metadata)) for _ in range(8)}
+    assert len(contents) == 1
+    found = load(contents.pop())
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items()) and len(found) == 2
