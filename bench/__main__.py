@@ -52,13 +52,13 @@ def parser() -> Parser:
     made.add_argument(
         "--system-malloc", action="store_true", help="leave it to the C library what becomes of freed memory"
     )
-    made.add_argument("--out", type=Path, help="where the JSON and the pictures go; nothing is written without it")
+    made.add_argument("--out", type=Path, help="where the JSON and the images go; nothing is written without it")
     made.add_argument(
         "--append",
         action="store_true",
-        help="add to the JSON that is there, leave out providers that fail, and draw no pictures",
+        help="add to the JSON that is there, leave out providers that fail, and draw no images",
     )
-    made.add_argument("--pictures", type=Path, metavar="JSON", help="draw the pictures of a file of results, no more")
+    made.add_argument("--pictures", type=Path, metavar="JSON", help="draw the images of a file of results, no more")
     made.add_argument("--brief", action="store_true", help="only each op's main case and those of 256 MiB and more")
     made.add_argument("--check", action="store_true", help="one call of each provider against the reference, no times")
     made.add_argument("--quick", action="store_true", help="tiny inputs, a few rounds: whether it runs, not how fast")
@@ -157,14 +157,14 @@ def stem(where: dict[str, Any], device: str) -> str:
 
 
 def draw(path: Path) -> int:
-    """One picture an op, beside the file of results."""
+    """One image an op, beside the file of results."""
     results = json.loads(path.read_text())
     for op in dict.fromkeys(case["op"] for case in results["cases"]):
         picture = path.with_name(f"{path.stem}-{op}.png")
         try:
             report.plot(picture, op, [case for case in results["cases"] if case["op"] == op])
         except ImportError as error:
-            print(f"no picture: {error}", file=sys.stderr)
+            print(f"no image: {error}", file=sys.stderr)
             return 1
         print(picture)
     return 0

@@ -1,8 +1,8 @@
 """`python -m debiaskd.bench.data`: images a second from packed shards and from JPEG files, and what preparing takes.
 
-Pictures of 500×375 are generated, saved as JPEG and prepared at 224 pixels. Then shuffled epochs are read in batches of
+Images of 500×375 are generated, saved as JPEG and prepared at 224 pixels. Then shuffled epochs are read in batches of
 64: packed shards by the training process itself; JPEG files by two worker processes that decode and resize. Peak memory
-is that of preparing 1,000 and 10,000 pictures, each in a process of its own with two workers.
+is that of preparing 1,000 and 10,000 images, each in a process of its own with two workers.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_files(src: Path, epochs: int) -> dict[str, Any]:
 
 
 def read_streamed(src: Path, out: Path, epochs: int) -> dict[str, Any]:
-    """The same pictures through LitData: from beginning to end in the training process and with workers, and by number
+    """The same images through LitData: from beginning to end in the training process and with workers, and by number
     as recipes read them, in the training process."""
     count = prepare("folder", src, out, size=SIZE, workers=WORKERS, format="litdata").manifest["splits"]["train"][
         "count"
@@ -190,7 +190,7 @@ def measure(counts: list[int], decoded: int, epochs: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m debiaskd.bench.data", description=__doc__)
-    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000], help="of pictures to prepare")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000], help="of images to prepare")
     parser.add_argument("--decoded", type=int, default=2000, help="JPEG files read in an epoch (default 2000)")
     parser.add_argument("--epochs", type=int, default=3, help="of which the median is taken (default 3)")
     parser.add_argument("--out", type=Path, help="where data-DATE.json goes; nothing is written without it")

@@ -1,6 +1,6 @@
 """`python -m bench.guidance`: what guiding a model costs, as ratios to the same training step without guidance.
 
-A step is forward, cross-entropy, backward and SGD, of a ResNet in training mode on random pictures, each with a box.
+A step is forward, cross-entropy, backward and SGD, of a ResNet in training mode on random images, each with a box.
 Guided, the energy loss of one class an image is added. Steps take turns in a random order each round; what is reported
 are medians of one run, and the bytes that autograd keeps from forward to backward. "PyTorch's layers" is the same step
 without the layers of `debiaskd.models.second_order`.

@@ -101,7 +101,7 @@ def tiny(device: str) -> Case:
 
 
 def random_boxes(images: int, count: int, size: tuple[int, int]) -> Boxes:
-    """`count` boxes an image, each side between a fourteenth and a half of the picture's, anywhere."""
+    """`count` boxes an image, each side between a fourteenth and a half of the image's, anywhere."""
     generator = torch.Generator().manual_seed(1)
     sides = torch.tensor([size[1], size[0]])
     extent = (sides * (1 / 14 + torch.rand(images, count, 2, generator=generator) * (1 / 2 - 1 / 14))).ceil().long()

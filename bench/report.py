@@ -1,4 +1,4 @@
-"""From results to what people read: a table in the terminal, one in the documentation, a picture."""
+"""From results to what people read: a table in the terminal, one in the documentation, an image."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def markdown_rows(cases: list[Case]) -> list[str]:
     return lines
 
 
-# ---- picture --------------------------------------------------------------------------------------------------------
+# ---- image --------------------------------------------------------------------------------------------------------
 
 
 def plot(path: Path, op: str, cases: list[Case]) -> None:
@@ -156,7 +156,7 @@ def plot(path: Path, op: str, cases: list[Case]) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'debiaskd[train]'") from error
+        raise ImportError("the image needs matplotlib: pip install 'debiaskd[train]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -55,7 +55,7 @@ EPOCH = 1  # the intervention has begun
 
 
 class _Stored:
-    """Pictures as `write_cache` wants them: already in the form that the network reads."""
+    """Images as `write_cache` wants them: already in the form that the network reads."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch, self.split, self.whole, self.dataloader = batch, self, self, self

@@ -1,7 +1,7 @@
-"""Every number and picture in README.md and docs/ comes from here.
+"""Every number and image in README.md and docs/ comes from here.
 
     python docs/figures.py quickstart [OUT]   run the quickstart in OUT, where finished runs are used again, or in a
-                                              temporary folder; keep its results and picture in docs/results/
+                                              temporary folder; keep its results and image in docs/results/
     python docs/figures.py                rewrite the figures in the pages from docs/results/ and bench/results/
     python docs/figures.py --check        exit with 1 where a page differs from what the files say
 
@@ -304,7 +304,7 @@ def rewritten(text: str) -> str:
 
 
 def picture(results: Any, path: Path) -> None:
-    """Bars: accuracy by group with its spread. Below: the example pictures with each method's attribution."""
+    """Bars: accuracy by group with its spread. Below: the example images with each method's attribution."""
     import matplotlib
 
     matplotlib.use("Agg")

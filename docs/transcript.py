@@ -1,4 +1,4 @@
-"""The commands of docs/guidance.md as a new user types them, with what they print, and their pictures.
+"""The commands of docs/guidance.md as a new user types them, with what they print, and their images.
 
     python docs/transcript.py SRC      SRC: a VOCdevkit/VOC2012 with its split trainval
 

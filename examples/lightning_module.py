@@ -48,7 +48,7 @@ class Distilled(LightningModule):
 
 def main(arguments: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = "what `debiaskd prepare` wrote, with boxes of at least some pictures, and the teacher's weights"
+    help = "what `debiaskd prepare` wrote, with boxes of at least some images, and the teacher's weights"
     parser.add_argument("--data", nargs=2, metavar=("FOLDER", "WEIGHTS"), help=help)
     usual = {"teacher": "small/24,48,96", "student": "small/8,16,32", "pictures": 3000, "epochs": 6, "guidance": 0.2}
     for name, default in usual.items():

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     known, unseen = toy.pictures(options.pictures)
     teacher = toy.debiased(toy.large(), known)
 
-    # Weights belong to pictures, so that batches have to say which pictures they hold.
+    # Weights belong to images, so that batches have to say which images they hold.
     samples = TensorDataset(toy.to_float(known.images), known.labels, torch.arange(len(known)))
     batches = DataLoader(samples, batch_size=64, shuffle=True, drop_last=True)
 

@@ -27,7 +27,7 @@ def seen_by(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = "pictures as timm reads them, train/CLASS/… and validation/CLASS/…, and the teacher's weights"
+    help = "images as timm reads them, train/CLASS/… and validation/CLASS/…, and the teacher's weights"
     parser.add_argument("--data", nargs=2, metavar=("FOLDER", "WEIGHTS"), help=help)
     usual = {"teacher": "test_resnet", "student": "test_nfnet", "pictures": 1500, "size": 32, "epochs": 6, "lr": 2e-3}
     for name, default in usual.items():

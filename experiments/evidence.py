@@ -7,8 +7,8 @@
 SRC holds mnist/ (IDX files) and cifar10/ (as `debiaskd prepare cifar` reads it), for `cifar` also weights/ with
 cifar10_resnet56*.th, and voc2012_sample/ (Pascal VOC). OUT gets data, runs and rows.
 
-Every model is a run of `debiaskd.training`, as `debiaskd train` makes one. The epoch is chosen on validation pictures,
-test pictures are looked at once, at the end. Interrupted and started again it goes on; seeds may run side by side, and
+Every model is a run of `debiaskd.training`, as `debiaskd train` makes one. The epoch is chosen on validation images,
+test images are looked at once, at the end. Interrupted and started again it goes on; seeds may run side by side, and
 whoever finds all of them done writes the result. With --teacher only the rows of that teacher are trained; they replace
 those in the file, which keeps the environment of the others beside theirs.
 """
@@ -65,7 +65,7 @@ STUDENT: Document = {
     "compute": {"accelerator": "cpu", "log_every": 40},
 }
 TEACHER: Document = {"name": "small/32/1,64,128,128/1", "schedule": {**SCHEDULE, "epochs": 10}}
-#: Each teacher's stage, and the method of the run that has it: dfr fits the last layer of erm anew.
+#: Each teacher's stage, and the method of the run that has it: dfr refits the last layer of erm.
 TEACHERS = {"erm": ("dfr", "teacher-erm"), "dfr": ("dfr", "teacher"), "group_dro": ("group_dro", "teacher")}
 NONE, ONE, ALL = (None,), ("group_dro",), ("group_dro", "dfr", "erm")
 CID: Document = {"kd": {}, "sample": {"weight": 1}, "relation": {"weight": 1}, "backdoor": {"start": 2}}
@@ -120,7 +120,7 @@ METHODS: dict[str, tuple[Document, tuple[str | None, ...]]] = {
 }
 #: CIFAR-10 from a real ResNet-56. CID's weights are those of the paper's recipes (recipes/cifar100_cid_*.yaml).
 CIFAR: Document = {
-    # Not mirrored: a cached teacher knows but a few views of a picture, and students without one would see more.
+    # Not mirrored: a cached teacher knows but a few views of an image, and students without one would see more.
     "data": {"train": "train[:90%]", "validation": "train[90%:]", "test": "test", "flip": False},
     "student": {"name": "cifar/resnet20"},
     "schedule": {
@@ -140,7 +140,7 @@ CIFAR_METHODS: dict[str, Document] = {
     "kd": {"supervised": {}, "kd": {}},
     "cid": {"kd": {}, "sample": {"weight": 33}, "relation": {"weight": 0.1}, "backdoor": {"start": 3}},
 }
-#: Where the features of students of CIFAR-10 are tried: so many digits, and VOC's pictures at this size.
+#: Where the features of students of CIFAR-10 are tried: so many digits, and VOC's images at this size.
 ELSEWHERE: Document = {"digits": 4000, "voc_size": 64}
 
 
@@ -181,7 +181,7 @@ class Shortcut:
 
 
 class Cifar:
-    """A ResNet-20 that begins anew, and what its features are worth elsewhere."""
+    """A ResNet-20 that is re-initialised, and what its features are worth elsewhere."""
 
     settings: ClassVar[Document] = {"student": CIFAR, "methods": CIFAR_METHODS, "elsewhere": ELSEWHERE}
 

@@ -2,7 +2,7 @@
 
     python experiments/models.py            all of timm, torchvision and transformers; makes docs/models.{md,json}
     python experiments/models.py NAME ...   the named rows alone, printed
-    python experiments/models.py --failed   rows of docs/models.json that failed, anew
+    python experiments/models.py --failed   rows of docs/models.json that failed, again
     python experiments/models.py --table    docs/models.md from docs/models.json
 
 A network learns if a transplanted student on its body gets a finite gradient for every parameter; it teaches if its

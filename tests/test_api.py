@@ -152,7 +152,7 @@ def test_a_callable_is_built_again_from_its_name_alone(tmp_path: Path, monkeypat
     [
         ({"student": 3}, TypeError, "student must be a name or an nn.Module, got int"),
         ({"data": [[]]}, TypeError, r"\(train, validation\[, test\]\) data sets, got list of 1"),
-        ({"student": Net(3)}, NetworkError, r"Net: must give logits \[N,2\] for 16×16 pictures, got \[2, 3\] for 2"),
+        ({"student": Net(3)}, NetworkError, r"Net: must give logits \[N,2\] for 16×16 images, got \[2, 3\] for 2"),
         ({"student": "nobody:Net"}, NetworkError, "there is no module nobody"),
         ({"epochs": 3}, RecipeError, "epochs: no such key"),
         ({"schedule": {"epochs": 0}}, RecipeError, "schedule.epochs: must be >= 1, got 0"),

@@ -201,7 +201,7 @@ def test_crop_moves_boxes_as_it_moves_pixels(picture, data):
     h, w = data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))
     cropped = Boxes.from_lists(lists).crop(y, x, h, w)
     assert torch.equal(cropped.mask((h, w)), naive_mask(lists, height, width)[:, y : y + h, x : x + w])
-    assert (cropped.coords[:, 2:] > cropped.coords[:, :2]).all()  # what left the picture is gone
+    assert (cropped.coords[:, 2:] > cropped.coords[:, :2]).all()  # what left the image is gone
     assert len(cropped) == len(lists)
 
 

@@ -9,7 +9,7 @@ k-means would not do: it makes clusters of like size, and the groups that matter
 measure an accuracy on is merged into the nearest one.
 
 Where the final model's logits are at hand, its environments (`infer_environments`) are the other way to groups: they
-part what the model gets wrong from what it gets right, and know nothing of what the pictures have in common.
+part what the model gets wrong from what it gets right, and know nothing of what the images have in common.
 """
 
 from __future__ import annotations

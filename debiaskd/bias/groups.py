@@ -132,11 +132,11 @@ class FoundGroups:
         Args:
             path: of the file: path, bias, class, confidence. The bias is `found-0`, `found-1`, …: the cluster within
                 the class.
-            names: [N], each picture's path.
+            names: [N], each image's path.
             classes: names of the classes; None: their numbers.
         """
         if len(names) != len(self):
-            raise ValueError(f"names must be of N={len(self)} pictures, got {len(names)}")
+            raise ValueError(f"names must be of N={len(self)} images, got {len(names)}")
 
         def write(unfinished: Path) -> None:
             with open(unfinished, "w", newline="", encoding="utf-8") as file:

@@ -1,9 +1,9 @@
-"""Last layers fitted anew without annotation of the bias: AFR, SELF, EVaLS and the class-balanced baseline.
+"""Last layers refitted without annotation of the bias: AFR, SELF, EVaLS and the class-balanced baseline.
 
 Each method chooses samples or weights (`afr_weights`, `disagreement`, `loss_extremes`, `class_weights`); one solver
 fits the layer.
 
-- AFR, Qiu et al. 2023 (arXiv 2306.11074): held-out pictures weighted by how unsure the plain model is of the true
+- AFR, Qiu et al. 2023 (arXiv 2306.11074): held-out images weighted by how unsure the plain model is of the true
   class.
 - SELF, LaBonte et al. 2023 (arXiv 2309.08534): those on which an early-stopped model and the final one differ most.
 - EVaLS, Ghaznavi et al. 2024 (arXiv 2410.05345): per class the highest and the lowest losses, alike.
@@ -38,7 +38,7 @@ def afr_weights(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     """AFR's weights `w_i ∝ β_y exp(−γ p_i)`, with `p_i` the model's probability of the true class and `β_y = 1/n_y`.
 
     Args:
-        logits: [N,K] of the plainly trained model on pictures that it was not trained on.
+        logits: [N,K] of the plainly trained model on images that it was not trained on.
         labels: int64 [N] in [0,K).
         gamma: γ ≥ 0; 0 is the class-balanced baseline. Chosen on validation, as is the pull towards the old layer.
 

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         help="find groups within each class, without annotation of the bias",
         usage="%(prog)s [-h] [--method NAME] [--out DIR] RUN|DATA [--KEY VALUE ...]",
         description="Finds groups within each class from a plainly trained model: that of RUN or, for prepared DATA, "
-        "one that is trained for it, by the recipe `discover`, whose keys can be said anew: --student.name resnet50 "
+        "one that is trained for it, by the recipe `discover`, whose keys can be overridden: --student.name resnet50 "
         "--student.pretrained true --discovery.epochs 2. Writes DIR/bias.csv, which `data.groups` of recipes and "
         "`prepare folder` read; DIR/groups.json with sizes and accuracies; and DIR/groups.html, a page to look at.",
     )

@@ -1,4 +1,4 @@
-"""`debiaskd distill`: from a folder of pictures and a teacher's name to a debiased student and a page that shows it."""
+"""`debiaskd distill`: from a folder of images and a teacher's name to a debiased student and a page that shows it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     distill = commands.add_parser(
         "distill",
-        help="from pictures and a teacher to a debiased student and a page that shows it",
+        help="from images and a teacher to a debiased student and a page that shows it",
         description="Prepares PICTURES once, says what is annotated there, trains the teacher or takes it from "
         "--weights, measures how biased it is, chooses a method by what is annotated, distils, and measures teacher, "
-        "plain student and debiased student on the test pictures. Interrupted and started again it continues.",
+        "plain student and debiased student on the test images. Interrupted and started again it continues.",
     )
     distill.add_argument(
         "pictures", type=Path, metavar="PICTURES", help="as for `prepare folder`, or a folder that was prepared"
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, progress: Callable[[], Any]) -> Iterator[st
         yield notes[-1]
         if found.groups and _gap(teacher) > distillation.GAP:
             plan = distillation.plan(found, asked, out, epochs, head="probe")
-            plan.why.insert(0, "the given teacher is biased: its last layer is fitted anew, every group counting alike")
+            plan.why.insert(0, "the given teacher is biased: its last layer is refitted, every group counting alike")
     recipe = _write(out, plan)
     lines = [*plan.why, f"method: {plan.method}"]
     notes += lines
@@ -113,7 +113,7 @@ def _prepared(options: argparse.Namespace, out: Path, progress: Callable[[], Any
     if (options.pictures / "manifest.json").is_file():
         given = [name for name in ("bias", "boxes", "size") if getattr(options, name) is not None]
         if given:
-            raise UsageError(f"--{given[0]}: {options.pictures} is prepared already; prepare it anew with it")
+            raise UsageError(f"--{given[0]}: {options.pictures} is prepared already; prepare it again with it")
         return Path(options.pictures)
     with progress() as say:
         prepare(
@@ -130,7 +130,7 @@ def _prepared(options: argparse.Namespace, out: Path, progress: Callable[[], Any
 
 
 def _side(folder: Path, looked: int = 64) -> int:
-    """The middle one of the shorter sides of the first pictures, as a multiple of 8; between 32 and 224."""
+    """The middle one of the shorter sides of the first images, as a multiple of 8; between 32 and 224."""
     from PIL import Image
 
     from debiaskd.data.sources.names import EXTENSIONS
@@ -208,7 +208,7 @@ def _write(out: Path, plan: Plan) -> Path:
 
 
 def _trained(plan: Plan, name: str, out: Path, progress: Callable[[], Any]) -> dict[str, float | None]:
-    """Train one of the runs, and measure its student on the test pictures."""
+    """Train one of the runs, and measure its student on the test images."""
     from debiaskd.evaluation.evaluate import evaluate_run
     from debiaskd.pipeline.stages import Pipeline
     from debiaskd.recipe import read
@@ -249,7 +249,7 @@ def _gap(figures: Mapping[str, float | None]) -> float:
 
 
 def _table(rows: Mapping[str, Mapping[str, float | None]]) -> Sequence[str]:
-    """Percentages on the test pictures, as lines."""
+    """Percentages on the test images, as lines."""
     columns = [key for key in SHOWN if any(row.get(key) is not None for row in rows.values())]
     lines = [f"{'test, %':>18}" + "".join(f"{SHOWN[key]:>15}" for key in columns)]
     for name, row in rows.items():

@@ -101,8 +101,8 @@ def _parser() -> Parser:
 
     quickstart = commands.add_parser(
         "quickstart",
-        help="train a biased and a debiased student on real pictures and report",
-        description="Trains a debiased teacher and students by several methods on pictures with a known shortcut, then "
+        help="train a biased and a debiased student on real images and report",
+        description="Trains a debiased teacher and students by several methods on images with a known shortcut, then "
         "writes OUT/results.json and OUT/report.html. Downloads nothing; minutes on two CPU cores.",
     )
     quickstart.add_argument(

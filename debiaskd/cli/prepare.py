@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SOURCES = {
     "coco": "COCO 2014, 2017 or alike: SRC/annotations/instances_train2017.json and SRC/train2017/",
     "voc": "Pascal VOC 2007 or 2012: SRC or SRC/VOCdevkit/VOC2012 with ImageSets, Annotations, JPEGImages",
-    "waterbirds": "Waterbirds: SRC/metadata.csv and its pictures; boxes of CUB-200-2011 if there are any",
+    "waterbirds": "Waterbirds: SRC/metadata.csv and its images; boxes of CUB-200-2011 if there are any",
     "celeba": "CelebA: SRC/img_align_celeba/, SRC/list_attr_celeba.txt and SRC/list_eval_partition.txt (or .csv)",
     "folder": "SRC/CLASS/… or SRC/train/CLASS/…, and CSV files with boxes, path,x0,y0,x1,y1[,label], and with what "
     "goes along with the class, which makes the groups: path,bias",
@@ -27,7 +27,7 @@ _SOURCES = {
     "digits": "scikit-learn's digits drawn on its two photographs, as in the quickstart: a shortcut of chosen "
     "strength, with boxes and groups, and nothing to download",
 }
-# Those whose pictures are all of one size, and square: how they are fitted makes no difference.
+# Those whose images are all of one size, and square: how they are fitted makes no difference.
 _SIZES = {"cifar": "32, their own", "mnist_on_cifar": "64", "digits": "48"}
 _KEEP = "keep: like any other; drop: as if it were not annotated; mask: its class counts, its area is to be ignored"
 
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="decode a data set once, so that training reads pixels",
-        description="Decodes the pictures of SRC into shards below OUT. Interrupted and started again it goes on; "
+        description="Decodes the images of SRC into shards below OUT. Interrupted and started again it goes on; "
         "shards that are whole are never written again.",
     )
     sources = prepare.add_subparsers(
@@ -56,7 +56,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         "--size",
         type=positive,
         metavar="N",
-        help=f"side of the stored pictures; default: {_SIZES.get(source, '224')}",
+        help=f"side of the stored images; default: {_SIZES.get(source, '224')}",
     )
     if source not in _SIZES:
         parser.add_argument(
@@ -83,7 +83,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
     wrong.add_argument(
         "--lenient",
         action="store_true",
-        help="go on where more than 90 %% of a split's pictures or boxes, or of a list's rows, were passed over",
+        help="go on where more than 90 %% of a split's images or boxes, or of a list's rows, were passed over",
     )
     if source == "coco":
         parser.add_argument(
@@ -97,7 +97,7 @@ def _options(parser: argparse.ArgumentParser, source: str) -> None:
         what = "segmentations" if source == "coco" else "SegmentationClass/*.png"
         parser.add_argument("--masks", action="store_true", help=f"store masks besides the boxes: {what}")
     if source in ("waterbirds", "celeba", "folder", "csv"):
-        what = "PNG files at the paths of the pictures, not 0 where the object is; stored besides the boxes"
+        what = "PNG files at the paths of the images, not 0 where the object is; stored besides the boxes"
         parser.add_argument("--masks", type=Path, metavar="DIR", help=what)
     if source == "waterbirds":
         parser.add_argument(
@@ -145,12 +145,12 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
         type=_share,
         default=0.95,
         metavar="P",
-        help="share of the training pictures whose photograph agrees with the class; default: %(default)s",
+        help="share of the training images whose photograph agrees with the class; default: %(default)s",
     )
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     for name, count in (("train", 6000), ("val", 1000), ("test", 2000)):
         parser.add_argument(
-            f"--{name}", type=positive, default=count, metavar="N", help="number of pictures; default: %(default)s"
+            f"--{name}", type=positive, default=count, metavar="N", help="number of images; default: %(default)s"
         )
 
 
@@ -196,8 +196,8 @@ def _summary(prepared: Prepared, out: Path) -> list[str]:
 
 
 def _split_line(name: str, split: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """ "train: 40 pictures, 52 boxes, 2 left out; 20 annotated, 2 of 3 classes (not: cat), 4 of 4 groups"."""
-    line = f"{name}: {split['count']} pictures, {split['boxes']} boxes"
+    """ "train: 40 images, 52 boxes, 2 left out; 20 annotated, 2 of 3 classes (not: cat), 4 of 4 groups"."""
+    line = f"{name}: {split['count']} images, {split['boxes']} boxes"
     if "masks" in split:
         line += f", {split['masks']} with masks"
     if split["skipped"]:

@@ -37,8 +37,8 @@ TEACHER = "teacher"
 #: Images of each split, their side, and the share of the training images whose photograph agrees with the label.
 PICTURES: Mapping[str, Any] = {"train": 5000, "val": 1000, "test": 2000, "size": 48, "agreement": 0.95}
 SELECTION = (
-    "For the teacher and every student: the epoch with the best worst-group accuracy on the validation pictures, whose "
-    "groups are known, and the later of equals. Test pictures decide nothing."
+    "For the teacher and every student: the epoch with the best worst-group accuracy on the validation images, whose "
+    "groups are known, and the later of equals. Test images decide nothing."
 )
 #: Relative cost of each stage, so that the progress shown moves evenly; in the order of a run.
 COSTS = {"data": 0.5, TEACHER: 9.0, "identification": 0.8, "teacher-cache": 0.7, "student": 6.0, "measuring": 1.0}
@@ -90,7 +90,7 @@ def run(
         out: directory, made if it does not exist.
         seeds: how many (0, 1, …), or which. Each draws its own images and trains its own teacher.
         recipes: by method, the name or the path of a recipe. Their teachers are the same: the table has one row of it.
-        pictures: options of `debiaskd prepare digits`.
+        images: options of `debiaskd prepare digits`.
         progress: see `Progress`.
         workers: number of processes that train; 1: this one does. None: one for each core, and no more than
             there are runs. A script that calls this needs no `if __name__ == "__main__"`.

@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
         "--stage", default="student", metavar="NAME", help="another of the run's models; default: %(default)s"
     )
     evaluate.add_argument(
-        "--data", metavar="DIR", help="other prepared pictures of the same classes, or where the run's own lie now"
+        "--data", metavar="DIR", help="other prepared images of the same classes, or where the run's own lie now"
     )
     evaluate.add_argument(
         "--faithfulness",
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--probe",
         metavar="DATA",
-        help="instead: fit a linear classifier for these prepared pictures on the frozen features",
+        help="instead: fit a linear classifier for these prepared images on the frozen features",
     )
     evaluate.add_argument(
         "--probe-splits",
@@ -74,12 +74,12 @@ def add(commands: Any) -> None:
     explain = commands.add_parser(
         "explain",
         help="show where a run's student looks",
-        description="Writes pictures with the evidence for a class drawn over them, and their boxes where these are "
+        description="Writes images with the evidence for a class drawn over them, and their boxes where these are "
         "known: before guidance (the run's pretraining, or --before) and after it.",
     )
     explain.add_argument("run", type=Path, metavar="RUN")
     explain.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture files, or pictures of the run's data such as val:12"
+        "images", nargs="+", metavar="IMAGE", help="image files, or images of the run's data such as val:12"
     )
     explain.add_argument("--target", metavar="CLASS", help="name or number; default: the label, or what is predicted")
     explain.add_argument("--before", type=Path, metavar="RUN", help="another run to compare with")
@@ -97,7 +97,7 @@ def add(commands: Any) -> None:
         "--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s"
     )
     report.add_argument("--split", metavar="NAME", help="of all runs' data; default: the test of each recipe")
-    report.add_argument("--data", metavar="DIR", help="measure all runs on these prepared pictures; default: their own")
+    report.add_argument("--data", metavar="DIR", help="measure all runs on these prepared images; default: their own")
 
 
 def _keys(width: int) -> str:
@@ -178,7 +178,7 @@ def evaluate(options: argparse.Namespace) -> list[str]:
     headings |= {f"group_{g}_ece": f"ECE, {name}" for g, name in enumerate(document["groups"])}
     epoch = "" if document["epoch"] is None else f", epoch {document['epoch'] + 1}"
     where = document["split"] + ("" if options.data is None else f" of {options.data}")
-    lines = [f"{options.stage} of {options.run}{epoch}, on {where} ({document['pictures']} pictures)"]
+    lines = [f"{options.stage} of {options.run}{epoch}, on {where} ({document['pictures']} images)"]
     for name, value in figures.items():
         if value is not None:
             lines.append(f"{headings.get(name, name):>24} {_number(value)}")
@@ -196,7 +196,7 @@ def _probe(options: argparse.Namespace) -> list[str]:
     fitted, measured = document["pictures"]
     lines = [
         f"linear probe on {document['features']} frozen features of {options.run}: fitted on {fitted}, measured on "
-        f"{measured} pictures of {options.probe}"
+        f"{measured} images of {options.probe}"
     ]
     found = {name: value for name, value in document["figures"].items() if value is not None}
     lines += [f"{name:>24} {_number(value)}" for name, value in found.items()]
@@ -204,7 +204,7 @@ def _probe(options: argparse.Namespace) -> list[str]:
 
 
 def explain(options: argparse.Namespace) -> list[str]:
-    """Does it; returns the names of the pictures that were written."""
+    """Does it; returns the names of the images that were written."""
     from debiaskd.evaluation.explain import explain_run
 
     written = explain_run(

@@ -59,9 +59,9 @@ class Augment:
         TypeError, ValueError: arguments out of range.
 
     Example:
-        >>> pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        >>> images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
         >>> from debiaskd import Boxes
-        >>> batch = Batch(pictures, torch.tensor([0, 1]), Boxes.from_lists([[[4, 4, 20, 20]], None]))
+        >>> batch = Batch(images, torch.tensor([0, 1]), Boxes.from_lists([[[4, 4, 20, 20]], None]))
         >>> made = Augment(24, crop_scale=(0.5, 1))(batch)
         >>> made.images.shape, made.images.dtype, len(made.boxes)
         (torch.Size([2, 3, 24, 24]), torch.float32, 2)

@@ -101,5 +101,5 @@ def _boxes(name: str, known: Any) -> Boxes:
     if not isinstance(known, Boxes):
         return Boxes.from_lists([known])
     if len(known) != 1:
-        raise ValueError(f"{name} must be of one picture, got {len(known)}")
+        raise ValueError(f"{name} must be of one image, got {len(known)}")
     return known

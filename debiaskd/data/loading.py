@@ -177,8 +177,8 @@ def loader(
         TypeError, ValueError: arguments out of range.
 
     Example:
-        >>> pictures = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, None)] * 5
-        >>> [len(batch) for batch in loader(pictures, 2, shuffle=True)]
+        >>> images = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 1, None)] * 5
+        >>> [len(batch) for batch in loader(images, 2, shuffle=True)]
         [2, 2, 1]
     """
     if checks.integer("batch_size", batch_size) < 1:

@@ -51,7 +51,7 @@ def decode(path: Path) -> Image.Image:
     except Exception as error:  # whatever a broken file makes a decoder stumble over
         if isinstance(error, OSError) and error.errno is not None:
             raise UnreadableError("file that cannot be read", error.strerror) from None
-        kind = "picture larger than pillow decodes" if isinstance(error, Image.DecompressionBombError) else None
+        kind = "image larger than pillow decodes" if isinstance(error, Image.DecompressionBombError) else None
         raise UnreadableError(kind or "truncated or non-image file", error) from None
 
 

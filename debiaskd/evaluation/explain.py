@@ -145,7 +145,7 @@ class _RunData:
         else:
             split = self.splits[name]
         if number >= len(split.whole):
-            raise RecipeError(f"{name}:{number}: there are {len(split.whole)} pictures")
+            raise RecipeError(f"{name}:{number}: there are {len(split.whole)} images")
         batch = split.whole.__getitems__([number])
         return Example(f"{name}-{number}", batch.images[0], batch.boxes, batch.target[0])
 

@@ -42,7 +42,7 @@ def probe_run(folder: Path, stage: str, data: str, splits: tuple[str, str]) -> t
     train, test = open_split(asked, "train"), open_split(asked, "test")
     whole = train.whole
     if whole.split == test.whole.split and set(train.numbers.tolist()) & set(test.numbers.tolist()):
-        raise RecipeError(f"--probe-splits: {splits[0]} and {splits[1]} must not share pictures")
+        raise RecipeError(f"--probe-splits: {splits[0]} and {splits[1]} must not share images")
     fitted, measured = _features(loaded, train), _features(loaded, test)
     mean, deviation = fitted.mean(0), fitted.std(0) + 1e-6
     fitted, measured = (fitted - mean) / deviation, (measured - mean) / deviation
@@ -108,7 +108,7 @@ def _solver(strength: float, feature: NDArray[Any], target: NDArray[Any]) -> Any
     from sklearn.linear_model import LogisticRegression
 
     if len(np.unique(target)) < 2:
-        raise RecipeError("--probe: the pictures to fit on must be of two classes at least")
+        raise RecipeError("--probe: the images to fit on must be of two classes at least")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fits that end early
         return LogisticRegression(C=strength, max_iter=1000).fit(feature, target)

@@ -261,10 +261,8 @@ def prepare(model: nn.Module, reads: InputContract, *, x_dnn: bool = False, clas
         model.train(mode)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         message = one_line(error)
-        raise NetworkError(
-            f"{type(model).__name__}: does not run on {size[0]}×{size[1]} pictures ({message})"
-        ) from None
-    expected = f"{type(model).__name__}: must give logits [N,{classes or 'K'}] for {size[0]}×{size[1]} pictures"
+        raise NetworkError(f"{type(model).__name__}: does not run on {size[0]}×{size[1]} images ({message})") from None
+    expected = f"{type(model).__name__}: must give logits [N,{classes or 'K'}] for {size[0]}×{size[1]} images"
     if not isinstance(logits, Tensor):
         raise NetworkError(f"{expected}, got {type(logits).__name__}")
     if logits.dim() != 2 or len(logits) != len(example) or classes not in (None, logits.shape[1]):

@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) 
         model: the network, changed in place once all tensors match.
         path: a `.safetensors` file; the index of a sharded one (`model.safetensors.index.json`); a state dict or a
             checkpoint that `torch.save` wrote; a folder with one of them, or the folder of a finished run.
-        to_train: if only the last layer's number of classes differs, keep that layer of `model`, made anew where its
+        to_train: if only the last layer's number of classes differs, keep that layer of `model`, rebuilt where its
                 random weights are far too large for fine-tuning (`last_layers.tame`).
 
     Returns:
@@ -109,7 +109,7 @@ def load_weights(model: nn.Module, path: Path | str, *, to_train: bool = False) 
     if wrong and to_train and _is_last_layer(own, state, wrong):
         layer, there, here = wrong[0].rpartition(".")[0], len(state[wrong[0]]), len(own[wrong[0]])
         what = f"its last layer, {layer}, is of {there} classes and not of {here}"
-        warnings.warn(f"{file}: {what}; it begins anew, all else as in the file", LastLayerWarning, stacklevel=2)
+        warnings.warn(f"{file}: {what}; it is re-initialised, all else as in the file", LastLayerWarning, stacklevel=2)
         tame(model.get_submodule(layer))
         state |= {name: own[name] for name in wrong}
     elif wrong:

@@ -151,7 +151,7 @@ def _held(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _LogMatmul(torch.autograd.Function):
-    """log sum_l exp(x_il + y_jl) of x [I,L] and y [J,L], in tiles that are forgotten at once and made anew backward."""
+    """log sum_l exp(x_il + y_jl) of x [I,L] and y [J,L], in tiles that are forgotten at once and rebuilt backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def _load(name: str, record: dict[str, Any]) -> str | None:
         return f"{path.name} did not load: {error.__cause__ or error}"
     unknown = [op for op in IMPLEMENTATIONS if name == "schema" and not hasattr(torch.ops.debiaskd, op)]
     if unknown:
-        return f"{path.name} is older than this code and does not know {', '.join(unknown)}; reinstall to build it anew"
+        return f"{path.name} is older than this code and does not know {', '.join(unknown)}; reinstall to rebuild it"
     return None
 
 
@@ -258,7 +258,7 @@ def register_fake(op: str) -> Callable[[_Function], _Function]:
             if not hasattr(getattr(torch.ops, name), op):
                 continue
             if name == NAMESPACES["cpp"] and _takes(op) != list(inspect.signature(function).parameters):
-                _refuse_libraries(f"they are older than this code and know another {op}; reinstall to build them anew")
+                _refuse_libraries(f"they are older than this code and know another {op}; reinstall to rebuild them")
                 continue
             torch.library.register_fake(f"{name}::{op}", function)
         return function

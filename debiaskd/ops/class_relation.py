@@ -18,7 +18,7 @@ sum n_k^2 / 2 products of rows a side, where a dense Gram matrix makes N^2 and m
 sorted by class inside the op. The forward pass also writes the gradient for an upstream gradient of 1, in float32 at
 least, while it knows the cosines, so that nothing has to outlive it whose size depends on the labels. Backward hands
 that buffer on, multiplied in place where the upstream gradient is not 1; after the first time, through a retained
-graph, it is computed anew.
+graph, it is recomputed.
 """
 
 from __future__ import annotations

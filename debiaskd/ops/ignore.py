@@ -13,7 +13,7 @@ from debiaskd.boxes import Boxes
 
 
 def of_class(boxes: Boxes, target: Tensor) -> Boxes:
-    """Those of each picture's class, int64 [N]; boxes without labels are of whatever it shows."""
+    """Those of each image's class, int64 [N]; boxes without labels are of whatever it shows."""
     return boxes if boxes.labels is None else boxes.for_class(target)
 
 

@@ -94,12 +94,12 @@ def too_small(
     missing = sorted(set(range(classes)) - set(target.unique().tolist()))
     if missing:
         name = f"class {missing[0]}" if names is None else names[0][missing[0]]
-        return f"needs pictures of every class, and there are none of {name}"
+        return f"needs images of every class, and there are none of {name}"
     counts = groups.bincount()
     for group in groups.unique().tolist():
         if counts[group] < least:
             name = f"group {group}" if names is None else names[1][group]
-            return f"needs {least} pictures of every group at least, and {name} has {int(counts[group])}"
+            return f"needs {least} images of every group at least, and {name} has {int(counts[group])}"
     return None
 
 

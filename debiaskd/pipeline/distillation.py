@@ -183,7 +183,7 @@ def plan(found: Findings, asked: Asked, out: Path, epochs: int, *, head: str | N
         **base,
         "student": student,
         "teacher": _teacher(asked, out, head, bool(found.groups)),
-        **_method(found, made),
+        **_method(found, asked, made),
     }
     return made
 
@@ -196,9 +196,12 @@ def _teacher(asked: Asked, out: Path, head: str | None, grouped: bool) -> dict[s
     return found
 
 
-def _method(found: Findings, made: Plan) -> dict[str, Any]:
+def _method(found: Findings, asked: Asked, made: Plan) -> dict[str, Any]:
     terms: dict[str, Any] = {"match": {"weighted": False}}
     keys: dict[str, Any] = {"transplant": {"projector": "depthwise"}}
+    if asked.pretrained:
+        keys["transplant"] = {"projector": "linear", "init": "least_squares"}
+        made.why.append("the student's features are pretrained: its projector starts at the least-squares fit of them")
     words = ["transplanting"]
     if found.groups and not found.multi_label:
         keys["weights"] = {"method": "errors", "up": 50}

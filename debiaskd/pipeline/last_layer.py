@@ -1,4 +1,4 @@
-"""The last layer of a network that can be fitted anew."""
+"""The last layer of a network that can be refitted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def last_layer(trainer: Trainer, options: Network, model: nn.Module, what: str) 
         return layer
     kinds = ", ".join(f"{name} ({type(module).__name__})" for name, module in zip(at.readers, found))
     raise RecipeError(
-        f"{what} fits anew one linear layer, or 1×1 convolution, of pooled features, whose output must be "
+        f"{what} refits one linear layer, or 1×1 convolution, of pooled features, whose output must be "
         f"the logits; {options.name} computes them otherwise from {kinds}"
     )
 

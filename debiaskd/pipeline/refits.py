@@ -1,4 +1,4 @@
-"""Last layers of teachers and students fitted anew without annotation of the bias: afr, self, class_balanced, evals.
+"""Last layers of teachers and students refitted without annotation of the bias: afr, self, class_balanced, evals.
 
 The network's training never sees the images that the layer is fitted to (of evals: half of validation). What a method
 leaves open, such as AFR's γ and the pull towards the old layer, is chosen on validation by the accuracy of the worst
@@ -81,7 +81,7 @@ def refitted(
     model: Callable[[], nn.Module],
     schedule: Schedule,
 ) -> Stage:
-    """The stage whose model is that of `trained` with its last layer fitted anew.
+    """The stage whose model is that of `trained` with its last layer refitted.
 
     Args:
         context: of the recipe.

@@ -213,7 +213,7 @@ class Pipeline(StageContext):
                 **chosen,
             )
             if "rule" in chosen:
-                facts["selection"] += ": the validation pictures fitted the teacher's last layer"
+                facts["selection"] += ": the validation images fitted the teacher's last layer"
             return facts
 
         if recipe.refit is None:

@@ -1,6 +1,6 @@
 """Debiased teachers that are trained here: erm, balanced, group_dro, jtt, dfr, and those of `debiaskd.pipeline.refits`.
 
-`dfr` is debiased in its last layer alone, its features stay what the labels made of them: the layer is fitted anew on
+`dfr` is debiased in its last layer alone, its features stay what the labels made of them: the layer is refitted on
 validation images, with as many of each group (`debiaskd.pipeline.dfr`). What fitted it says too much good of students
 that follow it, so that those images do not select the student's epoch unless the recipe says so.
 """
@@ -195,17 +195,17 @@ def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> Non
     """
     split, selection = trainer.validation, trainer.recipe.selection
     if split.groups is None:
-        raise RecipeError("teacher.method: dfr needs groups of the validation pictures, and they have none")
+        raise RecipeError("teacher.method: dfr needs groups of the validation images, and they have none")
     fitted, rest = shares(trainer, options)
     names = (split.whole.classes, split.whole.groups)
     problem = too_small(split.target[fitted], split.groups[fitted], split.num_classes, names=names)
-    where = "validation pictures"
+    where = "validation images"
     if problem is None and options.validation_share is not None:
-        where = f"validation pictures, the share of {1 - options.validation_share:g} that selects the student's epoch"
+        where = f"validation images, the share of {1 - options.validation_share:g} that selects the student's epoch"
         problem = too_small(split.target[rest], split.groups[rest], split.num_classes, least=1, names=names)
         lost = sorted(set(split.groups[fitted].tolist()) - set(split.groups[rest].tolist()))
         if problem is None and lost:
-            problem = f"needs pictures of every group, and there are none of {split.whole.groups[lost[0]]}"
+            problem = f"needs images of every group, and there are none of {split.whole.groups[lost[0]]}"
     if problem is not None:
         raise RecipeError(f"teacher.method: dfr {problem} ({where})")
     unmeasured = options.validation_share is None and not selection.reuse
@@ -216,7 +216,7 @@ def check_dfr(trainer: Trainer, options: Teacher, *, begun: bool = False) -> Non
         )
     if options.validation_share is None and selection.rule not in (None, "last") and not selection.reuse and not begun:
         raise RecipeError(
-            f"selection.rule: {selection.rule} would select the student's epoch on the validation pictures that the "
+            f"selection.rule: {selection.rule} would select the student's epoch on the validation images that the "
             "dfr teacher's last layer is fitted on; say teacher.validation_share: 0.5, which keeps half of them for "
             "the selection, or selection.reuse: true, or leave the rule out, which keeps the last epoch"
         )

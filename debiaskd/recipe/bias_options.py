@@ -1,4 +1,4 @@
-"""What a recipe can say where the bias is not annotated: how groups are found, and how last layers are fitted anew."""
+"""What a recipe can say where the bias is not annotated: how groups are found, and how last layers are refitted."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Discovery:
         return 2 if self.method == "environments" else self.most or 4
 
 
-#: Methods that fit a last layer anew without annotation of the bias.
+#: Methods that refit a last layer without annotation of the bias.
 REFITS = ("afr", "self", "class_balanced", "evals")
 
 
 @dataclass
 class RefitOptions:
-    """How a last layer is fitted anew. What is left out of gamma, pull and count is chosen on validation, by the worst
+    """How a last layer is refitted. What is left out of gamma, pull and count is chosen on validation, by the worst
     known group where the recipe selects by that, else by the worst environment.
 
     Args:
@@ -64,7 +64,7 @@ class RefitOptions:
 
 @dataclass
 class Refit(RefitOptions):
-    """The student's last layer fitted anew once it is trained, without annotation of the bias. The held-out images are
+    """The student's last layer refitted once it is trained, without annotation of the bias. The held-out images are
     seen by no training of the recipe.
 
     Args:

@@ -16,7 +16,7 @@ class Compute:
         nodes: machines; `torchrun` starts the processes then.
         precision: "32", "bf16", "16"; of training, validation and evaluation.
         compile: the student and the teacher by torch.compile.
-        sync_batchnorm: batch norm over all processes' pictures.
+        sync_batchnorm: batch norm over all processes' images.
         workers: processes that read. A prepared data set wants none.
         log_every: steps between lines of the log.
         checkpoint_every: steps between checkpoints; after every epoch if it is left out.

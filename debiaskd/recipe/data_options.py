@@ -10,9 +10,9 @@ from debiaskd.data.rand_augment import MOST
 
 @dataclass
 class Data:
-    """Prepared pictures (`debiaskd prepare`).
+    """Prepared images (`debiaskd prepare`).
 
-    A split is named as it was prepared, "train", or a part of it, "train[:80%]" and "train[80%:]": pictures are taken
+    A split is named as it was prepared, "train", or a part of it, "train[:80%]" and "train[80%:]": images are taken
     in a random order that depends on the seed alone.
 
     Args:
@@ -24,17 +24,17 @@ class Data:
         groups: left out: those that the data was prepared with. A CSV file with the columns path and bias (`debiaskd
             discover` writes one, `prepare folder` reads the same): its groups, for training and validation. "found":
             those that `discovery` finds. "none": no group is read. The test keeps those that it was prepared with.
-        annotated_fraction: share of the training pictures whose boxes are known.
+        annotated_fraction: share of the training images whose boxes are known.
         dilate: enlarge training boxes by this share of their size on every side.
         jitter: noise on the boxes and masks of the training images, for studies of robustness: each side moves by up to
             this share of the object's width or height, always the same way for an image and `data.seed`.
         masks: where images were prepared with masks (`debiaskd prepare --masks`), guide into those and measure by
             those, in training, validation and test; images without a mask keep their boxes.
-        seed: decides which parts of a split, and which annotated pictures, are meant.
-        size: side of the pictures that the networks read, unless their `input.size` says otherwise or they read one
+        seed: decides which parts of a split, and which annotated images, are meant.
+        size: side of the images that the networks read, unless their `input.size` says otherwise or they read one
             size only; as prepared if it is left out.
-        flip: mirror half of the training pictures.
-        crop_scale: smallest and largest share of its area that a random crop of a training picture takes; no crop if it
+        flip: mirror half of the training images.
+        crop_scale: smallest and largest share of its area that a random crop of a training image takes; no crop if it
             is left out.
         color_jitter: brightness, contrast, saturation and hue of a training image change by random amounts up to these
             (torchvision's `ColorJitter`, in this order): three factors in 1 ± b, and a turn of the hue by a share of

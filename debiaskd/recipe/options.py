@@ -35,7 +35,7 @@ class Input:
     Args:
         size: side in pixels; if it is left out, `data.size`, or the size of a network that reads one size only.
         mean, std: of red, green and blue pixels in 0..1, three numbers each.
-        interpolation: how pictures of another size are resized to it.
+        interpolation: how images of another size are resized to it.
     """
 
     size: int | None = None
@@ -56,7 +56,8 @@ class Network:
         pretrained: begin from the weights that timm or torchvision know for the name, which they download, or from
             those in the folder of "hf/FOLDER".
         weights: begin from these: a file of safetensors, the index of its shards, a state dict or a checkpoint that has
-            one, or the folder of a run. A last layer of other classes begins anew, unless the network is used as it is.
+            one, or the folder of a run. A last layer of other classes is re-initialised, unless the network is used as
+            it is.
         bias_free: make it an X-DNN.
         layer, head: names of its last feature map's module and of its last linear layer, where they are not found.
         input: what it reads, where that is not what its weights were trained with.
@@ -91,26 +92,26 @@ class Teacher(Network):
     Args:
         method: "checkpoint": it is given by `weights` or `pretrained`. Trained here on the labels: "erm" plainly;
             "balanced" with its groups drawn alike; "group_dro", which draws them alike, too; "jtt",
-            which needs `up`; "dfr", erm with its last layer fitted anew on validation pictures, groups alike. Without
-            annotation of the bias, erm on a part of the training images with its last layer fitted anew: "afr" on the
+            which needs `up`; "dfr", erm with its last layer refitted on validation images, groups alike. Without
+            annotation of the bias, erm on a part of the training images with its last layer refitted: "afr" on the
             others, weighted by how unsure it is of them; "self" on those of the others that it and a briefly trained
             network differ on most; "class_balanced" on the others, classes alike; "evals", trained on all, on the
             validation images of the highest and lowest losses.
         schedule: of its training.
         up: weight of a briefly trained model's mistakes, for jtt.
         identification_epochs: of that model, for jtt.
-        head: also "probe": its last layer is fitted to the training pictures, all else stays as it is; or a file of
+        head: also "probe": its last layer is fitted to the training images, all else stays as it is; or a file of
             safetensors that holds it, `weight` [K,D] and perhaps `bias` [K].
-        probe: "plain": every training picture counts alike; "groups": every group; "weights": by the recipe's weights.
+        probe: "plain": every training image counts alike; "groups": every group; "weights": by the recipe's weights.
             For head probe; plain if it is left out.
         step_size: for group_dro; 0.01 if it is left out.
-        validation_share: for dfr: the share of each group's validation pictures that the last layer is fitted on; the
+        validation_share: for dfr: the share of each group's validation images that the last layer is fitted on; the
             others select the student's epoch. Left out, all of them fit it, and the student's last epoch is kept,
             unless `selection.reuse`.
         refit: for afr, self, class_balanced and evals.
-        cache: what it says of the training pictures is computed once and kept on disk, as "fp32" or "bf16"; computed
+        cache: what it says of the training images is computed once and kept on disk, as "fp32" or "bf16"; computed
             in every step if it is left out.
-        views: with a cache, the fixed augmentations of each picture, taken in turns; 1 if it is left out.
+        views: with a cache, the fixed augmentations of each image, taken in turns; 1 if it is left out.
     """
 
     method: Literal[
@@ -156,7 +157,7 @@ class Weights:
         up: λ, for errors; 50 if it is left out.
         convention: for errors: "weight", a mistake weighs `up`; "copies", JTT's `up` further copies; weight by default.
         epochs: of the brief training, for errors; 1 if it is left out.
-        draw: draw pictures with replacement and probabilities proportional to their weights instead of weighting the
+        draw: draw images with replacement and probabilities proportional to their weights instead of weighting the
             loss. That concerns all terms alike: `weighted: true` then does nothing more.
     """
 
@@ -216,12 +217,12 @@ class Selection:
     Args:
         rule: "worst_group"; "worst_environment": the worst of the groups that were found (`discovery`, or a file of
             `debiaskd discover` as `data.groups`), for which no annotation is read; "accuracy" (average); "f1";
-            "pareto": the front over F1 (accuracy where a picture shows one class), EPG and IoU, all of which is kept,
+            "pareto": the front over F1 (accuracy where an image shows one class), EPG and IoU, all of which is kept,
             with the highest sum of the three in front; "last". Left out: worst_group where groups are known,
             worst_environment where they were found, else pareto for guided students, else accuracy or f1.
         every: epochs between validations. The last epoch is always validated.
         attributions: measure EPG and IoU in every validation. Left out: where the rule compares them, or guidance is.
-        reuse: select the student's epoch on the very validation pictures that a dfr teacher's last layer was fitted on.
+        reuse: select the student's epoch on the very validation images that a dfr teacher's last layer was fitted on.
     """
 
     rule: Literal["worst_group", "worst_environment", "accuracy", "f1", "pareto", "last"] | None = None

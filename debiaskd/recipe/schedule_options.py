@@ -11,8 +11,8 @@ class Schedule:
     """How long, how fast.
 
     Args:
-        epochs: over the training pictures.
-        batch: pictures a step, of all processes and accumulated passes together.
+        epochs: over the training images.
+        batch: images a step, of all processes and accumulated passes together.
         optimizer: "sgd" has momentum 0.9 and Nesterov's step.
         learning_rate: the highest.
         weight_decay: not for biases, norms, and CID's regressor.
@@ -24,7 +24,7 @@ class Schedule:
         patience: stop after so many epochs without improvement of what `selection.rule` compares: a higher value, or an
             epoch on the Pareto front. Epochs before all terms have their full weight do not count. All epochs are
             trained if it is left out.
-        accumulate: forward and backward passes a step, of batch / accumulate pictures each; saves memory.
+        accumulate: forward and backward passes a step, of batch / accumulate images each; saves memory.
         clip: largest norm of the gradient; not clipped if it is left out.
         ema: decay of a moving average of the weights, which is what is evaluated and saved; none if it is left out.
         ema_warmup: the decay of step n is min(ema, 1 - n^(-2/3)), as in timm's ModelEmaV3, so that a short training's

@@ -1,7 +1,7 @@
 """Several finished runs on one page: `debiaskd report`.
 
 Runs that differ in nothing but their seed are one entry, mean ± sample standard deviation. Runs that were measured on
-other pictures stand in a section of their own: their figures do not compare.
+other images stand in a section of their own: their figures do not compare.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write_report(
 def page(sections: Sequence[Section], notes: Sequence[str] = ()) -> str:
     """The HTML of `write_report`."""
     count = sum(len(section.runs) for section in sections)
-    headline = sections[0].headline if len(sections) == 1 else f"{count} runs on {len(sections)} sets of pictures"
+    headline = sections[0].headline if len(sections) == 1 else f"{count} runs on {len(sections)} sets of images"
     charts = [(pareto(section), losses(section), validation(section)) for section in sections]
     return render(
         "comparison.html.j2",

@@ -12,7 +12,7 @@ HOT = (255.0, 96.0, 0.0)
 
 
 def glowing(images: Tensor, maps: Tensor) -> Tensor:
-    """uint8 [E,3,S,S]: the pictures, uint8 [E,3,S,S], in grey, and on them the glow of maps [E,S,S] in 0..1."""
+    """uint8 [E,3,S,S]: the images, uint8 [E,3,S,S], in grey, and on them the glow of maps [E,S,S] in 0..1."""
     grey = images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.8
     strength = maps[:, None] * 0.85
     return (grey * (1 - strength) + torch.tensor(HOT)[:, None, None] * strength).round().to(torch.uint8)

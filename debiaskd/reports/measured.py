@@ -25,13 +25,13 @@ from debiaskd.training.logs import read_table
 from debiaskd.training.run import RunError, data_fingerprint, decisive, digest, open_run
 from debiaskd.training.validation import Judged
 
-#: Pictures that are shown, and how wide they are at most.
+#: Images that are shown, and how wide they are at most.
 SHOWN, SIDE = 8, 160
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of a split, its number and its name there, and the class whose evidence is looked at; boxes in `size`
+    """An image of a split, its number and its name there, and the class whose evidence is looked at; boxes in `size`
     pixels."""
 
     number: int
@@ -46,7 +46,7 @@ class Example:
 @dataclass(frozen=True)
 class Look:
     """What a student makes of an example: its evidence laid over it, the share of it in the boxes (None without
-    boxes), the class's probability, and, where a picture shows one class, what it takes it for."""
+    boxes), the class's probability, and, where an image shows one class, what it takes it for."""
 
     uri: str
     energy: float | None
@@ -64,16 +64,16 @@ class Measured:
         settings: the recipe as far as it decides the outcome, without its seed.
         fingerprint: of the stage, and the weights' checksum: of the run itself, wherever it lies.
         seed, facts: of the run; see `debiaskd.training.run.Stage`.
-        data: (name of the data set, of the split, number of pictures).
-        pictures: tells whether two runs were measured on the same pictures.
-        validated: tells whether two runs were validated on the same pictures.
+        data: (name of the data set, of the split, number of images).
+        images: tells whether two runs were measured on the same images.
+        validated: tells whether two runs were validated on the same images.
         groups: names.
         figures: as `debiaskd evaluate` writes them: fractions, None where there is nothing to be measured.
         parameters: of the model.
         looked_at: layer and attribution, in words.
         steps, epochs: rows of log.csv and of epochs.csv.
         judged: what the student makes of each image; None where that is not known.
-        examples, looks: pictures, and what the student makes of each.
+        examples, looks: images, and what the student makes of each.
     """
 
     name: str
@@ -181,11 +181,11 @@ def _in_words(guide: GuideOptions) -> str:
     return f"{attribution} at {guide.layer}"
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------
 
 
 def choose(split: Split, count: int = SHOWN) -> list[Example]:
-    """The first pictures of each group, or where there are none of each class, in turns: nobody picks the ones that
+    """The first images of each group, or where there are none of each class, in turns: nobody picks the ones that
     look best. Those with boxes of their class come before those without."""
     grouped = split.groups is not None and not split.whole.multi_label
     places = _by_group(split) if grouped else _by_class(split)
@@ -213,13 +213,13 @@ def _by_class(split: Split) -> dict[int, list[int]]:
 
 
 def _first(shows: Tensor, boxed: Tensor) -> list[int]:
-    """Places: a picture of several classes may be taken already, so more than are shown."""
+    """Places: an image of several classes may be taken already, so more than are shown."""
     with_boxes, without = (part.nonzero()[: 2 * SHOWN, 0].tolist() for part in (shows & boxed, shows & ~boxed))
     return [*with_boxes, *without]
 
 
 def _boxed(split: Split, target: Tensor) -> Tensor:
-    """bool [N]: whether a picture has a box of its target, [N]."""
+    """bool [N]: whether an image has a box of its target, [N]."""
     boxes, image = split.boxes, split.boxes.image_ids()
     own = torch.ones_like(image, dtype=torch.bool) if boxes.labels is None else boxes.labels == target[image]
     return torch.zeros(len(split), dtype=torch.bool).index_fill_(0, image[own], True)

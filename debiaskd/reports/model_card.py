@@ -136,7 +136,7 @@ def _teacher(recipe: Recipe) -> str:
         return "none"
     how = "given by its weights" if not teacher.is_trained else f"trained by method {teacher.method}"
     if teacher.head == "probe":
-        how = "given, its last layer fitted anew"
+        how = "given, its last layer refitted"
     head = "; the student has its last layer" if recipe.transplant is not None else ""
     return f"{teacher.name}, {how}{head}"
 

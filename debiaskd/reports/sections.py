@@ -1,4 +1,4 @@
-"""What a page shows of runs that were measured on the same pictures: entries, columns, differences."""
+"""What a page shows of runs that were measured on the same images: entries, columns, differences."""
 
 from __future__ import annotations
 
@@ -84,26 +84,26 @@ def _of_group(g: int) -> str:
 
 
 class Section:
-    """Runs that were measured on the same pictures, and all that the page shows of them.
+    """Runs that were measured on the same images, and all that the page shows of them.
 
     Attributes:
-        data, split, count: names of the data set and of the split, number of pictures.
+        data, split, count: names of the data set and of the split, number of images.
         title: all of these.
         columns, details: (key, heading, digits) of the table, and of the one of every run.
         differences: what the recipes of the entries differ in.
-        examples: pictures that each run has looked at.
+        examples: images that each run has looked at.
         looks: attributions in words, and the entries that they are of.
         best: for each column where more is better and entries compare, those that have most.
         counts: (heading, number) of what figures are of, such as the classes in the mAP.
         comparisons: of entries on the same images, by their worst groups.
         energy, spread: whether there are attributions in boxes; entries of several seeds.
-        compare: whether all runs were validated on the same pictures.
+        compare: whether all runs were validated on the same images.
     """
 
     def __init__(self, runs: Sequence[Measured]) -> None:
         self.runs, self.entries = tuple(runs), entries(runs)
         self.data, self.split, self.count = runs[0].data
-        self.title = f"{self.data}, {self.split}: {self.count} picture{'s' if self.count != 1 else ''}"
+        self.title = f"{self.data}, {self.split}: {self.count} image{'s' if self.count != 1 else ''}"
         self.examples = runs[0].examples
         self.columns = self._columns([pair for pair in HEADINGS if pair[0] not in DETAILS])
         self.columns.append(("parameters", "parameters", 0))
@@ -165,7 +165,7 @@ class Section:
 
 
 def sectioned(runs: Sequence[Measured]) -> list[Section]:
-    """By the pictures that they were measured on, in the order of first appearance."""
+    """By the images that they were measured on, in the order of first appearance."""
     by_pictures: dict[str, list[Measured]] = {}
     for run in runs:
         by_pictures.setdefault(run.pictures, []).append(run)

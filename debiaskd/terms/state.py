@@ -111,8 +111,8 @@ class StepInputs:
 
     Attributes:
         images: [N,3,H,W], augmented and normalised.
-        target: int64 [N], or float [N,K] of 0 and 1 where a picture may show several classes.
-        boxes, ignore: of N pictures; areas that count neither as inside nor as outside, or None.
+        target: int64 [N], or float [N,K] of 0 and 1 where an image may show several classes.
+        boxes, ignore: of N images; areas that count neither as inside nor as outside, or None.
         groups: int64 [N], or None where the data has none.
         weight: float32 [N], the samples' weights, or None without reweighting.
         partner, share: int64 [N] and float [N] where images are mixed: `share` of each is the image of `target`, the

@@ -13,11 +13,11 @@ from debiaskd.terms.state import Setting, State, Term, TermOptions
 
 @dataclass
 class SupervisedOptions(TermOptions):
-    """The labels' cross-entropy; binary with logits where a picture may show several classes.
+    """The labels' cross-entropy; binary with logits where an image may show several classes.
 
     Args:
         weighted: by the recipe's sample weights.
-        label_smoothing: in [0,1), for one class a picture.
+        label_smoothing: in [0,1), for one class an image.
     """
 
     weighted: bool = False

@@ -37,36 +37,36 @@ def check_data(recipe: Recipe, split: Split, validation: Split) -> None:
     if split.whole.multi_label:
         for name in ("kd", "relation", "backdoor"):  # kd softens a softmax
             if getattr(recipe.terms, name) is not None:
-                raise RecipeError(f"terms.{name}: needs one class a picture, here it may be several")
+                raise RecipeError(f"terms.{name}: needs one class an image, here it may be several")
         if recipe.data.mixing is not None:
             raise RecipeError(f"{recipe.data.mixing}: needs one class an image, here it may be several")
         if recipe.weights is not None and recipe.weights.method == "errors":
-            raise RecipeError("weights.method: errors needs one class a picture, here it may be several")
+            raise RecipeError("weights.method: errors needs one class an image, here it may be several")
         if recipe.teacher is not None and recipe.teacher.method == "jtt":
-            raise RecipeError("teacher.method: jtt needs one class a picture, here it may be several")
+            raise RecipeError("teacher.method: jtt needs one class an image, here it may be several")
         if recipe.terms.supervised is not None and recipe.terms.supervised.label_smoothing:
-            raise RecipeError("terms.supervised.label_smoothing: needs one class a picture, here there may be more")
+            raise RecipeError("terms.supervised.label_smoothing: needs one class an image, here there may be more")
     grouped = recipe.weights is not None and recipe.weights.method == "groups"
     if recipe.teacher is not None and recipe.teacher.method in ("balanced", "group_dro", "dfr"):
         grouped = True
     grouped = grouped or (recipe.teacher is not None and recipe.teacher.probe == "groups")
     if split.groups is None and grouped:
-        hint = "those of your own pictures come from bias.csv (`debiaskd prepare folder`)"
+        hint = "those of your own images come from bias.csv (`debiaskd prepare folder`)"
         raise RecipeError(f"data.path: groups are asked for, and the prepared data has none; {hint}")
     for name, term in recipe.terms.own.items():
         if "groups" in term.needs and split.groups is None:
             raise RecipeError(f"terms.{name}: needs groups, and the prepared data has none")
         if "boxes" in term.needs and not len(split.boxes.coords):
-            raise RecipeError(f"terms.{name}: needs boxes, and the training pictures have none")
+            raise RecipeError(f"terms.{name}: needs boxes, and the training images have none")
     if recipe.terms.explain is not None and recipe.terms.explain.target == "label" and split.whole.multi_label:
         raise RecipeError("terms.explain.target: label needs one class an image, here it may be several")
     if recipe.terms.guide is not None and not len(split.boxes.coords):
-        raise RecipeError("terms.guide: the training pictures have no boxes")
+        raise RecipeError("terms.guide: the training images have no boxes")
     if recipe.selection.attributions and not has_boxes(validation):
-        raise RecipeError("selection.attributions: the validation pictures have no boxes to compare them with")
+        raise RecipeError("selection.attributions: the validation images have no boxes to compare them with")
     for name, schedule in recipe.schedules().items():
         if schedule.batch > len(split):
-            found = f"{schedule.batch} pictures a step, and the training split has {len(split)}"
+            found = f"{schedule.batch} images a step, and the training split has {len(split)}"
             raise RecipeError(f"{name}.batch: {found}")
 
 

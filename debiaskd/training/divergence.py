@@ -51,6 +51,6 @@ def diverged_loss(
     images = [] if numbers is None else numbers.tolist()
     shown = ", ".join(map(str, images[:16])) + (", …" if len(images) > 16 else "")
     return DivergedError(
-        f"training diverged in step {step}, epoch {step // steps}: {', '.join(bad) or 'the loss'}; pictures {shown} of "
+        f"training diverged in step {step}, epoch {step // steps}: {', '.join(bad) or 'the loss'}; images {shown} of "
         f"{split}; the last checkpoint is from before. A smaller learning rate, or clip, may help"
     )

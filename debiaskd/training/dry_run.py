@@ -29,7 +29,7 @@ class DryRun:
         key: the recipe's section of the network, "student" or "teacher".
         schedule_key: the recipe's section of its schedule, "schedule".
         schedule: of its training.
-        several: whether batch norm counts the pictures of other processes as well.
+        several: whether batch norm counts the images of other processes as well.
         own_terms: names of the user's terms.
     """
 
@@ -63,7 +63,7 @@ class DryRun:
 
     def _failure_message(self, learner: Learner, error: Exception) -> str:
         shown = f"({' '.join(str(error).split())[:300] or type(error).__name__})"
-        passes = f"{self.count} picture{'s' if self.count > 1 else ''} a pass"
+        passes = f"{self.count} image{'s' if self.count > 1 else ''} a pass"
         if isinstance(error, torch.OutOfMemoryError):
             key = f"{self.schedule_key}.batch"
             return f"{key}: {passes} do not fit in memory; a larger {self.schedule_key}.accumulate needs less {shown}"

@@ -163,7 +163,7 @@ class ParetoFront:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("the picture needs matplotlib: pip install 'debiaskd[train]'") from error
+            raise ImportError("the image needs matplotlib: pip install 'debiaskd[train]'") from error
         pairs = list(combinations(range(len(self.names)), 2))
         figure = Figure(figsize=(4.2 * len(pairs), 4.2))
         for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):

@@ -27,7 +27,7 @@ from debiaskd.training.feature_extraction import find_feature_layers
 from debiaskd.training.run import STAGE, RunError, open_run
 from debiaskd.training.teacher_outputs import FrozenExtractor
 
-#: The stage of a student whose last layer is fitted anew, before that.
+#: The stage of a student whose last layer is refitted, before that.
 BEFORE_REFIT = "student-before-refit"
 
 
@@ -230,7 +230,7 @@ class StartingNetwork:
             if design.classes != classes:
                 raise NetworkError(
                     f"{path}: its {name} knows {design.classes} classes and the data has {classes}; a head that it was "
-                    "given cannot begin anew"
+                    "given cannot be re-initialised"
                 )
             model = design.build(contract)
             load_weights(model, path)

@@ -44,5 +44,5 @@ def rule_metrics(rule: str, validation: Split) -> tuple[str, ...]:
     if missing:
         there = ", ".join(found) or "none"
         hint = "; `discovery: {}` finds environments" if rule == "worst_environment" else ""
-        raise RecipeError(f"selection.rule: {rule} needs {missing[0]}, and the validation pictures give {there}{hint}")
+        raise RecipeError(f"selection.rule: {rule} needs {missing[0]}, and the validation images give {there}{hint}")
     return wanted

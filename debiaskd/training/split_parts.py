@@ -47,7 +47,7 @@ def numbers(part: Part, count: int, seed: int, key: str) -> Tensor:
         for share, whole in ((part.start, 0), (part.end, count))
     )
     if not 0 <= low < high <= count:
-        raise RecipeError(f"{key}: [{part.start or ''}:{part.end or ''}] of {count} pictures holds none")
+        raise RecipeError(f"{key}: [{part.start or ''}:{part.end or ''}] of {count} images holds none")
     if high - low == count:
         return torch.arange(count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -127,4 +127,4 @@ def check_overlap(recipe: Recipe, *, warn: bool = True) -> None:
 
 
 def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
+    return "1 image" if count == 1 else f"{count} images"

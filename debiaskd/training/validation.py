@@ -254,6 +254,6 @@ HEADINGS: Sequence[tuple[str, str]] = (
 #: (what is counted, its heading): numbers of classes and of images that other metrics are of.
 COUNTS: Sequence[tuple[str, str]] = (
     ("map_classes", "classes in the mAP"),
-    ("smallest_group_pictures", "smallest group, pictures"),
-    ("smallest_environment_pictures", "smallest found environment, pictures"),
+    ("smallest_group_pictures", "smallest group, images"),
+    ("smallest_environment_pictures", "smallest found environment, images"),
 )

@@ -1,4 +1,4 @@
-"""Guides of networks with channels last, of pictures that are not square, and as recipes ask for them."""
+"""Guides of networks with channels last, of images that are not square, and as recipes ask for them."""
 
 import pytest
 import torch

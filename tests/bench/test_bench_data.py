@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are generated with pillow")
+pytest.importorskip("PIL", reason="images are generated with pillow")
 pytest.importorskip("torchdata", reason="needs the data extra")
 pytest.importorskip("litdata", reason="needs the data extra")
 

@@ -209,7 +209,7 @@ def test_csv_is_what_prepare_reads(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "bias.csv").read_text().splitlines()))
     assert rows[0] == {"path": "a.png", "bias": "found-0", "class": "gull", "confidence": "1.0000"}
     assert rows[1] == {"path": "b.png", "bias": "found-1", "class": "tern", "confidence": "0.2500"}
-    with pytest.raises(ValueError, match="names must be of N=2 pictures, got 1"):
+    with pytest.raises(ValueError, match="names must be of N=2 images, got 1"):
         found.to_csv(tmp_path / "bias.csv", ["a.png"])
 
 

@@ -32,7 +32,7 @@ TEACHER, STUDENT = ("--teacher", "small/6"), ("--student", "small/4")
 
 
 def folder(root: Path, *, bias: bool = True, boxes: bool = True) -> Path:
-    """48 training, 16 validation and 16 test pictures of two classes, each on two grounds."""
+    """48 training, 16 validation and 16 test images of two classes, each on two grounds."""
     made, generator = root / "pictures", np.random.default_rng(0)
     rows, frames = ["path,bias"], ["path,x0,y0,x1,y1"]
     for split, count in (("train", 48), ("val", 16), ("test", 16)):
@@ -118,12 +118,12 @@ def test_a_given_teacher_is_measured_and_its_last_layer_fitted_where_it_is_biase
     assert code == 0 and "the given teacher, on validation: " in said and "method: DeTT\n" in said
     recipe = read(tmp_path / "b" / "recipe.yaml")
     assert recipe.teacher is not None and recipe.teacher.head is None
-    assert "fitted anew" not in said and not (tmp_path / "b" / "teacher").exists()
+    assert "refitted" not in said and not (tmp_path / "b" / "teacher").exists()
     own = json.loads((teacher / "evaluation-test.json").read_text())["figures"]["accuracy"]
     assert f"the teacher, on test: {100 * own:.1f} % right on average" in said
     monkeypatch.setattr(distillation, "GAP", -1.0)  # always biased
     code, said, _ = command(capsys, "distill", pictures, *TEACHER, *STUDENT, *given, tmp_path / "c")
-    assert code == 0 and "its last layer is fitted anew, every group counting alike" in said
+    assert code == 0 and "its last layer is refitted, every group counting alike" in said
     recipe = read(tmp_path / "c" / "recipe.yaml")
     assert recipe.teacher is not None and (recipe.teacher.head, recipe.teacher.probe) == ("probe", "groups")
     assert (tmp_path / "c" / "debiased" / "evaluation-test-teacher.json").is_file()

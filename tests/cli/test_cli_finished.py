@@ -58,7 +58,7 @@ def test_evaluation_prints_and_writes(capsys: pytest.CaptureFixture[str], run: P
     facts = json.loads((run / "student" / "stage.json").read_text())["facts"]
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0] == f"student of {run}, epoch {facts['epoch'] + 1}, on test (16 pictures)"
+    assert lines[0] == f"student of {run}, epoch {facts['epoch'] + 1}, on test (16 images)"
     assert lines[-1] == str(run / "evaluation-test.json")
     assert f"accuracy {document['figures']['accuracy']:.4f}" in out and "worst group" in out and "EPG " in out
     assert document["pictures"] == 16 and document["selection"] == facts["selection"]
@@ -84,7 +84,7 @@ def test_the_threshold_is_the_one_that_was_written_down(capsys: pytest.CaptureFi
 
 def test_other_stages_splits_and_places(capsys: pytest.CaptureFixture[str], run: Path, data: Path) -> None:
     code, out, _ = command(capsys, "evaluate", run, "--stage", "pretraining", "--split", "train[:25%]")
-    assert code == 0 and "on train[:25%] (12 pictures)" in out
+    assert code == 0 and "on train[:25%] (12 images)" in out
     assert (run / "evaluation-train-25-pretraining.json").is_file()
     assert command(capsys, "evaluate", run, "--split", "train[:10%]")[0] == 0
     figures = json.loads((run / "evaluation-train-10.json").read_text())["figures"]
@@ -117,11 +117,11 @@ def test_other_data_is_measured_without_a_training_split_and_has_a_file_of_its_o
             manifest["groups"] = [f"other {group}" for group in manifest["groups"]]
         (alone / "manifest.json").write_text(json.dumps(manifest))
         code, out, _ = command(capsys, "evaluate", run, "--data", alone)
-        assert code == 0 and out.splitlines()[0].endswith(f", on test of {alone} (16 pictures)")
+        assert code == 0 and out.splitlines()[0].endswith(f", on test of {alone} (16 images)")
         document = json.loads(Path(out.splitlines()[-1]).read_text())
         assert document["data"]["path"] == str(alone)
         assert Path(out.splitlines()[-1]).name == f"evaluation-test-alone-{document['data']['fingerprint'][:8]}.json"
-        # From what the run remembers of its own training pictures' groups, by their names.
+        # From what the run remembers of its own training images' groups, by their names.
         assert document["figures"]["adjusted_accuracy"] == (None if "/" in name else adjusted)
         assert document["figures"]["smallest_group_pictures"] == 4
     assert len(list(run.glob("evaluation-*.json"))) == 3
@@ -202,12 +202,12 @@ def test_pictures_are_explained(capsys: pytest.CaptureFixture[str], run: Path, d
     assert (code, err) == (0, "")
     written = [Path(line) for line in out.splitlines()]
     assert [path.parent for path in written] == [run / "explanations"] * 3
-    # The label of a picture that the data knows, and otherwise what the student predicts.
+    # The label of an image that the data knows, and otherwise what the student predicts.
     assert [path.name for path in written[::2]] == ["4-landbird.png", "val-3-waterbird.png"]
     assert written[1].name in ("holiday-landbird.png", "holiday-waterbird.png")
     assert lime(written[0]) > 0 and lime(written[2]) > 0 and lime(written[1]) == 0
     width, height = Image.open(written[0]).size
-    assert width > 2.5 * height  # the picture, before guidance, and after it
+    assert width > 2.5 * height  # the image, before guidance, and after it
 
 
 def test_a_class_a_folder_and_another_run_may_be_named(
@@ -237,7 +237,7 @@ def test_pictures_of_one_name_are_all_written(capsys: pytest.CaptureFixture[str]
             "--target: must be a class's name or number, one of landbird, waterbird; got",
         ),
         (["val:0", "--target", "2"], "--target: must be a class's name or number"),
-        (["val:16"], "val:16: there are 16 pictures"),
+        (["val:16"], "val:16: there are 16 images"),
         (["nonsense:1"], "nonsense"),
         (["val:-1"], "val:-1: "),
         (["none.jpg"], "none.jpg: "),
@@ -254,13 +254,13 @@ def test_what_cannot_be_explained(
     message: str,
 ) -> None:
     monkeypatch.chdir(run.parent)
-    Path("text.jpg").write_text("no picture")
+    Path("text.jpg").write_text("no image")
     assert message in failed(*command(capsys, "explain", run, *arguments))
     assert not (run / "explanations").exists()
 
 
 def test_a_figure_shows_maps_where_the_boxes_are(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where networks read pictures of another size than is stored."""
+    """Also where networks read images of another size than is stored."""
     from debiaskd.evaluation import explain as explaining
 
     document = {**GUIDED, "data": {"size": 24}, "pretraining": None}

@@ -107,7 +107,7 @@ def test_a_recipe_is_printed_whole_and_nothing_trained(
         (["--student.weights", "nowhere.pth"], "nowhere.pth: there is no such file of weights"),
         (["--terms.guide.layer", "stage9"], "terms.guide: layer"),
         (["--selection.rule", "f1"], "selection.rule: f1 needs f1"),
-        (["--schedule.batch", "64"], "schedule.batch: 64 pictures a step, and the training split has 48"),
+        (["--schedule.batch", "64"], "schedule.batch: 64 images a step, and the training split has 48"),
         (["--compute.precision", "16"], "compute.precision: 16 needs a GPU"),
         (["stray"], "unrecognized arguments: stray"),
     ],

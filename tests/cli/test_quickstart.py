@@ -88,7 +88,7 @@ def test_results_have_the_promised_keys(outcome):
 def test_the_report_shows_every_method(outcome):
     html = (outcome[0] / "report.html").read_text(encoding="utf-8")
     for name in NAMES:
-        assert html.count(f'<td class="method">{name}</td>') == 2 + 1, "table, pictures, and a row for the seed"
+        assert html.count(f'<td class="method">{name}</td>') == 2 + 1, "table, images, and a row for the seed"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Augmentation moves boxes with pixels: masks of the boxes are the pictures here, so that each can be compared."""
+"""Augmentation moves boxes with pixels: masks of the boxes are the images here, so that each can be compared."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def some_boxes(generator: torch.Generator, count: int, height: int, width: int, 
 
 
 def places(count: int, height: int, width: int) -> Tensor:
-    """Pictures uint8 [N,3,H,W] that say where they are: a pixel's column, its row, and nothing. Interpolated linearly,
-    they tell of every pixel of the result which place of the picture it shows."""
+    """Images uint8 [N,3,H,W] that say where they are: a pixel's column, its row, and nothing. Interpolated linearly,
+    they tell of every pixel of the result which place of the image it shows."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([x, y, x * 0]).to(torch.uint8).expand(count, -1, -1, -1)
 

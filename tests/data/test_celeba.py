@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are made with pillow")
+pytest.importorskip("PIL", reason="images are made with pillow")
 
 import data_trees as trees
 import more_trees as more
@@ -50,7 +50,7 @@ def test_end_to_end(tmp_path: Path, csv: bool, capsys: pytest.CaptureFixture[str
     src, out = more.celeba(tmp_path / "src", csv=csv), tmp_path / "out"
     arguments = ["prepare", "celeba", str(src), str(out), "--size", "12", "--workers", "1", "--target", "Young"]
     assert cli.main([*arguments, "--bias", "Male"]) == 0
-    assert "train: 4 pictures, 0 boxes" in capsys.readouterr().out
+    assert "train: 4 images, 0 boxes" in capsys.readouterr().out
     data = PackedDataset(out, "train", verify=True)
     batch = data.__getitems__([1, 0])
     assert batch.groups is not None
@@ -91,17 +91,17 @@ def test_rows_that_do_not_go_together(tmp_path: Path) -> None:
             "list_attr_celeba.txt, line 8: 000000.jpg",
             "list_eval_partition.txt, line 6: 000000.jpg",
         ],
-        "attribute that is neither 1 nor -1, its picture left out": ["list_attr_celeba.txt, line 4: 000001.jpg"],
-        "list of another length than it says": ["list_attr_celeba.txt: 6 pictures, not 5"],
+        "attribute that is neither 1 nor -1, its image left out": ["list_attr_celeba.txt, line 4: 000001.jpg"],
+        "list of another length than it says": ["list_attr_celeba.txt: 6 images, not 5"],
         "row with unknown partition": [
             "list_eval_partition.txt, line 3: 000002.jpg: '3'",
             "list_eval_partition.txt, line 5: 000004.jpg: 'one'",
         ],
-        "picture without attributes, left out": [
+        "image without attributes, left out": [
             "list_eval_partition.txt, line 7: 000009.jpg",
             "img_align_celeba/000077.jpg",
         ],
-        "picture without a partition, left out": ["list_attr_celeba.txt: 000008.jpg"],
+        "image without a partition, left out": ["list_attr_celeba.txt: 000008.jpg"],
     }
     with pytest.raises(DataError, match="row that contradicts an earlier one"):
         celeba.read(root, Problems(strict=True))
@@ -139,7 +139,7 @@ def test_csv_with_numbered_rows(tmp_path: Path) -> None:
 
 
 def test_partition_of_no_known_split_says_why(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there are no pictures in it: 2 × row with unknown partition: .*'train'"):
+    with pytest.raises(DataError, match=r"there are no images in it: 2 × row with unknown partition: .*'train'"):
         celeba.read(more.celeba(tmp_path, [(1, 1, "train"), (-1, 1, "train")]), Problems())
 
 
@@ -173,14 +173,14 @@ def test_unknown_attributes_are_answered_with_close_ones(
     [
         ("list_attr_celeba.txt", None, "no list_attr_celeba.txt or list_attr_celeba.csv here"),
         ("list_eval_partition.txt", None, "no list_eval_partition.txt or list_eval_partition.csv here"),
-        ("list_attr_celeba.txt", "", "its first line must be the number of pictures, got ''"),
-        ("list_attr_celeba.txt", "Bald Male\n", "its first line must be the number of pictures, got 'Bald Male'"),
+        ("list_attr_celeba.txt", "", "its first line must be the number of images, got ''"),
+        ("list_attr_celeba.txt", "Bald Male\n", "its first line must be the number of images, got 'Bald Male'"),
         ("list_attr_celeba.txt", "1\nBlond_Hair Male\na.jpg 1\n", "line 3: must have 3 values, got 2"),
         ("list_attr_celeba.txt", "1\nBlond_Hair Male\n../a.jpg 1 1\n", "leads out of the data set's folder; refused"),
         ("list_attr_celeba.txt", "\xff", "not a list of CelebA's"),
         ("list_eval_partition.txt", "000000.jpg\n", "line 1: must have 2 values, got 1"),
         ("list_eval_partition.txt", "/000000.jpg 1\n", "refused"),
-        ("list_eval_partition.txt", "\n", "there are no pictures in it"),
+        ("list_eval_partition.txt", "\n", "there are no images in it"),
     ],
 )
 def test_lists_that_are_none(tmp_path: Path, file: str, text: str | None, message: str) -> None:
@@ -199,5 +199,5 @@ def test_csv_that_is_none_and_pictures_that_are_not_there(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"list_eval_partition\.csv: no column 'partition'; there are split"):
         celeba.read(root, Problems())
     (root / "img_align_celeba").rename(root / "pictures")
-    with pytest.raises(DataError, match="img_align_celeba: no such folder; it should hold the pictures"):
+    with pytest.raises(DataError, match="img_align_celeba: no such folder; it should hold the images"):
         celeba.read(root, Problems())

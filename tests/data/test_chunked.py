@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+pytest.importorskip("PIL", reason="images are prepared with pillow")
 pytest.importorskip("litdata", reason="needs the data extra")
 pytest.importorskip("torchdata", reason="needs the data extra")
 
@@ -27,7 +27,7 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 pictures in six shards, the second without any that can be read; some have boxes, and some crowds."""
+    """23 images in six shards, the second without any that can be read; some have boxes, and some crowds."""
     root = tmp_path_factory.mktemp("chunked")
     trees.many(root / "src", COUNT + 5)
     annotations = root / "src" / "annotations" / "instances_train2017.json"
@@ -46,7 +46,7 @@ def streamed(packed: Path) -> Path:
 
 @pytest.fixture
 def far(streamed: Path, tmp_path: Path) -> Path:
-    """All but the pictures, which lie elsewhere."""
+    """All but the images, which lie elsewhere."""
     return Path(shutil.copytree(streamed, tmp_path / "far", ignore=shutil.ignore_patterns("*.bin", ".lock")))
 
 

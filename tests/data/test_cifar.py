@@ -1,4 +1,4 @@
-"""CIFAR in each of its forms: the same pictures from all of them, and nothing run that a file names."""
+"""CIFAR in each of its forms: the same images from all of them, and nothing run that a file names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are fitted with pillow")
+pytest.importorskip("PIL", reason="images are fitted with pillow")
 
 import more_trees as more
 from data_trees import SHARED, files_of
@@ -99,9 +99,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     arguments = ["prepare", "cifar", str(src), str(out), "--workers", "1", "--labels", "coarse"]
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "train: 2 pictures, 0 boxes; 0 annotated, 2 of 20 classes "
+        "train: 2 images, 0 boxes; 0 annotated, 2 of 20 classes "
         "(not: coarse 0, coarse 1, coarse 2, coarse 5, coarse 6, and 13 more)",
-        "test: 2 pictures, 0 boxes; 0 annotated, 2 of 20 classes "
+        "test: 2 images, 0 boxes; 0 annotated, 2 of 20 classes "
         "(not: coarse 0, coarse 1, coarse 2, coarse 5, coarse 6, and 13 more)",
         f"classes: {', '.join(more.TWENTY)}",
         f"{out / 'manifest.json'}",
@@ -165,7 +165,7 @@ def test_batches_that_are_damaged_or_missing(tmp_path: Path, layout: str) -> Non
 
 
 def test_nothing_in_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there are no pictures in it"):
+    with pytest.raises(DataError, match="there are no images in it"):
         cifar.read(more.cifar10(tmp_path, "binary", [], TEST), Problems())
 
 
@@ -240,10 +240,10 @@ def test_several_npz_files(tmp_path: Path) -> None:
         cifar.read(src, Problems())
 
 
-# -- real pictures ----------------------------------------------------------------------------------------------------
+# -- real images ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pictures at {REAL}")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images at {REAL}")
 def test_real_pictures(tmp_path: Path) -> None:
     prepared = prepare("cifar", REAL, tmp_path / "out")
     assert prepared.problems.found == {}

@@ -1,4 +1,4 @@
-"""What the reader of COCO makes of annotations, good and bad, before any picture is opened."""
+"""What the reader of COCO makes of annotations, good and bad, before any image is opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("PIL", reason="pictures are made with pillow")
+pytest.importorskip("PIL", reason="images are made with pillow")
 
 import data_trees as trees
 from data_trees import boxes_of
@@ -71,7 +71,7 @@ def test_coco_annotations_without_their_pictures(tmp_path: Path) -> None:
     (tmp_path / "val2017").rmdir()
     problems = Problems()
     assert list(coco.read(tmp_path, problems).splits) == ["train2017"]
-    assert problems.found == {"annotations without a folder of pictures": ["instances_val2017.json"]}
+    assert problems.found == {"annotations without a folder of images": ["instances_val2017.json"]}
     with pytest.raises(DataError, match="val2017: no such folder"):
         coco.read(tmp_path, Problems(), splits=["val2017"])
     with pytest.raises(DataError, match="instances_val2017"):
@@ -280,7 +280,7 @@ ENTRIES = st.fixed_dictionaries(
 @settings(max_examples=40)
 @given(st.lists(ENTRIES, max_size=12), st.sampled_from(coco.OPTIONS))
 def test_no_annotation_vanishes(entries: list[dict[str, Any]], crowd: str) -> None:
-    """Each is a box, or is named as passed over, or is left out as `crowd` says; no picture is a negative for want of a
+    """Each is a box, or is named as passed over, or is left out as `crowd` says; no image is a negative for want of a
     readable annotation."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

@@ -1,4 +1,4 @@
-"""The pictures: their groups, boxes and splits are what the data set says they are."""
+"""The images: their groups, boxes and splits are what the data set says they are."""
 
 import pytest
 import torch
@@ -142,6 +142,6 @@ def test_it_is_prepared_by_the_command(tmp_path, capsys):
 
     options = [f"--{name}={value}" for name, value in SMALL.items()]
     assert main(["prepare", "digits", str(tmp_path / "out"), "--workers", "1", *options]) == 0
-    assert "train: 40 pictures, 40 boxes; 2 of 2 classes, 4 of 4 groups" in capsys.readouterr().out
+    assert "train: 40 images, 40 boxes; 2 of 2 classes, 4 of 4 groups" in capsys.readouterr().out
     assert main(["prepare", "digits", str(tmp_path / "out"), "--train", "3"]) == 2
     assert "train must be >= 4, got 3" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are made with pillow")
+pytest.importorskip("PIL", reason="images are made with pillow")
 
 import data_trees as trees
 from data_trees import boxes_of, files_of
@@ -34,7 +34,7 @@ def test_folder(tmp_path: Path) -> None:
 def test_folder_with_splits_and_other_files(tmp_path: Path) -> None:
     trees.folder(tmp_path / "train", 2, None)
     trees.folder(tmp_path / "val", 1, None)
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not a picture")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "boxes.csv").write_text("path,x0,y0,x1,y1\nval/dog/0.png,1,1,2,2\n")
     problems = Problems()
     source = folder.read(tmp_path, problems)
@@ -73,7 +73,7 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folders with classes"):
         folder.read(tmp_path, Problems())
     (tmp_path / "cat").mkdir()
-    with pytest.raises(DataError, match="no pictures here"):
+    with pytest.raises(DataError, match="no images here"):
         folder.read(tmp_path, Problems())
     trees.picture(tmp_path / "cat" / "0.png")
     with pytest.raises(DataError, match=r"x\.csv: no such file; boxes must be a CSV file"):
@@ -125,7 +125,7 @@ def test_folders_that_are_no_classes(tmp_path: Path) -> None:
     assert problems.found == {}
     assert problems.notes == {
         "folder beside train, val, not read": ["unlabeled"],
-        "folder without a picture, no class": ["train/old", "val/tern"],
+        "folder without an image, no class": ["train/old", "val/tern"],
     }
 
 
@@ -151,9 +151,7 @@ def test_letters_are_classes_of_their_own(tmp_path: Path) -> None:
 
 def test_pictures_in_no_class(tmp_path: Path) -> None:
     tree(tmp_path / "src", "0.png", "old/0.png", *(f"{i}.png" for i in range(19)))
-    with pytest.raises(
-        DataError, match=r"train: 19 of 20 pictures .* 19 × picture in no class's folder, left out, .* 0"
-    ):
+    with pytest.raises(DataError, match=r"train: 19 of 20 images .* 19 × image in no class's folder, left out, .* 0"):
         prepare("folder", tmp_path / "src", tmp_path / "out", size=8)
 
 
@@ -162,7 +160,7 @@ def test_pictures_in_no_class(tmp_path: Path) -> None:
     [
         (
             ["gull/train/0.png", "gull/test/0.png", "tern/train/0.png"],
-            "gull: holds test, train, which would be pictures",
+            "gull: holds test, train, which would be images",
         ),
         (["birds/gull/0.png", "birds/tern/0.png"], "holds one folder, 'birds', and that one gull, tern: pass .*birds"),
         (
@@ -255,7 +253,7 @@ def test_rows_and_pictures_that_do_not_go_together(tmp_path: Path) -> None:
     rows = BIAS + "cat/1.png,land\ncat/0.png,land\ncat/9.png,moon\ncat/2.png, \ncat/2.png,land\n"
     problems = Problems()
     source = folder.read(trees.folder(tmp_path, 3, None, rows), problems)
-    assert source.groups == GROUPS  # "moon" goes along with no picture that is there
+    assert source.groups == GROUPS  # "moon" goes along with no image that is there
     assert source.splits["train"].paths == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
     assert source.splits["train"].groups.tolist() == [0, 1, 3, 3]  # the first row of cat/1.png counts
     assert problems.found == {
@@ -264,10 +262,10 @@ def test_rows_and_pictures_that_do_not_go_together(tmp_path: Path) -> None:
             "bias.csv, line 6: cat/1.png",
             "bias.csv, line 10: cat/2.png",
         ],
-        "picture without a bias, left out": ["cat/2.png", "dog/2.png"],
+        "image without a bias, left out": ["cat/2.png", "dog/2.png"],
     }
     (tmp_path / "bias.csv").write_text("path,bias\n" + BIAS)
-    with pytest.raises(DataError, match=r"^picture without a bias, left out: cat/2\.png$"):
+    with pytest.raises(DataError, match=r"^image without a bias, left out: cat/2\.png$"):
         folder.read(tmp_path, Problems(strict=True))
 
 
@@ -278,7 +276,7 @@ def test_pictures_that_are_not_read_need_no_bias(tmp_path: Path) -> None:
     (tmp_path / "bias.csv").write_text("path,bias\n" + rows)
     source = folder.read(tmp_path, Problems(strict=True), splits=["train"])
     assert source.splits["train"].groups.tolist() == [0, 1, 3, 3]
-    with pytest.raises(DataError, match=r"bias\.csv: none of the pictures of test has a bias"):
+    with pytest.raises(DataError, match=r"bias\.csv: none of the images of test has a bias"):
         folder.read(tmp_path, Problems(), splits=["test"])
 
 
@@ -291,9 +289,9 @@ def test_pictures_that_are_not_read_need_no_bias(tmp_path: Path) -> None:
         ("path,bias\n,land\n", "line 2: a file's name must be a non-empty string"),
         ("path,bias\n../cat/0.png,land\n", "line 2: '../cat/0.png' leads out of the data set's folder; refused"),
         ("path,bias\n\xff,land\n", "not a CSV file"),
-        ("path,bias\n", "no bias of a picture that is here; its paths must be like 'cat/0.png'"),
-        ("path,bias\nsrc/cat/0.png,a\nsrc/dog/0.png,b\n", "no bias of a picture that is here"),
-        ("path,bias\ncat/0.png,a\ndog/9.png,b\n", "two biases or more, and all pictures that have one have 'a'"),
+        ("path,bias\n", "no bias of an image that is here; its paths must be like 'cat/0.png'"),
+        ("path,bias\nsrc/cat/0.png,a\nsrc/dog/0.png,b\n", "no bias of an image that is here"),
+        ("path,bias\ncat/0.png,a\ndog/9.png,b\n", "two biases or more, and all images that have one have 'a'"),
     ],
 )
 def test_a_list_of_biases_that_is_none(tmp_path: Path, text: str, message: str) -> None:
@@ -319,10 +317,10 @@ def test_end_to_end(tmp_path: Path, format: str, capsys: pytest.CaptureFixture[s
     arguments = ["prepare", "folder", str(src), str(out), "--size", "12", "--workers", "1", "--format", format]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "train: 4 pictures, 0 boxes; 0 annotated, 2 of 2 classes, 3 of 4 groups (not: dog, land)"
+    assert lines[0] == "train: 4 images, 0 boxes; 0 annotated, 2 of 2 classes, 3 of 4 groups (not: dog, land)"
     assert "classes: cat, dog" in lines
     assert "groups: cat, land; cat, water; dog, land; dog, water" in lines
-    assert "2 × picture without a bias, left out: cat/2.png, dog/2.png" in lines
+    assert "2 × image without a bias, left out: cat/2.png, dog/2.png" in lines
     data = PackedDataset(out, "train") if format == "npy" else ChunkedDataset(out, "train")
     assert data.groups == GROUPS
     batch = data.__getitems__([3, 0, 1])

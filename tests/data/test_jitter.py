@@ -45,7 +45,7 @@ def test_a_rectangle_is_moved_as_its_box(seed: int) -> None:
 
 
 def test_prepared_data_is_read_with_noise_that_belongs_to_each_image(tmp_path: Path) -> None:
-    pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+    pytest.importorskip("PIL", reason="images are prepared with pillow")
     from test_prepare_masks import coco
 
     from debiaskd.data import PackedDataset, prepare

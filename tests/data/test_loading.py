@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+pytest.importorskip("PIL", reason="images are prepared with pillow")
 
 import data_trees as trees
 
@@ -31,7 +31,7 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 pictures in five shards, one of which had a bad picture in it; picture i has i % 3 boxes."""
+    """23 images in five shards, one of which had a bad image in it; image i has i % 3 boxes."""
     root = tmp_path_factory.mktemp("packed")
     src = trees.many(root / "src", COUNT)
     prepare("coco", src, root / "out", size=20, shard_size=5)

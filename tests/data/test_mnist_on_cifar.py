@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are drawn with pillow")
+pytest.importorskip("PIL", reason="images are drawn with pillow")
 
 import more_trees as more
 from data_trees import SHARED, files_of
@@ -187,9 +187,9 @@ def test_from_the_command_line(tree: Path, tmp_path: Path, capsys: pytest.Captur
     ]
     assert cli.main([*arguments, "--train", "40", "--val", "8", "--test", "12"]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == [
-        "train: 40 pictures, 40 boxes; 2 of 2 classes, 4 of 4 groups",
-        "val: 8 pictures, 8 boxes; 2 of 2 classes, 4 of 4 groups",
-        "test: 12 pictures, 12 boxes; 2 of 2 classes, 4 of 4 groups",
+        "train: 40 images, 40 boxes; 2 of 2 classes, 4 of 4 groups",
+        "val: 8 images, 8 boxes; 2 of 2 classes, 4 of 4 groups",
+        "test: 12 images, 12 boxes; 2 of 2 classes, 4 of 4 groups",
     ]
     data = PackedDataset(out, "train")
     assert data.size == (64, 64)
@@ -236,7 +236,7 @@ def test_digits_without_ink_are_left_out(tmp_path: Path) -> None:
 def test_labels_without_a_class_are_counted_among_the_photographs(tmp_path: Path) -> None:
     root = more.mnist_on_cifar(tmp_path)
     more.cifar10(root / "cifar10", "npz", [7, 8, 9] * 4 + [10] * 200, [7, 8, 9])
-    with pytest.raises(DataError, match="train: 200 of 212 pictures were passed over: 200 × unknown category"):
+    with pytest.raises(DataError, match="train: 200 of 212 images were passed over: 200 × unknown category"):
         mnist_on_cifar.read(root, Problems(), train=4, val=4, test=4)
     problems = Problems(lenient=True)
     source = mnist_on_cifar.read(root, problems, train=4, val=4, test=4)

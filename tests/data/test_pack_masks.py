@@ -175,7 +175,7 @@ def test_a_class_that_the_target_lacks_is_left_out(tmp_path: Path) -> None:
     values[mask(*BOXES[1])] = 2
     packed = pack([{"image": image(0), "target": [1, 0], "mask": values}], tmp_path)
     assert packed.problems.lines() == [
-        "1 × mask of a class that its picture is not annotated with, left out: train, item 0 (class 1)"
+        "1 × mask of a class that its image is not annotated with, left out: train, item 0 (class 1)"
     ]
     with pytest.raises(DataError, match="left out: train, item 0"):
         pack([{"image": image(0), "target": [1, 0], "mask": values}], tmp_path / "strict", strict=True)

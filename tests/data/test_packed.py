@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+pytest.importorskip("PIL", reason="images are prepared with pillow")
 
 import data_trees as trees
 
@@ -26,7 +26,7 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 pictures in five shards, one of which had a bad picture in it; picture i has i % 3 boxes."""
+    """23 images in five shards, one of which had a bad image in it; image i has i % 3 boxes."""
     root = tmp_path_factory.mktemp("packed")
     src = trees.many(root / "src", COUNT)
     prepare("coco", src, root / "out", size=20, shard_size=5)
@@ -52,7 +52,7 @@ def test_a_batch_is_its_pictures_in_order(prepared: Path) -> None:
         assert torch.equal(batch.target[i], target)
         assert batch.boxes[i].coords.tolist() == boxes.coords.tolist()
         assert len(boxes.coords) == number % 3
-    blue = batch.images[:, 2].float().mean((1, 2)).tolist()  # what tells the pictures apart
+    blue = batch.images[:, 2].float().mean((1, 2)).tolist()  # what tells the images apart
     assert blue == [number * 37 % 256 for number in order]
 
 
@@ -229,7 +229,7 @@ def test_manifests_that_are_none(copied: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             PackedDataset(copied)
     (copied / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="damaged; prepare anew"):
+    with pytest.raises(DataError, match="damaged; prepare again"):
         PackedDataset(copied)
 
 

@@ -1,4 +1,4 @@
-"""Files to pixels: every mode a picture may come in, files that are none, and boxes that go where pixels go."""
+"""Files to pixels: every mode an image may come in, files that are none, and boxes that go where pixels go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from debiaskd.data import pixels
 
-Image = pytest.importorskip("PIL.Image", reason="pictures are decoded with pillow")
+Image = pytest.importorskip("PIL.Image", reason="images are decoded with pillow")
 
 ramp = np.linspace(0, 255, 40 * 30).astype(np.uint8).reshape(30, 40)
 
@@ -88,7 +88,7 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
         "cut.jpg": content[: len(content) // 2],
         "header.jpg": content[:20],
         "empty.jpg": b"",
-        "text.jpg": b"not a picture at all",
+        "text.jpg": b"not an image at all",
         "broken.png": b"\x89PNG\r\n\x1a\n" + bytes(range(64)),
         "broken.gif": b"GIF89a" + bytes(range(30)),
         "broken.tif": b"II*\0" + bytes(range(60)),
@@ -115,7 +115,7 @@ def test_files_that_are_missing_or_unusable(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(pixels.UnreadableError) as error:
         pixels.decode(tmp_path / "large.png")
-    assert error.value.kind == "picture larger than pillow decodes"
+    assert error.value.kind == "image larger than pillow decodes"
 
 
 def test_pad_keeps_the_shape() -> None:
@@ -153,7 +153,7 @@ def test_boxes_in_whole_pixels(box: list[float], expected: list[int] | None) -> 
     st.lists(st.floats(0, 1), min_size=4, max_size=4),
 )
 def test_boxes_go_where_pixels_go(shape: tuple[int, int], size: int, how: str, shares: list[float]) -> None:
-    """The white area of a black picture is, fitted, within a pixel of its fitted box, at either side of the edge."""
+    """The white area of a black image is, fitted, within a pixel of its fitted box, at either side of the edge."""
     height, width = shape
     (x0, x1), (y0, y1) = sorted(shares[:2]), sorted(shares[2:])
     x0, x1 = int(x0 * (width - 1)), int(x1 * (width - 1)) + 1

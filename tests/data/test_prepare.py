@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are decoded with pillow")
+pytest.importorskip("PIL", reason="images are decoded with pillow")
 
 import data_trees as trees
 import processes
@@ -100,7 +100,7 @@ def test_several_processes_write_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     main.__file__ = str(script)
     monkeypatch.setitem(sys.modules, "__main__", main)
     src = trees.coco(tmp_path / "src", 7)
-    (src / "train2017" / "0003.png").write_bytes(b"no picture")
+    (src / "train2017" / "0003.png").write_bytes(b"no image")
     prepare("coco", src, tmp_path / "one", size=16, shard_size=2)
     prepare("coco", src, tmp_path / "two", size=16, shard_size=2, workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
@@ -122,7 +122,7 @@ def test_plain_arrays_and_checksums(tmp_path: Path) -> None:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, pictures: int, error: BaseException) -> None:
-    """Raises in the middle of a shard, when so many pictures have been decoded."""
+    """Raises in the middle of a shard, when so many images have been decoded."""
     from debiaskd.data import pixels
 
     decode, left = pixels.decode, iter(range(pictures))
@@ -232,7 +232,7 @@ def test_damaged_shard_is_named(tmp_path: Path) -> None:
     prepare("coco", src, out, size=16, shard_size=2)
     file = out / "train2017" / "00001" / "images.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"00001/images.npy: missing or cut short; remove .*00001 to have it made anew"):
+    with pytest.raises(DataError, match=r"00001/images.npy: missing or cut short; remove .*00001 to have it rebuilt"):
         prepare("coco", src, out, size=16, shard_size=2)
     for path in file.parent.iterdir():
         path.unlink()

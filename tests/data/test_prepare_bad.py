@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are decoded with pillow")
+pytest.importorskip("PIL", reason="images are decoded with pillow")
 
 import data_trees as trees
 from data_trees import spoiled, unfinished
@@ -40,7 +40,7 @@ def test_bad_files_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureF
     out = tmp_path / "out"
     code, printed, err = run(capsys, "prepare", "coco", spoiled(tmp_path / "src"), out, "--size", 16, "--workers", 1)
     assert code == 0
-    assert "train2017: 3 pictures, 2 boxes, 3 left out" in printed
+    assert "train2017: 3 images, 2 boxes, 3 left out" in printed
     assert "1 × missing file: 0004.png" in printed
     assert "2 × truncated or non-image file: 0001.png" in printed
     assert err == "  0 % train2017\n"
@@ -78,8 +78,8 @@ def test_strict_stops_at_the_first(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     src = trees.coco(tmp_path / "src", 2)
     for path in (src / "train2017").iterdir():
-        path.write_text("no picture")
-    with pytest.raises(DataError, match="train2017: none of its 2 pictures could be read; 2 × truncated"):
+        path.write_text("no image")
+    with pytest.raises(DataError, match="train2017: none of its 2 images could be read; 2 × truncated"):
         prepare("coco", src, tmp_path / "out", size=16)
 
 
@@ -94,8 +94,8 @@ def test_boxes_that_do_not_fit_their_picture(tmp_path: Path) -> None:
         document["images"][1]["width"] = 80
 
     prepared = prepare("coco", trees.coco(tmp_path / "src", 2, boxes=boxes, change=change), tmp_path / "out", size=20)
-    assert prepared.problems.found["box outside of its picture"] == ["0000.png"]
-    (name,) = prepared.problems.found["picture of another size than annotated, its boxes not used"]
+    assert prepared.problems.found["box outside of its image"] == ["0000.png"]
+    (name,) = prepared.problems.found["image of another size than annotated, its boxes not used"]
     assert name == "0001.png (40×30, annotated 80×30)"
     data = PackedDataset(tmp_path / "out")
     assert data.boxes.coords.tolist() == [[15, 13, 20, 20]]
@@ -258,7 +258,7 @@ def test_bad_arguments() -> None:
 def test_help_names_the_size_that_is_taken(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     with pytest.raises(SystemExit):
         cli.main(["prepare", kind, "--help"])
-    assert f"side of the stored pictures; default: {READERS[kind].size}" in capsys.readouterr().out
+    assert f"side of the stored images; default: {READERS[kind].size}" in capsys.readouterr().out
 
 
 def test_missing_litdata_is_named(

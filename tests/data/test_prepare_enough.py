@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are decoded with pillow")
+pytest.importorskip("PIL", reason="images are decoded with pillow")
 
 import data_trees as trees
 import more_trees as more
@@ -40,7 +40,7 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, _ = command(capsys, "coco", trees.coco(tmp_path / "src", 3, boxes=boxes), tmp_path / "out")
     assert code == 0
     assert lines == [
-        "train2017: 3 pictures, 2 boxes; 2 annotated, 1 of 3 classes (not: dog, person)",
+        "train2017: 3 images, 2 boxes; 2 annotated, 1 of 3 classes (not: dog, person)",
         "classes: cat, dog, person",
         "passed over:",
         "1 × box without area: instances_train2017.json: annotation 101 of 0001.png",
@@ -67,7 +67,7 @@ def test_pictures_in_two_splits_are_named(tmp_path: Path, capsys: pytest.Capture
         root = trees.voc(tmp_path / "src", [trees.voc_object("dog", (1, 1, 5, 5))] * 2, split=split)
     (root / "VOCdevkit/VOC2007/ImageSets/Main/val.txt").write_text("000001\n")
     lines = command(capsys, "voc", root, tmp_path / "out")[1]
-    assert "1 × picture in two splits: 000001.jpg in train and val" in lines
+    assert "1 × image in two splits: 000001.jpg in train and val" in lines
 
 
 def test_many_classes_are_one_line_that_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,12 +101,12 @@ def test_more_than_nine_tenths_of_the_boxes(
 def test_what_is_found_out_with_the_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(document: dict[str, Any]) -> None:
         for image in document["images"]:
-            image["width"] = 80  # of a copy with larger pictures
+            image["width"] = 80  # of a copy with larger images
 
     src, out = trees.coco(tmp_path / "src", 2, change=change), tmp_path / "out"
     code, _, err = command(capsys, "coco", src, out)
     assert code == 2
-    assert "train2017: 3 of 3 boxes were passed over: 3 × picture of another size than annotated" in err
+    assert "train2017: 3 of 3 boxes were passed over: 3 × image of another size than annotated" in err
     assert "0000.png (40×30, annotated 80×30)" in err
     with pytest.raises(DataError, match="did not come to its end"):
         PackedDataset(out)
@@ -121,7 +121,7 @@ def test_missing_pictures(tmp_path: Path) -> None:
     for i in range(1, 20):
         (src / "train2017" / f"{i:04d}.png").unlink()
     with pytest.raises(
-        DataError, match=r"train2017: 19 of 21 pictures were passed over: 19 × missing file, such as 0001"
+        DataError, match=r"train2017: 19 of 21 images were passed over: 19 × missing file, such as 0001"
     ):
         prepare("coco", src, tmp_path / "out", size=8)
     prepared = prepare("coco", src, tmp_path / "out", size=8, lenient=True)
@@ -136,10 +136,10 @@ def test_lists_whose_rows_are_almost_all_passed_over(tmp_path: Path, kind: str) 
         message = r"metadata\.csv: 19 of 20 rows were passed over: 19 × row with unknown y, split or place"
     elif kind == "celeba":
         more.celeba(src, [("no", 1, 0)] * 19 + [(1, 1, 0)])
-        message = "train: 19 of 20 pictures were passed over: 19 × attribute that is neither 1 nor -1"
+        message = "train: 19 of 20 images were passed over: 19 × attribute that is neither 1 nor -1"
     else:
         more.cifar10(src, "npz", [10] * 19 + [1], [2])
-        message = r"train: 19 of 20 pictures were passed over: 19 × unknown category, such as train_1\.npz:0: 10"
+        message = r"train: 19 of 20 images were passed over: 19 × unknown category, such as train_1\.npz:0: 10"
     with pytest.raises(DataError, match=message):
         prepare(kind, src, out, size=8)
     assert prepare(kind, src, out, size=8, lenient=True).manifest["splits"]["train"]["count"] == 1
@@ -150,15 +150,15 @@ def test_a_list_that_names_no_picture_says_why(tmp_path: Path, capsys: pytest.Ca
     (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("b\nc\n")
     code, _, err = command(capsys, "voc", root, tmp_path / "out")
     assert code == 2
-    assert "train: 2 of 2 pictures were passed over: 2 × picture without annotation, left out, such as b.xml" in err
+    assert "train: 2 of 2 images were passed over: 2 × image without annotation, left out, such as b.xml" in err
     code, _, err = command(capsys, "voc", root, tmp_path / "out", "--lenient")
     assert code == 2
-    assert err.endswith("there are no pictures in train: 2 × picture without annotation, left out: b.xml, and 1 more")
+    assert err.endswith("there are no images in train: 2 × image without annotation, left out: b.xml, and 1 more")
     trees.voc(tmp_path / "src", [trees.voc_object("dog", (1, 1, 5, 5))], split="val")
     (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("")
     code, _, err = command(capsys, "voc", root, tmp_path / "out")
     assert code == 2
-    assert err == "debiaskd: train: there are no pictures in it; --lenient (lenient=True) goes on"
+    assert err == "debiaskd: train: there are no images in it; --lenient (lenient=True) goes on"
     assert command(capsys, "voc", root, tmp_path / "out", "--lenient")[0] == 0
 
 

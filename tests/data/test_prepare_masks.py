@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+pytest.importorskip("PIL", reason="images are prepared with pillow")
 from PIL import Image
 
 from debiaskd.data import DataError, PackedDataset, prepare
@@ -110,7 +110,7 @@ def test_voc_reads_its_segmentations_where_there_are_some(tmp_path: Path) -> Non
     values[12:18, 25:35], values[0], values[29, 39] = 12, 255, 15
     png(tmp_path / "voc/VOCdevkit/VOC2007/SegmentationClass/000000.png", values)
     made = prepare("voc", tmp_path / "voc", tmp_path / "out", size=40, masks=True)
-    assert list(made.problems.found) == ["mask of a class that its picture is not annotated with, left out"]
+    assert list(made.problems.found) == ["mask of a class that its image is not annotated with, left out"]
     data = PackedDataset(tmp_path / "out", masks=True)
     found = masks_of(data, 0)
     assert list(found) == [7, 11]
@@ -149,7 +149,7 @@ def test_pixel_values_are_classes_where_an_image_may_show_several(tmp_path: Path
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        (half(30, 40), "mask of another size than its picture, not used: cat/0.png (30×40, the picture 40×30)"),
+        (half(30, 40), "mask of another size than its image, not used: cat/0.png (30×40, the image 40×30)"),
         (np.zeros((30, 40)), "mask without a pixel, not used: cat/0.png"),
         (np.zeros((30, 40, 3)), "mask that cannot be read: cat/0.png"),
         (None, "missing mask: cat/0.png"),

@@ -1,4 +1,4 @@
-"""Preparing and reading real pictures; skipped where they are not at hand."""
+"""Preparing and reading real images; skipped where they are not at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pictures are decoded with pillow")
+pytest.importorskip("PIL", reason="images are decoded with pillow")
 
 import data_trees as trees
 
@@ -22,7 +22,7 @@ VOC, COCO = trees.SHARED / "voc2012_sample", trees.SHARED / "coco64"
 BIRDS = trees.SHARED / "waterbirds100"
 
 
-@pytest.mark.skipif(not VOC.is_dir(), reason=f"no real pictures at {VOC}")
+@pytest.mark.skipif(not VOC.is_dir(), reason=f"no real images at {VOC}")
 def test_voc(tmp_path: Path) -> None:
     prepared = prepare("voc", VOC, tmp_path / "out", size=96, shard_size=40)
     assert prepared.problems.found == prepared.problems.notes == {}
@@ -30,7 +30,7 @@ def test_voc(tmp_path: Path) -> None:
     assert len(data) == 100
     assert data.boxes.coords.shape == (273, 4)
     assert len(data.classes) == 20
-    # Every class of a picture has a box, and every box some area within the picture.
+    # Every class of an image has a box, and every box some area within the image.
     assert data.boxes.labels is not None
     assert ((data.boxes.coords >= 0) & (data.boxes.coords <= 96)).all()
     assert (data.boxes.coords[:, 2:] > data.boxes.coords[:, :2]).all()
@@ -46,7 +46,7 @@ def test_voc(tmp_path: Path) -> None:
     assert dropped.manifest["splits"]["trainval"]["boxes"] == 273 - 38
 
 
-@pytest.mark.skipif(not BIRDS.is_dir(), reason=f"no real pictures at {BIRDS}")
+@pytest.mark.skipif(not BIRDS.is_dir(), reason=f"no real images at {BIRDS}")
 def test_waterbirds_without_the_list_of_images(tmp_path: Path) -> None:
     problems = Problems()
     whole = waterbirds.read(BIRDS, problems)
@@ -58,7 +58,7 @@ def test_waterbirds_without_the_list_of_images(tmp_path: Path) -> None:
     assert problems.found == problems.notes == {}
 
 
-@pytest.mark.skipif(not COCO.is_dir(), reason=f"no real pictures at {COCO}")
+@pytest.mark.skipif(not COCO.is_dir(), reason=f"no real images at {COCO}")
 def test_coco(tmp_path: Path) -> None:
     document = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
     prepared = prepare("coco", COCO, tmp_path / "out", size=96, crowd="mask")

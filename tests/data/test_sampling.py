@@ -1,4 +1,4 @@
-"""Epochs in which each picture is drawn as often as its weight says."""
+"""Epochs in which each image is drawn as often as its weight says."""
 
 import torch
 

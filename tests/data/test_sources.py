@@ -1,4 +1,4 @@
-"""What the readers make of annotations, good and bad, before any picture is opened."""
+"""What the readers make of annotations, good and bad, before any image is opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("PIL", reason="pictures are made with pillow")
+pytest.importorskip("PIL", reason="images are made with pillow")
 
 import data_trees as trees
 from data_trees import boxes_of
@@ -27,7 +27,7 @@ def test_voc(tmp_path: Path) -> None:
     source = voc.read(trees.voc(tmp_path, [dog, both, ""]), problems)
     split = source.splits["train"]
     assert source.classes[11] == "dog"
-    assert boxes_of(split, 0) == [([0, 0, 40, 30], 11, 0)]  # counted from 1, the last pixel included: the whole picture
+    assert boxes_of(split, 0) == [([0, 0, 40, 30], 11, 0)]  # counted from 1, the last pixel included: the whole image
     assert boxes_of(split, 1) == [([4, 5, 7, 8], 7, 0), ([1.5, 2, 9, 10], 14, DIFFICULT)]
     assert boxes_of(split, 2) == []
     assert problems.found == {}
@@ -43,7 +43,7 @@ def test_voc_difficult(tmp_path: Path, option: str, expected: list[int]) -> None
 def test_voc_splits_and_years(tmp_path: Path) -> None:
     for split in ("train", "val", "trainval"):
         trees.voc(tmp_path, [""] * 2, split=split)
-    assert list(voc.read(tmp_path, Problems()).splits) == ["train", "val"]  # trainval holds the same pictures again
+    assert list(voc.read(tmp_path, Problems()).splits) == ["train", "val"]  # trainval holds the same images again
     assert list(voc.read(tmp_path, Problems(), splits=["trainval"]).splits) == ["trainval"]
     assert list(voc.read(tmp_path / "VOCdevkit" / "VOC2007", Problems()).splits) == ["train", "val"]
     trees.voc(tmp_path, [""], year="VOC2012")
@@ -87,8 +87,8 @@ def test_voc_annotation_missing_broken_or_listed_twice(tmp_path: Path) -> None:
         file.write("\n000002\n")
     problems = Problems()
     assert voc.read(root, problems).splits["train"].paths == ["000002.jpg"]
-    assert problems.found["picture without annotation, left out"] == ["000000.xml"]
-    assert problems.found["annotation that is not XML, its picture left out"][0].startswith("000001.xml")
+    assert problems.found["image without annotation, left out"] == ["000000.xml"]
+    assert problems.found["annotation that is not XML, its image left out"][0].startswith("000001.xml")
     assert problems.found["duplicate id"] == ["train.txt: 000002"]
 
 
@@ -238,7 +238,7 @@ def test_waterbirds_boxes_of_other_pictures(tmp_path: Path) -> None:
         waterbirds.read(root, Problems())
     (root / "images.txt").unlink()
     (root / "bounding_boxes.txt").write_text("71 1 1 2 2\n")
-    with pytest.raises(DataError, match=r"bounding_boxes\.txt: 1 rows in it, and no box of a picture in metadata\.csv"):
+    with pytest.raises(DataError, match=r"bounding_boxes\.txt: 1 rows in it, and no box of an image in metadata\.csv"):
         waterbirds.read(root, Problems())
     problems = Problems(lenient=True)
     assert not waterbirds.read(root, problems).splits["train"].part(0, 2).annotated.any()
@@ -288,7 +288,7 @@ def test_waterbirds_bad_rows(tmp_path: Path) -> None:
         (None, "metadata.csv: no such file"),
         ("", "no column img_filename, y, split, place"),
         ("img_filename,y,split\n", "no column place"),
-        ("img_filename,y,split,place\n", "there are no pictures in it"),
+        ("img_filename,y,split,place\n", "there are no images in it"),
         ("img_filename,y,split,place\na.jpg,0\n", "line 2: the row is cut short"),
         ("img_filename,y,split,place\n\xff", "not a CSV file"),
     ],

@@ -76,7 +76,7 @@ def test_hf_trainer(example: Any) -> None:
 
 def written(folder: Path, splits: dict[str, int]) -> Path:
     """Digits as files, SPLIT/CLASS/NUMBER.png, with their boxes."""
-    image = pytest.importorskip("PIL.Image", reason="pictures are written with pillow")
+    image = pytest.importorskip("PIL.Image", reason="images are written with pillow")
     rows = ["path,x0,y0,x1,y1"]
     for split, count in splits.items():
         drawn = digits.load(0, train=count, validation=4, test=4, size=32).train

@@ -1,4 +1,4 @@
-"""What evaluation judges: each label of a picture by its own boxes, and nothing by areas that are to be ignored."""
+"""What evaluation judges: each label of an image by its own boxes, and nothing by areas that are to be ignored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from debiaskd.training.validation import SIZES, Evaluator, attribution_options, 
 
 
 def several(ignore: Boxes | None) -> Batch:
-    """Three pictures: of classes 0 and 2, of class 1, and of none."""
+    """Three images: of classes 0 and 2, of class 1, and of none."""
     torch.manual_seed(0)
     target = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]], dtype=torch.uint8)
     boxes = Boxes.from_lists([[[0, 0, 8, 8], [4, 4, 12, 12]], [], []], [[0, 2], [], []])
@@ -125,7 +125,7 @@ def test_where_the_model_of_each_stage_is_looked_at() -> None:
 
 
 def labelled(folder: Path, shows: dict[str, list[tuple[int, ...]]]) -> Path:
-    """Prepared pictures of three classes; of each split, the classes that each picture shows, with a box of each."""
+    """Prepared images of three classes; of each split, the classes that each image shows, with a box of each."""
     for split, pictures in shows.items():
         boxes = [
             {"image_id": 10 + i, "bbox": [4 * k, 3, 12, 16], "category_id": (3, 7, 90)[k]}

@@ -1,4 +1,4 @@
-"""Linear probes on frozen features: what they read, and of which pictures."""
+"""Linear probes on frozen features: what they read, and of which images."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_probe_reads_the_frozen_features(run: Path, monkeypatch: pytest.Monkey
         with torch.no_grad():
             features.append(loaded.model.forward_features(images.float()).mean((2, 3)).double().numpy())
         targets.append(batch.target.numpy())
-    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6  # of the pictures to fit on alone
+    mean, deviation = features[0].mean(0), features[0].std(0) + 1e-6  # of the images to fit on alone
     for found, expected in zip(given, features):
         np.testing.assert_allclose(found, (expected - mean) / deviation, rtol=1e-3, atol=1e-3)
     solver = LogisticRegression(C=document["strength"], max_iter=1000)
@@ -141,7 +141,7 @@ def test_scores_of_classes_that_nothing_or_everything_shows() -> None:
 
 def test_pictures_to_fit_on_are_not_those_to_measure_on(run: Path) -> None:
     data = str(run.parent / "birds16")
-    with pytest.raises(RecipeError, match=r"train\[:60%\] and train\[40%:\] must not share pictures"):
+    with pytest.raises(RecipeError, match=r"train\[:60%\] and train\[40%:\] must not share images"):
         probe_run(run, "student", data, ("train[:60%]", "train[40%:]"))
 
 
@@ -150,7 +150,7 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(run), "--probe", data, "--probe-splits", "train", "val"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert (
-        out[0].startswith("linear probe on 8 frozen features of ") and "fitted on 48, measured on 16 pictures" in out[0]
+        out[0].startswith("linear probe on 8 frozen features of ") and "fitted on 48, measured on 16 images" in out[0]
     )
     assert out[1].split()[0] == "accuracy" and out[-1] == str(run / "probe-birds16.json")
     assert cli.main(["evaluate", str(run), "--probe", data, "--split", "val"]) == 2

@@ -67,7 +67,7 @@ def test_evaluate_says_how_sure_it_is(root: Path) -> None:
 def test_the_command_prints_and_refuses(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(root / "erm-0"), "--faithfulness", "4"]) == 0
     printed = capsys.readouterr().out
-    for words in ("worst group, lower end", "ECE", "deletion at random", "smallest group, pictures"):
+    for words in ("worst group, lower end", "ECE", "deletion at random", "smallest group, images"):
         assert words in printed
     assert main(["evaluate", str(root / "erm-0"), "--faithfulness", "0"]) == 2
     assert "--faithfulness: must be a number of images >= 1, got 0" in capsys.readouterr().err

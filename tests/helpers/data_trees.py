@@ -32,7 +32,7 @@ def coco(
     change: Any = None,
     seed: int = 0,
 ) -> Path:
-    """Picture i is 000i.png with image id 10 + i; by default two boxes in the first, one crowd in the second."""
+    """Image i is 000i.png with image id 10 + i; by default two boxes in the first, one crowd in the second."""
     images = []
     for i in range(pictures):
         picture(root / split / f"{i:04d}.png", seed=seed + i)
@@ -60,7 +60,7 @@ def voc_object(name: str, box: Sequence[Any], difficult: int = 0) -> str:
 
 
 def voc(root: Path, objects: Sequence[str], *, split: str = "train", year: str = "VOC2007", size: str = "") -> Path:
-    """Picture i is 00000i.jpg with the XML of `objects[i]`."""
+    """Image i is 00000i.jpg with the XML of `objects[i]`."""
     folder = root / "VOCdevkit" / year
     size = size or "<size><width>40</width><height>30</height><depth>3</depth></size>"
     names = [f"{i:06d}" for i in range(len(objects))]
@@ -76,7 +76,7 @@ def voc(root: Path, objects: Sequence[str], *, split: str = "train", year: str =
 
 
 def waterbirds(root: Path, rows: Sequence[tuple[Any, Any, Any]] | None = None, *, boxes: bool = True) -> Path:
-    """Rows are (y, split, place); picture i is birds/i.jpg."""
+    """Rows are (y, split, place); image i is birds/i.jpg."""
     rows = [(i % 2, i % 3, (i // 2) % 2) for i in range(9)] if rows is None else rows
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "metadata.csv", "w", newline="") as file:
@@ -92,7 +92,7 @@ def waterbirds(root: Path, rows: Sequence[tuple[Any, Any, Any]] | None = None, *
 
 
 def folder(root: Path, count: int = 3, boxes: str | None = "", bias: str | None = None, seed: int = 0) -> Path:
-    """Classes cat and dog with `count` pictures each, others for each seed; `boxes` and `bias` are the rows of
+    """Classes cat and dog with `count` images each, others for each seed; `boxes` and `bias` are the rows of
     the files boxes.csv and bias.csv, None: no such file."""
     for label in ("cat", "dog"):
         for i in range(count):
@@ -105,7 +105,7 @@ def folder(root: Path, count: int = 3, boxes: str | None = "", bias: str | None 
 
 
 def boxes_of(split: Any, i: int) -> list[tuple[list[float], int, int]]:
-    """(coordinates, label, flags) of each box of picture `i` of a `Split`."""
+    """(coordinates, label, flags) of each box of image `i` of a `Split`."""
     part = split.part(i, i + 1)
     return list(zip(part.coords.tolist(), part.labels.tolist(), part.flags.tolist()))
 
@@ -124,23 +124,23 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def spoiled(root: Path) -> Path:
-    """Six pictures, of which 1 is truncated, 3 is none, and 4 is missing."""
+    """Six images, of which 1 is truncated, 3 is none, and 4 is missing."""
     coco(root, 6)
     pictures = root / "train2017"
     content = (pictures / "0001.png").read_bytes()
     (pictures / "0001.png").write_bytes(content[: len(content) // 2])
-    (pictures / "0003.png").write_text("no picture")
+    (pictures / "0003.png").write_text("no image")
     (pictures / "0004.png").unlink()
     return root
 
 
 def many(root: Path, count: int) -> Path:
-    """`count` pictures, of which number i has i % 3 boxes, and a bad one behind them."""
+    """`count` images, of which number i has i % 3 boxes, and a bad one behind them."""
     boxes = [
         {"image_id": 10 + i, "bbox": [4 * k, 3, 8 + i, 6], "category_id": (3, 7)[k]}
         for i in range(count)
         for k in range(i % 3)
     ]
     coco(root, count + 1, boxes=boxes)
-    (root / "train2017" / f"{count:04d}.png").write_text("no picture")
+    (root / "train2017" / f"{count:04d}.png").write_text("no image")
     return root

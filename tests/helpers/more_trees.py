@@ -1,4 +1,4 @@
-"""Small data sets whose pictures are not files of their own, and CelebA, as they are distributed."""
+"""Small data sets whose images are not files of their own, and CelebA, as they are distributed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTRIBUTES = ("Bald", "Blond_Hair", "Brown_Hair", "Male", "Young")
 
 
 def celeba(root: Path, rows: Sequence[tuple[Any, Any, Any]] | None = None, *, csv: bool = False) -> Path:
-    """Rows are (Blond_Hair, Male, partition); picture i is 00000i.jpg. `csv`: as Kaggle has it."""
+    """Rows are (Blond_Hair, Male, partition); image i is 00000i.jpg. `csv`: as Kaggle has it."""
     rows = [(2 * (i % 2) - 1, 2 * (i // 2 % 2) - 1, i % 3) for i in range(12)] if rows is None else rows
     folder = root / "img_align_celeba" / "img_align_celeba" if csv else root / "img_align_celeba"
     names = [f"{i:06d}.jpg" for i in range(len(rows))]
@@ -76,8 +76,8 @@ def python2_pickle(value: Any) -> bytes:
 
 
 def cifar10(root: Path, layout: str, train: Sequence[int], test: Sequence[int], *, pixels: Any = None) -> Path:
-    """`train` and `test` are the labels; their pictures are those of `cifar_pictures(n, 0)` and `(n, 1)`, or of
-    `pixels`, a pair. The five batches have as many pictures each as there are, or one less."""
+    """`train` and `test` are the labels; their images are those of `cifar_pictures(n, 0)` and `(n, 1)`, or of
+    `pixels`, a pair. The five batches have as many images each as there are, or one less."""
     root.mkdir(parents=True, exist_ok=True)
     shown = pixels or (cifar_pictures(len(train), 0), cifar_pictures(len(test), 1))
     if layout == "npz":
@@ -102,7 +102,7 @@ def cifar10(root: Path, layout: str, train: Sequence[int], test: Sequence[int], 
 
 
 def cifar100(root: Path, layout: str, fine: Sequence[int], coarse: Sequence[int]) -> Path:
-    """The same labels in train and test; pictures are those of `cifar_pictures(n, 0)` and `(n, 1)`."""
+    """The same labels in train and test; images are those of `cifar_pictures(n, 0)` and `(n, 1)`."""
     root.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(("train", "test")):
         images = planes(cifar_pictures(len(fine), seed))

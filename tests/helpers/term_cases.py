@@ -53,7 +53,7 @@ def on_two_ranks(loss: Callable[[Ranks], Tensor]) -> list[Tensor]:
 
 
 def of_rank(whole: State, ranks: Ranks) -> State:
-    """The pictures of a step that a rank gets."""
+    """The images of a step that a rank gets."""
     mine = slice(ranks.rank, None, ranks.world_size)
 
     def part(given: Any) -> Any:

@@ -26,7 +26,7 @@ from debiaskd.utils import files
 
 
 class Plain(nn.Module):
-    """Without batch norm, so that a picture's result does not depend on who is in its batch."""
+    """Without batch norm, so that an image's result does not depend on who is in its batch."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ networks._FAMILIES["plain"] = lambda width, classes, pretrained: Plain(classes, 
 
 
 def birds(root: Path, size: int = 16) -> Path:
-    """48 training, 16 validation and 16 test pictures of two classes and four groups, with boxes."""
+    """48 training, 16 validation and 16 test images of two classes and four groups, with boxes."""
     rows = [(i % 2, 0 if i < 48 else 1 if i < 64 else 2, (i // 2) % 2 if i % 4 < 2 else i % 2) for i in range(80)]
     trees.waterbirds(root / "birds", rows)
     prepare("waterbirds", root / "birds", root / f"birds{size}", size=size, workers=1)

@@ -71,7 +71,7 @@ STUDENTS = {
 
 
 def built(name: str) -> nn.Module:
-    """As after some training: batch norm has seen pictures."""
+    """As after some training: batch norm has seen images."""
     if "token" in name:
         pytest.importorskip("timm", reason="class tokens are those of timm's models")
     model = STUDENTS[name]().train()

@@ -1,4 +1,4 @@
-"""Input contracts: where each part comes from, and what two networks read of the same augmented picture."""
+"""Input contracts: where each part comes from, and what two networks read of the same augmented image."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_vit_is_built_for_the_size_that_is_asked_for() -> None:
     contract = found("vit_tiny_patch16_224", asked={"size": 32})
     model = build("vit_tiny_patch16_224", 2, size=contract.size).eval()
     assert model(contract.example()).shape == (1, 2)
-    with pytest.raises(NetworkError, match=r"^VisionTransformer: does not run on 8×8 pictures"):
+    with pytest.raises(NetworkError, match=r"^VisionTransformer: does not run on 8×8 images"):
         prepare(build("vit_tiny_patch16_224", 2, size=(8, 8)), InputContract((8, 8)))
 
 
@@ -234,7 +234,7 @@ def test_teacher_and_student_read_the_same_crop_each_at_its_own_size(augmented: 
     batch = photographs()
     made = intake(STUDENT, CPU, teacher=TEACHER, with_teacher_input=True, stored=(40, 40), **augmented)(batch, Drawn())
     assert made.images.shape == (6, 3, 32, 32) and made.teacher_images.shape == (6, 3, 64, 64)
-    # The crop in pixels of 0..1, at the larger size; where nothing is cropped, the stored picture.
+    # The crop in pixels of 0..1, at the larger size; where nothing is cropped, the stored image.
     base = 64 if "crop_scale" in augmented else 40
     pixels = Augment(base, mean=None, std=None, **{"flip": False, **augmented})(batch, Drawn().rand).images
     for read, contract in ((made.images, STUDENT), (made.teacher_images, TEACHER)):
@@ -271,7 +271,7 @@ def test_a_contract_that_both_share_is_normalised_once() -> None:
     for teacher, augmented in (
         (STUDENT, AUGMENTED),
         (STUDENT, {"flip": True}),
-        (InputContract((32, 32), interpolation="bicubic"), AUGMENTED),  # which only matters where pictures are resized
+        (InputContract((32, 32), interpolation="bicubic"), AUGMENTED),  # which only matters where images are resized
     ):
         made = intake(STUDENT, CPU, teacher=teacher, with_teacher_input=True, stored=(40, 40), **augmented)(
             batch, Drawn()

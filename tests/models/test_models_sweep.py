@@ -1,4 +1,4 @@
-"""The sweep over networks: a few rows are made anew, and docs/models.md is what its file says."""
+"""The sweep over networks: a few rows are rebuilt, and docs/models.md is what its file says."""
 
 from __future__ import annotations
 

@@ -142,11 +142,11 @@ def test_a_given_module_is_copied_and_told_by_its_shapes(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), r"must give logits \[N,3\] for 8×8 pictures, got \[2, 4\]"),
-        (nn.Flatten(), r"must give logits \[N,3\] for 8×8 pictures, got \[2, 192\]"),
-        (nn.Conv2d(3, 3, 3), r"must give logits \[N,3\] for 8×8 pictures, got \[2, 3, 6, 6\]"),
-        (nn.Linear(5, 3), "does not run on 8×8 pictures"),
-        (nn.MaxPool2d(2, return_indices=True), r"must give logits \[N,3\] for 8×8 pictures, got tuple"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), r"must give logits \[N,3\] for 8×8 images, got \[2, 4\]"),
+        (nn.Flatten(), r"must give logits \[N,3\] for 8×8 images, got \[2, 192\]"),
+        (nn.Conv2d(3, 3, 3), r"must give logits \[N,3\] for 8×8 images, got \[2, 3, 6, 6\]"),
+        (nn.Linear(5, 3), "does not run on 8×8 images"),
+        (nn.MaxPool2d(2, return_indices=True), r"must give logits \[N,3\] for 8×8 images, got tuple"),
     ],
 )
 def test_other_outputs_are_refused(module: nn.Module, message: str) -> None:

@@ -150,13 +150,13 @@ def test_pretrained_torchvision_networks_get_a_new_last_layer(monkeypatch: pytes
 
 
 def test_a_network_that_does_not_run_on_the_pictures() -> None:
-    with pytest.raises(NetworkError, match=r"^Conv2d: does not run on 8×8 pictures "):
+    with pytest.raises(NetworkError, match=r"^Conv2d: does not run on 8×8 images "):
         prepare(nn.Conv2d(3, 4, 33), InputContract((8, 8)))
     with pytest.raises(
-        NetworkError, match=r"^Conv2d: must give logits \[N,K\] for 8×8 pictures, got \[2, 4, 6, 6\] for 2$"
+        NetworkError, match=r"^Conv2d: must give logits \[N,K\] for 8×8 images, got \[2, 4, 6, 6\] for 2$"
     ):
         prepare(nn.Conv2d(3, 4, 3), InputContract((8, 8)))
-    with pytest.raises(NetworkError, match=r"^Sequential: does not run on 8×8 pictures .*positively homogeneous"):
+    with pytest.raises(NetworkError, match=r"^Sequential: does not run on 8×8 images .*positively homogeneous"):
         prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.GELU()), InputContract((8, 8)), x_dnn=True)
 
     class Choosy(nn.Module):
@@ -164,7 +164,7 @@ def test_a_network_that_does_not_run_on_the_pictures() -> None:
             torch._assert(images.shape[2] == 224, "Input height doesn't match model")
             return images
 
-    with pytest.raises(NetworkError, match=r"^Choosy: does not run on 8×8 pictures \(Input height doesn't match"):
+    with pytest.raises(NetworkError, match=r"^Choosy: does not run on 8×8 images \(Input height doesn't match"):
         prepare(Choosy(), InputContract((8, 8)))
 
 
@@ -250,7 +250,8 @@ def test_a_last_layer_of_other_classes_begins_anew_in_a_network_that_is_trained(
     with pytest.raises(NetworkError, match=r"fc\.weight is \[7, 6\] there and \[2, 6\] here, and 1 more$"):
         load_weights(model, tmp_path / "w.safetensors")
     message = (
-        r"w\.safetensors: its last layer, fc, is of 7 classes and not of 2; it begins anew, all else as in the file$"
+        r"w\.safetensors: its last layer, fc, is of 7 classes and not of 2; it is re-initialised, "
+        r"all else as in the file$"
     )
     with pytest.warns(LastLayerWarning, match=message):
         load_weights(model, tmp_path / "w.safetensors", to_train=True)
@@ -332,7 +333,7 @@ def test_missing_weights(tmp_path: Path) -> None:
 # -- real weights -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (WEIGHTS.is_dir() and CIFAR.is_dir()), reason=f"no real weights and pictures at {trees.SHARED}")
+@pytest.mark.skipif(not (WEIGHTS.is_dir() and CIFAR.is_dir()), reason=f"no real weights and images at {trees.SHARED}")
 def test_the_cifar_resnet_is_the_one_whose_weights_are_public() -> None:
     (file,) = WEIGHTS.glob("*resnet20*.th")
     model = CifarResNet(20, 10).eval()

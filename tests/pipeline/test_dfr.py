@@ -85,7 +85,7 @@ def test_a_layer_without_bias_scales_and_does_not_centre(monkeypatch: pytest.Mon
 
 def test_the_strength_is_tuned_on_halves_and_the_layer_fitted_to_draws_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     feature, target, groups = problem((40, 6, 9, 21))
-    feature[:, -1] = torch.arange(len(groups))  # which picture it is
+    feature[:, -1] = torch.arange(len(groups))  # which image it is
     seen: list[tuple[torch.Tensor, float, Any]] = []
     inner = dfr.fit
 
@@ -129,10 +129,10 @@ def test_halves_hold_every_group(seed: int) -> None:
     [
         ([0, 0, 1, 1], [0, 0, 1, 1], 2, None),
         ([0, 0, 5, 5], [0, 0, 1, 1], 2, None),
-        ([0, 0, 1, 1], [0, 0, 1, 1], 3, "needs pictures of every class, and there are none of class 2"),
-        ([0, 0, 1, 1, 2], [0, 0, 1, 1, 1], 2, "needs 2 pictures of every group at least, and group 2 has 1"),
+        ([0, 0, 1, 1], [0, 0, 1, 1], 3, "needs images of every class, and there are none of class 2"),
+        ([0, 0, 1, 1, 2], [0, 0, 1, 1, 1], 2, "needs 2 images of every group at least, and group 2 has 1"),
         ([0, 0], [0, 0], 1, "needs two classes at least"),
-        ([], [], 2, "needs pictures of every class, and there are none of class 0"),
+        ([], [], 2, "needs images of every class, and there are none of class 0"),
     ],
 )
 def test_too_few_pictures_are_told(groups: list[int], target: list[int], classes: int, message: str | None) -> None:

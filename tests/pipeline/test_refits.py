@@ -1,4 +1,4 @@
-"""Last layers fitted anew without annotation: what fits them, what never sees what, and the formulas behind them."""
+"""Last layers refitted without annotation: what fits them, what never sees what, and the formulas behind them."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def test_methods_against_a_shortcut(method: str) -> None:
         ({"refit": {"gamma": 1.0, "method": "self"}}, "refit.gamma: only for afr, got self"),
         ({"refit": {"holdout": 1.0}}, r"refit.holdout: must lie in \(0, 1\), got 1.0"),
         ({"refit": {"method": "self", "count": 0}}, "refit.count: must be >= 1, got 0"),
-        ({"refit": {"holdout": 0.9}}, "schedule.batch: 12 pictures a step, and the training split has 4"),
-        ({"refit": {}, "student": {"name": "ending/4"}}, "refit: afr fits anew one linear layer"),
+        ({"refit": {"holdout": 0.9}}, "schedule.batch: 12 images a step, and the training split has 4"),
+        ({"refit": {}, "student": {"name": "ending/4"}}, "refit: afr refits one linear layer"),
     ],
 )
 def test_what_does_not_fit(data: Path, tmp_path: Path, document: dict[str, Any], message: str) -> None:

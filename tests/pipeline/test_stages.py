@@ -119,7 +119,7 @@ def test_methods_make_different_teachers_of_the_same_beginnings(data: Path, tmp_
         states[method] = load_file(folder / "run" / "teacher" / "model.safetensors")["fc.weight"]
     found = list(states.values())
     assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
-    torch.testing.assert_close(states["balanced"], states["group_dro"], rtol=0, atol=0.02)  # of the same pictures
+    torch.testing.assert_close(states["balanced"], states["group_dro"], rtol=0, atol=0.02)  # of the same images
 
 
 def test_dfr_changes_the_last_layer_alone(data: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_dfr_changes_the_last_layer_alone(data: Path, tmp_path: Path) -> None:
     erm, dfr = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("teacher-erm", "teacher"))
     assert {name for name in erm if not torch.equal(erm[name], dfr[name])} == {"fc.weight", "fc.bias"}
     facts = stage_of(tmp_path, "teacher")["facts"]
-    assert facts["fitted_on"] == 16  # all of the validation pictures
+    assert facts["fitted_on"] == 16  # all of the validation images
     assert 0 <= facts["worst_group_accuracy_of_the_other_half"] <= 1
 
 
@@ -193,7 +193,7 @@ def test_pictures_are_drawn_by_their_weights_instead_of_weighing_the_loss(
     run(data, tmp_path, document, "--schedule.epochs", "2", "--data.train", "train[:60%]")
     share = torch.cat([groups for groups, _ in seen]).eq(2).float().mean()
     assert all((weight is None) is draw for _, weight in seen)
-    assert share > 0.8 if draw else share < 0.4  # of 29 pictures 8 are of that group
+    assert share > 0.8 if draw else share < 0.4  # of 29 images 8 are of that group
 
 
 def test_weights_of_a_part_of_the_pictures_are_those_pictures(data: Path, tmp_path: Path) -> None:
@@ -334,10 +334,10 @@ def test_networks_without_timms_protocol(data: Path, tmp_path: Path) -> None:
             {"terms": {"sample": {}, "backdoor": {"start": 1}}, "schedule": {**FAST, "epochs": 2}},
             "terms.backdoor: needs a student with timm's forward_features, or a transplanted one",
         ),
-        ({"selection": {"rule": "f1"}}, "selection.rule: f1 needs f1, and the validation pictures give accuracy, wors"),
+        ({"selection": {"rule": "f1"}}, "selection.rule: f1 needs f1, and the validation images give accuracy, wors"),
         ({"data": {"train": "train[30%"}}, "data.train: must be a split such as"),
         ({"data": {"train": "train[1.2.3%:]"}}, "data.train: must be a split such as"),
-        ({"data": {"train": "train[50%:50%]"}}, r"data.train: [50%:50%] of 48 pictures holds none"),
+        ({"data": {"train": "train[50%:50%]"}}, r"data.train: [50%:50%] of 48 images holds none"),
         ({"data": {"validation": "vall"}}, "data.validation: "),
         ({"compute": {"precision": "16", "accelerator": "cpu"}}, "compute.precision: 16 needs a GPU"),
     ],
@@ -353,14 +353,14 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
 
 
 def test_more_pictures_a_step_than_there_are(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"schedule.batch: 64 pictures a step, and the training split has 48"):
+    with pytest.raises(RecipeError, match=r"schedule.batch: 64 images a step, and the training split has 48"):
         run(data, tmp_path, SUPERVISED, "--schedule.batch", "64")
-    with pytest.raises(RecipeError, match=r"teacher.schedule.batch: 49 pictures a step, and the training split has 48"):
+    with pytest.raises(RecipeError, match=r"teacher.schedule.batch: 49 images a step, and the training split has 48"):
         run(data, tmp_path, distilled("erm"), "--teacher.schedule.batch", "49")
     assert not (tmp_path / "run").exists()  # begun, it would hold the next try to these settings
 
 
 def test_networks_of_other_pictures_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(networks._FAMILIES, "vast", lambda *ignored: nn.Sequential(nn.Conv2d(3, 4, 33)))
-    with pytest.raises(NetworkError, match="Sequential: does not run on 16×16 pictures"):
+    with pytest.raises(NetworkError, match="Sequential: does not run on 16×16 images"):
         run(data, tmp_path, {**SUPERVISED, "student": {"name": "vast/plain"}})

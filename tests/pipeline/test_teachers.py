@@ -167,7 +167,7 @@ def test_dfr_of_networks_that_end_otherwise(data: Path, tmp_path: Path, monkeypa
     expected = dfr.refit(found[0], split.target, split.groups, dfr.Scale.of(found[2]))
     torch.testing.assert_close(found[1], found[0] @ expected.weight.T + expected.bias, rtol=1e-3, atol=1e-3)
     with pytest.raises(
-        RecipeError, match=r"^teacher\.method: dfr fits anew one linear layer.*two/6 computes them otherwise"
+        RecipeError, match=r"^teacher\.method: dfr refits one linear layer.*two/6 computes them otherwise"
     ):
         chain(data, tmp_path / "two", method="dfr", name="two/6")
 
@@ -185,7 +185,7 @@ def test_validation_that_fitted_the_teacher_does_not_select_the_student(
     monkeypatch.setattr(Trainer, "fit", noted)
     stage = chain(data, tmp_path, method="dfr").student()
     assert asked["student"]["rule"] == "last" and asked["teacher-erm"].get("rule") is None
-    text = "the last epoch: the validation pictures fitted the teacher's last layer"
+    text = "the last epoch: the validation images fitted the teacher's last layer"
     assert (stage.facts["rule"], stage.facts["selection"]) == ("last", text)
 
     made = chain(data, tmp_path / "half", method="dfr", validation_share=0.5)
@@ -219,15 +219,15 @@ def test_a_rule_that_would_select_on_what_fitted_the_teacher_is_refused(data: Pa
 @pytest.mark.parametrize(
     ("validation", "share", "message"),
     [
-        ("val[:60%]", None, "dfr needs 2 pictures of every group at least, and waterbird on water has 1"),
-        ("val[:5%]", None, "dfr needs pictures of every class, and there are none of (land|water)bird"),
-        ("val", 0.9, "dfr needs pictures of every (class|group), .*the share of 0.1 that selects the student's epoch"),
+        ("val[:60%]", None, "dfr needs 2 images of every group at least, and waterbird on water has 1"),
+        ("val[:5%]", None, "dfr needs images of every class, and there are none of (land|water)bird"),
+        ("val", 0.9, "dfr needs images of every (class|group), .*the share of 0.1 that selects the student's epoch"),
     ],
 )
 def test_what_dfr_has_too_few_of_is_told_before_anything_is_trained(
     data: Path, tmp_path: Path, validation: str, share: float | None, message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=r"^teacher\.method: dfr .*validation pictures") as error:
+    with pytest.raises(RecipeError, match=r"^teacher\.method: dfr .*validation images") as error:
         chain(data, tmp_path, method="dfr", validation_share=share, parts={"validation": validation})
     assert error.match(message)
     assert not (tmp_path / "run").exists()

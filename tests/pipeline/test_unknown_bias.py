@@ -36,7 +36,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A folder of 40, 16 and 8 pictures of two classes, and the bias of each."""
+    """A folder of 40, 16 and 8 images of two classes, and the bias of each."""
     root, biases = tmp_path_factory.mktemp("unknown") / "birds", {}
     for split, count in (("train", 20), ("val", 8), ("test", 4)):
         for k, name in enumerate(("gull", "tern")):

@@ -41,7 +41,7 @@ NAMES = ("erm-0", "erm-1", "guided")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """erm-0, erm-1 and guided on the same pictures; small on others; page.html of the first three."""
+    """erm-0, erm-1 and guided on the same images; small on others; page.html of the first three."""
     root = report_runs.make(tmp_path_factory.mktemp("reports"), [*NAMES, "small"])
     assert cli.main(["report", *(str(root / name) for name in NAMES), "--out", str(root / "page.html")]) == 0
     return root
@@ -114,7 +114,7 @@ def test_recipes_are_told_by_what_they_differ_in(root: Path, page: str) -> None:
         "erm": "–",
         "guided": "weight 0.2",
     }
-    assert "birds16, test: 16 pictures" in page and "of birds16, 16 pictures" in page
+    assert "birds16, test: 16 images" in page and "of birds16, 16 images" in page
 
 
 def test_bars_are_the_groups_accuracies(root: Path, page: str) -> None:
@@ -161,7 +161,7 @@ def test_the_grid_has_a_picture_of_each_run(root: Path, page: str) -> None:
 
 
 def judged(run: Path, number: int) -> tuple[float, int, int]:
-    """(energy in the box with a mask that is painted, predicted class, class) of a test picture."""
+    """(energy in the box with a mask that is painted, predicted class, class) of a test image."""
     loaded = LoadedStage(run)
     pictures = loaded.loader(evaluation_split(loaded, None))
     batch = pictures.transform(pictures.split.whole.__getitems__([number]))
@@ -208,20 +208,20 @@ def test_other_pictures_are_another_section(capsys: pytest.CaptureFixture[str], 
     out = tmp_path / "p.html"
     code, told, err = command(capsys, "report", root / "erm-0", root / "small", root / "erm-1", "--out", out)
     assert code == 0 and "measuring small" in err
-    assert told.splitlines() == ["2 runs on birds16, test: 16 pictures", "1 run on birds8, test: 16 pictures", str(out)]
+    assert told.splitlines() == ["2 runs on birds16, test: 16 images", "1 run on birds8, test: 16 images", str(out)]
     html = out.read_text()
     assert re.findall('<h2 class="set">(.*?)</h2>', html) == [
-        "birds16, test: 16 pictures",
-        "birds8, test: 16 pictures",
+        "birds16, test: 16 images",
+        "birds8, test: 16 images",
     ]
-    assert "3 runs on 2 sets of pictures" in html
-    # On the same pictures they stand side by side, and differ in what they were trained on.
+    assert "3 runs on 2 sets of images" in html
+    # On the same images they stand side by side, and differ in what they were trained on.
     options = ["--data", root / "birds16", "--split", "train[:25%]", "--out", out]
     code, told, _ = command(capsys, "report", root / "erm-0", root / "small", *options)
-    assert code == 0 and told.startswith("2 runs on birds16, train[:25%]: 12 pictures\n")
+    assert code == 0 and told.startswith("2 runs on birds16, train[:25%]: 12 images\n")
     html = out.read_text()
     assert re.search(r"data\.path: birds16 \w{8}<.*data\.path: birds8 \w{8}<", html, re.S)
-    assert "The runs were validated on different pictures" in html
+    assert "The runs were validated on different images" in html
     assert table(html, "run")["small"]["accuracy %"] == percent(
         evaluate_run(root / "small", "student", "train[:25%]", str(root / "birds16"))[0]["figures"]["accuracy"]
     )
@@ -244,7 +244,7 @@ def test_pictures_of_several_classes_looked_at_in_several_ways(tmp_path: Path) -
         runs.train(runs.write(tmp_path / "r.yaml", tmp_path / "voc16", document), tmp_path / name)
     told = comparison.write_report([tmp_path / "input", tmp_path / "final"], tmp_path / "p.html")
     html = (tmp_path / "p.html").read_text()
-    assert told == ["2 runs on voc16, train: 24 pictures"]
+    assert told == ["2 runs on voc16, train: 24 images"]
     assert "do not compare: input × gradient at Input (input); input × gradient at Final (final)." in html
     cells = [re.findall(r"<td.*?</td>", row) for row in re.findall(r'<tr class="named">.*?</tr>', html, re.S)]
     best = {k for row in cells for k, cell in enumerate(row) if 'class="best"' in cell}
@@ -256,7 +256,7 @@ def test_pictures_of_several_classes_looked_at_in_several_ways(tmp_path: Path) -
     shown = re.findall(r'verdict">train:(\d+)<br>(\w+)<', grid)
     assert [title for _, title in shown] == sorted(["bird", "cat", "cow", "dog"] * 2)
     assert len({number for number, _ in shown}) == 8
-    for number, title in shown:  # the class is one that the picture shows
+    for number, title in shown:  # the class is one that the image shows
         assert title in shows(int(number))
     assert len(re.findall(r"[✓✗] p = 0\.\d\d", grid)) == 16
 
@@ -280,7 +280,7 @@ def test_an_evaluation_of_the_same_is_used_again_and_of_another_not(run: Path, r
     accuracy(split="test[:50%]")
     mark(run / "evaluation-test-50.json")
     assert accuracy(split="test[:50%]") == "12.3" != accuracy(split="test[50%:]")
-    assert accuracy() == "12.3"  # other pictures have files of their own
+    assert accuracy() == "12.3"  # other images have files of their own
     # Another threshold of the IoU, as validation would have chosen it.
     stage = json.loads((run / "student" / "stage.json").read_text())
     stage["facts"]["figures"]["iou_threshold"] = 0.9

@@ -90,7 +90,7 @@ def test_a_run_that_may_only_be_read(run: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("debiaskd.utils.files.write_json", refused)
     (run / "evaluation-test.json").unlink(missing_ok=True)
-    assert comparison.write_report([run], tmp_path / "p.html") == ["1 run on birds16, test: 16 pictures"]
+    assert comparison.write_report([run], tmp_path / "p.html") == ["1 run on birds16, test: 16 images"]
     assert not (run / "evaluation-test.json").exists()
 
 
@@ -100,7 +100,7 @@ def test_names_are_text_and_the_page_has_a_usual_place(
     monkeypatch.chdir(run.parent)
     run.rename("a<i>'&")
     code, told, _ = command(capsys, "report", "a<i>'&")
-    assert code == 0 and told.splitlines() == ["1 run on birds16, test: 16 pictures", "report.html"]
+    assert code == 0 and told.splitlines() == ["1 run on birds16, test: 16 images", "report.html"]
     html = Path("report.html").read_text()
     assert "a&lt;i&gt;&#39;&amp;" in html and "a<i>" not in html
 

@@ -139,7 +139,7 @@ def test_fronts_say_what_another_run_beats(validated: str) -> None:
     first, *others = curves.pareto(sections.Section([low, high]))
     assert len(others) == 2 and (first.across, first.up) == ("accuracy %", "EPG %")
     found = {(one.name, point.x, point.y): (point.strong, point.beaten) for one in first.series for point in one.points}
-    same = validated == "v"  # else they were validated on other pictures, which do not compare
+    same = validated == "v"  # else they were validated on other images, which do not compare
     assert found == {
         ("low", 20, 20): (False, same),
         ("low", 60, 10): (True, False),

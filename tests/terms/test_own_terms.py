@@ -169,7 +169,7 @@ def test_a_run_with_terms_of_ones_own(module: str, tmp_path: Path, monkeypatch: 
         ),
         ("Failing", "terms.mine: a training step fails .KeyError: 'no such thing'"),
         ("Grouped", "terms.mine: needs groups, and the prepared data has none"),
-        ("Boxed", "terms.mine: needs boxes, and the training pictures have none"),
+        ("Boxed", "terms.mine: needs boxes, and the training images have none"),
     ],
 )
 def test_what_fails_is_told_before_training(module: str, tmp_path: Path, name: str, message: str) -> None:

@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, K, WIDTH = 16, 3, 6
 SETTING = Setting(num_classes=K, multi_label=False, num_groups=4, student_width=WIDTH, teacher_width=WIDTH)
-#: Unevenly over passes: the first pass of four has neither group 2 nor an annotated picture.
+#: Unevenly over passes: the first pass of four has neither group 2 nor an annotated image.
 GROUPS = torch.tensor([0, 0, 1, 0, 2, 2, 0, 1, 0, 0, 0, 0, 1, 2, 2, 2])
 EPOCH = 1
 

@@ -97,22 +97,22 @@ def refused(data: Path, folder: Path, document: dict[str, Any], *overrides: str)
     [
         (
             {"student": {"name": "normed/6"}, "schedule": {**FAST, "batch": 1}},
-            "schedule.batch: gives 1 picture a pass, ",
+            "schedule.batch: gives 1 image a pass, ",
         ),
         (
             {"student": {"name": "normed/6"}, "schedule": {**FAST, "accumulate": 12}},
-            "schedule.accumulate: accumulate=12 of batch=12 gives 1 picture a pass, and normed/6 needs 2 in training ",
+            "schedule.accumulate: accumulate=12 of batch=12 gives 1 image a pass, and normed/6 needs 2 in training ",
         ),
         (
             {"student": {"name": "normed/6"}, "pretraining": {**FAST, "accumulate": 12}},
-            "pretraining.accumulate: accumulate=12 of batch=12 gives 1 picture a pass",
+            "pretraining.accumulate: accumulate=12 of batch=12 gives 1 image a pass",
         ),
         (
             {
                 "terms": {"kd": {}},
                 "teacher": {"name": "normed/6", "method": "erm", "schedule": {**FAST, "batch": 1}},
             },
-            "teacher.schedule.batch: gives 1 picture a pass, and normed/6 needs 2",
+            "teacher.schedule.batch: gives 1 image a pass, and normed/6 needs 2",
         ),
         (
             {
@@ -136,7 +136,7 @@ def refused(data: Path, folder: Path, document: dict[str, Any], *overrides: str)
         ),
         (
             {"student": {"name": "moody/6"}},
-            "student.name: moody/6 cannot be trained, in training mode it fails on 12 pictures a pass (Not",
+            "student.name: moody/6 cannot be trained, in training mode it fails on 12 images a pass (Not",
         ),
     ],
 )
@@ -159,9 +159,7 @@ def test_a_tuple_of_outputs_and_a_full_memory_are_named(
 
     monkeypatch.setattr(Moody, "in_training", staticmethod(full))
     found = refused(data, tmp_path, {**document, "schedule": {**FAST, "accumulate": 3}})
-    assert found.startswith(
-        "schedule.batch: 4 pictures a pass do not fit in memory; a larger schedule.accumulate needs"
-    )
+    assert found.startswith("schedule.batch: 4 images a pass do not fit in memory; a larger schedule.accumulate needs")
 
 
 def test_a_rehearsal_leaves_nothing_behind(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

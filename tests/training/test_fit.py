@@ -1,4 +1,4 @@
-"""What the trainings of a recipe share: one seed, and pictures that must be those that it began with."""
+"""What the trainings of a recipe share: one seed, and images that must be those that it began with."""
 
 from __future__ import annotations
 

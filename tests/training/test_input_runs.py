@@ -127,7 +127,7 @@ def stored(root: Path, split: str = "val") -> Any:
 
 
 def expected(run: Path) -> Tensor:
-    """The student's logits of the validation pictures, preprocessed by hand."""
+    """The student's logits of the validation images, preprocessed by hand."""
     pixels = resize(stored(run.parent).images.float() / 255, (12, 12))
     with torch.no_grad():
         logits: Tensor = LoadedStage(run).model((pixels - 0.9) / 0.1)

@@ -83,7 +83,7 @@ def test_guidance_draws_one_of_a_pictures_classes() -> None:
     found = GuideTerm(GuideOptions(), guide)(step)
     drawn = draw_target(target, noise=Draws(0, 0, ranks(), CPU).rand((N, K)))
     assert drawn[2] == drawn[6] == -1 and len(drawn.unique()) > 2
-    # Pictures 2 and 6 are annotated, and show nothing: they do not count in the mean either.
+    # Images 2 and 6 are annotated, and show nothing: they do not count in the mean either.
     torch.testing.assert_close(found, dk.Guide(model)(step.images, drawn, BOXES).loss)
 
 
@@ -140,7 +140,7 @@ def test_a_learners_loss_is_the_sum_of_its_terms() -> None:
     assert weight is not None
     feature, logits = student.forward_features(shown.images), student(shown.images)
     each = (feature - teacher.forward_features(shown.images)).square().mean((1, 2, 3))
-    weight = weight.flip(0)  # by the pictures' numbers
+    weight = weight.flip(0)  # by the images' numbers
     torch.testing.assert_close(losses["match"], ((weight * each).sum() / weight.sum()).detach())
     expected = dk.kd_loss(logits, teacher.get_classifier()(teacher(shown.images)[0].mean((2, 3))))
     torch.testing.assert_close(losses["kd"], expected.detach())

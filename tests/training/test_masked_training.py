@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+pytest.importorskip("PIL", reason="images are prepared with pillow")
 pytest.importorskip("lightning_fabric", reason="needs the train extra")
 
 import training_runs as runs

@@ -1,4 +1,4 @@
-"""The Pareto front against reference vectors and the definition, through resumes, and its picture."""
+"""The Pareto front against reference vectors and the definition, through resumes, and its image."""
 
 import json
 import math

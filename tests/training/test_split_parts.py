@@ -1,4 +1,4 @@
-"""Parts of splits: which pictures they hold, and what is said where they share some."""
+"""Parts of splits: which images they hold, and what is said where they share some."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from debiaskd.training.split_parts import OverlapWarning, check_overlap, numbers
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.birds(tmp_path_factory.mktemp("parts"))  # 48, 16 and 16 pictures
+    return runs.birds(tmp_path_factory.mktemp("parts"))  # 48, 16 and 16 images
 
 
 def recipe(path: Path, rule: str | None = None, **splits: str) -> Recipe:
@@ -40,7 +40,7 @@ def test_parts_that_meet_are_disjoint_and_together_the_whole() -> None:
 def test_what_is_no_part(text: str) -> None:
     with pytest.raises(RecipeError, match=r'^data\.train: must be a split such as "train" or "train\[:80%\]", got'):
         parse(text, "data.train")
-    with pytest.raises(RecipeError, match=r"^k: \[60%:60%\] of 10 pictures holds none$"):
+    with pytest.raises(RecipeError, match=r"^k: \[60%:60%\] of 10 images holds none$"):
         numbers(parse("a[60%:60%]", "k"), 10, 0, "k")
 
 
@@ -65,12 +65,12 @@ def test_how_many_pictures_parts_share(birds: Path, train: str, validation: str,
 def test_no_epoch_is_chosen_by_pictures_that_were_trained_on(birds: Path) -> None:
     parts = {"train": "train[:75%]", "validation": "train[50%:]"}
     message = (
-        r"^data\.validation: train\[50%:\] and data\.train: train\[:75%\] share 12 pictures, by which no epoch can be "
+        r"^data\.validation: train\[50%:\] and data\.train: train\[:75%\] share 12 images, by which no epoch can be "
         r"chosen; take other parts, or selection\.rule: last$"
     )
     with pytest.raises(RecipeError, match=message):
         check_overlap(recipe(birds, **parts))
-    with pytest.warns(OverlapWarning, match=r"share 12 pictures: figures on validation are partly of what was trained"):
+    with pytest.warns(OverlapWarning, match=r"share 12 images: figures on validation are partly of what was trained"):
         check_overlap(recipe(birds, "last", **parts))
 
 
@@ -79,8 +79,8 @@ def test_a_test_that_is_not_of_its_own_is_said(birds: Path) -> None:
     with pytest.warns(OverlapWarning) as told:
         check_overlap(recipe(birds, test="train[25%:75%]", **parts))
     assert [str(one.message).partition(": the test")[0] for one in told] == [
-        "data.test: train[25%:75%] and data.train: train[:50%] share 12 pictures",
-        "data.test: train[25%:75%] and data.validation: train[50%:] share 12 pictures",
+        "data.test: train[25%:75%] and data.train: train[:50%] share 12 images",
+        "data.test: train[25%:75%] and data.validation: train[50%:] share 12 images",
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -89,7 +89,7 @@ def test_a_test_that_is_not_of_its_own_is_said(birds: Path) -> None:
 
 
 def test_a_split_that_is_a_copy_of_another(birds: Path, tmp_path: Path) -> None:
-    """The same pictures under two names."""
+    """The same images under two names."""
     source, both = tmp_path / "source", tmp_path / "both"
     for split in ("train", "val"):
         for name in ("a", "b"):
@@ -99,5 +99,5 @@ def test_a_split_that_is_a_copy_of_another(birds: Path, tmp_path: Path) -> None:
     from debiaskd.data import prepare
 
     prepare("folder", source, both, size=16, workers=1)
-    with pytest.raises(RecipeError, match=r"data\.validation: val and data\.train: train share 8 pictures"):
+    with pytest.raises(RecipeError, match=r"data\.validation: val and data\.train: train share 8 images"):
         check_overlap(recipe(both))

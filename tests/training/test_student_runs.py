@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures that show a cat, a dog, both or none, each with its box."""
+    """Images that show a cat, a dog, both or none, each with its box."""
     root = tmp_path_factory.mktemp("several")
     cat, dog = trees.voc_object("cat", (3, 3, 20, 20)), trees.voc_object("dog", (15, 10, 38, 28))
     shown = [cat, dog, cat + dog, ""]
@@ -162,9 +162,9 @@ def test_pictures_that_show_several_classes(several: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"terms": {"kd": {}}}, "terms.kd: needs one class a picture"),
-        ({"terms": {"relation": {}}}, "terms.relation: needs one class a picture"),
-        ({"terms": {"sample": {}, "backdoor": {"start": 1}}}, "terms.backdoor: needs one class a picture"),
+        ({"terms": {"kd": {}}}, "terms.kd: needs one class an image"),
+        ({"terms": {"relation": {}}}, "terms.relation: needs one class an image"),
+        ({"terms": {"sample": {}, "backdoor": {"start": 1}}}, "terms.backdoor: needs one class an image"),
         (
             {"terms": {"sample": {}, "supervised": {"weighted": True}}, "weights": {}},
             "weights.method: errors needs one cl",
@@ -174,9 +174,9 @@ def test_pictures_that_show_several_classes(several: Path, tmp_path: Path) -> No
             "terms.supervised.label_smoothing: needs one",
         ),
         ({"data": {"mixup": 0.2}}, "data.mixup: needs one class an image"),
-        ({"teacher": {"method": "jtt", "up": 2}}, "teacher.method: jtt needs one class a picture"),
+        ({"teacher": {"method": "jtt", "up": 2}}, "teacher.method: jtt needs one class an image"),
         ({"teacher": {"method": "group_dro"}}, "data.path: groups are asked for, and the prepared data has none"),
-        ({"selection": {"rule": "accuracy"}}, "selection.rule: accuracy needs accuracy, and the validation pictures"),
+        ({"selection": {"rule": "accuracy"}}, "selection.rule: accuracy needs accuracy, and the validation images"),
     ],
 )
 def test_what_several_classes_do_not_allow(several: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -188,9 +188,9 @@ def test_what_several_classes_do_not_allow(several: Path, tmp_path: Path, change
 def test_guidance_needs_boxes(tmp_path: Path) -> None:
     trees.waterbirds(tmp_path / "b", boxes=False)
     prepare("waterbirds", tmp_path / "b", tmp_path / "out", size=16, workers=1)
-    with pytest.raises(RecipeError, match=r"terms\.guide: the training pictures have no boxes"):
+    with pytest.raises(RecipeError, match=r"terms\.guide: the training images have no boxes"):
         run(tmp_path / "out", tmp_path / "r", {**PLAIN, "terms": {"supervised": {}, "guide": {}}})
-    with pytest.raises(RecipeError, match=r"selection\.rule: pareto needs epg, and the validation pictures give acc"):
+    with pytest.raises(RecipeError, match=r"selection\.rule: pareto needs epg, and the validation images give acc"):
         run(tmp_path / "out", tmp_path / "r", {**PLAIN, "selection": {"rule": "pareto"}}, "--schedule.batch", "3")
 
 

@@ -1,4 +1,4 @@
-"""A teacher's answers kept on disk: what it would have said, once for each picture and view, none half written."""
+"""A teacher's answers kept on disk: what it would have said, once for each image and view, none half written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures the teacher was shown, each time."""
+    """How many images the teacher was shown, each time."""
     found: list[int] = []
     inner = FrozenTeacher.forward_features
 
@@ -64,7 +64,7 @@ def test_the_same_student_without_asking_the_teacher_again(recipe: Path, tmp_pat
     assert live == 2 * 36
     asked.clear()
     runs.train(recipe, tmp_path / "cached", "--teacher.cache", "fp32")
-    assert sum(asked) == 36, "once for each picture"
+    assert sum(asked) == 36, "once for each image"
     torch.testing.assert_close(weights(tmp_path / "cached"), weights(tmp_path / "live"), rtol=1e-4, atol=1e-5)
     shards = sorted(path.name for path in (tmp_path / "cached" / "teacher-cache" / "view-00").iterdir())
     assert shards == ["00000", "00001"]

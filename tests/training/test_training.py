@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_a_number_stops(quick: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(TrainingLoop, "_step", spoil)
     with pytest.raises(
-        DivergedError, match=r"step 5, epoch 1: terms.supervised nan; pictures \d+, .* of train; the last"
+        DivergedError, match=r"step 5, epoch 1: terms.supervised nan; images \d+, .* of train; the last"
     ):
         runs.train(quick, tmp_path / "run")
     kept = Checkpoints(tmp_path / "run" / "student" / "checkpoints", "")._written()

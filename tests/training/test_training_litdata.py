@@ -1,4 +1,4 @@
-"""Recipes on LitData's chunks: the same run as on mapped pictures, to the last byte, interrupted and from afar too."""
+"""Recipes on LitData's chunks: the same run as on mapped images, to the last byte, interrupted and from afar too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pictures are prepared with pillow")
+pytest.importorskip("PIL", reason="images are prepared with pillow")
 pytest.importorskip("litdata", reason="needs the data extra")
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("jsonargparse")
@@ -49,7 +49,7 @@ def npy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lit(npy: Path) -> Path:
-    """The same pictures, of each split several chunks."""
+    """The same images, of each split several chunks."""
     out = npy.parent / "lit"
     prepare("waterbirds", npy.parent / "birds", out, size=16, shard_size=7, format="litdata")
     return out
@@ -65,7 +65,7 @@ def train(data: Path, out: Path, document: dict[str, Any], *overrides: str) -> A
 
 
 def left(run: Path) -> dict[str, bytes]:
-    """All that two runs on the same pictures have in common, whatever held the pictures."""
+    """All that two runs on the same images have in common, whatever held the images."""
     names = ("*.safetensors", "log.csv", "epochs.csv", "teacher-cache/**/*.npy")
     return {str(path.relative_to(run)): path.read_bytes() for name in names for path in sorted(run.rglob(name))}
 

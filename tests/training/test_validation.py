@@ -147,5 +147,5 @@ def test_a_threshold_that_training_did_not_choose_is_chosen_on_validation(
 
 def test_attributions_need_boxes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("debiaskd.training.data_checks.has_boxes", lambda split: False)
-    with pytest.raises(RecipeError, match=r"^selection\.attributions: the validation pictures have no boxes"):
+    with pytest.raises(RecipeError, match=r"^selection\.attributions: the validation images have no boxes"):
         run(data, tmp_path, {**LABELS, "selection": {"attributions": True}})

@@ -179,7 +179,7 @@ def fetch(url: str, file: Path, known: dict[str, Any]) -> None:
     with FileLock(lock):
         if not _whole(file, known):
             files.write(file, fill)
-        lock.unlink(missing_ok=True)  # whoever waits for it, or makes it anew, finds the file
+        lock.unlink(missing_ok=True)  # whoever waits for it, or rebuilds it, finds the file
 
 
 def _whole(file: Path, known: dict[str, Any]) -> bool:

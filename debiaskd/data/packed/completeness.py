@@ -25,14 +25,14 @@ def check_annotations(source: Source, problems: Problems) -> None:
     problems.check(source.splits)
     for name, split in source.splits.items():
         if not len(split):
-            problems.refuse(f"{name}: there are no pictures in it{problems.why()}")
+            problems.refuse(f"{name}: there are no images in it{problems.why()}")
         elif _are_shares(split):
             problems.refuse(
-                f"{name}: its boxes all lie within one pixel: they must be in pixels, not shares of the picture"
+                f"{name}: its boxes all lie within one pixel: they must be in pixels, not shares of the image"
             )
     _note_shared(source, problems)
     if not any(map(len, source.splits.values())):
-        raise DataError(f"{source.path}: there are no pictures in {', '.join(source.splits)}{problems.why()}")
+        raise DataError(f"{source.path}: there are no images in {', '.join(source.splits)}{problems.why()}")
 
 
 def _note_shared(source: Source, problems: Problems) -> None:
@@ -43,7 +43,7 @@ def _note_shared(source: Source, problems: Problems) -> None:
             for path in split.paths:
                 first = where.setdefault((split.root, path), name)
                 if first != name:
-                    problems.note("picture in two splits", f"{path} in {first} and {name}")
+                    problems.note("image in two splits", f"{path} in {first} and {name}")
 
 
 def _are_shares(split: Split) -> bool:
@@ -100,4 +100,4 @@ def check_decoded(source: Source, whole: _Facts, problems: Problems) -> None:
     problems.check(source.splits)
     asked = [facts for facts in whole.values() if "masks" in facts]
     if asked and not any(facts["masks"] for facts in asked):
-        problems.refuse(f"{source.path}: none of its pictures has a mask")
+        problems.refuse(f"{source.path}: none of its images has a mask")

@@ -134,7 +134,7 @@ def with_mask_files(source: Source, folder: Path) -> Source:
         DataError: no such folder, or its images are not files of their own.
     """
     if any(split.pictures is not None for split in source.splits.values()):
-        raise DataError(f"masks must be left out for {source.kind}, whose pictures are not files of their own")
+        raise DataError(f"masks must be left out for {source.kind}, whose images are not files of their own")
     files = sources.files_of(folder, len(source.classes) if source.multi_label else 0)
     for split in source.splits.values():
         split.masks = files()

@@ -92,7 +92,7 @@ def read(path: Path, format: str | None = None) -> dict[str, Any]:
     try:
         manifest = shards.read_json(path / shards.MANIFEST)
     except (ValueError, NotADirectoryError):
-        raise DataError(f"{path / shards.MANIFEST}: damaged; prepare anew into another folder") from None
+        raise DataError(f"{path / shards.MANIFEST}: damaged; prepare again into another folder") from None
     if manifest is None:
         if (path / shards.PLAN).is_file():
             raise DataError(f"{path}: preparing did not come to its end; run the same `debiaskd prepare` again")
@@ -100,7 +100,9 @@ def read(path: Path, format: str | None = None) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != shards.FORMAT:
         raise DataError(f"{path / shards.MANIFEST}: not that of a prepared data set")
     if manifest["version"] != shards.VERSION:
-        raise DataError(f"{path}: prepared in version {manifest['version']}, this reads {shards.VERSION}; prepare anew")
+        raise DataError(
+            f"{path}: prepared in version {manifest['version']}, this reads {shards.VERSION}; prepare again"
+        )
     if format not in (None, manifest["options"]["format"]):
         other = {"npy": "PackedDataset", "litdata": "StreamedDataset"}.get(manifest["options"]["format"], "nothing")
         raise DataError(f"{path}: prepared with format {manifest['options']['format']!r}, which {other} reads")

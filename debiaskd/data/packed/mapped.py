@@ -194,7 +194,7 @@ class PackedDataset(Dataset[Any]):
     def _column(self, name: str) -> Tensor:
         parts = [load(folder / f"{name}.npy") for folder in self._folders]
         if not parts:
-            raise DataError(f"{self.path / self.split}: there are no pictures in it")
+            raise DataError(f"{self.path / self.split}: there are no images in it")
         used = [part for part in parts if len(part)] or parts[:1]  # of an empty one not even the shape is known
         return torch.from_numpy(np.concatenate(used))
 
@@ -255,7 +255,7 @@ def annotated_choice(count: int, fraction: float, seed: int) -> Tensor:
 
 def inspect(folder: Path, files: dict[str, dict[str, Any]], verify: bool, marker: Path) -> None:
     """Raises DataError unless the files have their lengths and, with `verify`, checksums; without `marker` their shard
-    would be made anew."""
+    would be rebuilt."""
     for name, known in files.items():
         file = folder / name
         try:

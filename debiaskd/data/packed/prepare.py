@@ -137,10 +137,10 @@ def prepare(
         >>> import tempfile
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     picture = Path(folder, "src", "cat", "1.png")
-        ...     picture.parent.mkdir(parents=True)
-        ...     Image.new("RGB", (40, 30)).save(picture)
-        ...     prepared = prepare("folder", picture.parent.parent, Path(folder, "out"), size=16)
+        ...     image = Path(folder, "src", "cat", "1.png")
+        ...     image.parent.mkdir(parents=True)
+        ...     Image.new("RGB", (40, 30)).save(image)
+        ...     prepared = prepare("folder", image.parent.parent, Path(folder, "out"), size=16)
         >>> prepared.manifest["classes"], prepared.manifest["splits"]["train"]["count"]
         (['cat'], 1)
     """
@@ -234,7 +234,7 @@ def _run(
         problems.merge(whole[key]["problems"])
     for name, split in source.splits.items():
         if len(split) and not any(facts["count"] for (part, _), facts in whole.items() if part == name):
-            raise DataError(f"{name}: none of its {len(split)} pictures could be read; {problems.lines()[0]}")
+            raise DataError(f"{name}: none of its {len(split)} images could be read; {problems.lines()[0]}")
     enough.check_decoded(source, whole, problems)
     document = manifest.make(out, source, settings, whole, problems)
     existing = shards.read_json(out / shards.MANIFEST) if not missing else None

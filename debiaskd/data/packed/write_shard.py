@@ -19,8 +19,8 @@ from debiaskd.data.sources.records import DataError, Part, Problems
 from debiaskd.utils.workers import begin_worker
 
 #: Kinds of problems that cost boxes, not images.
-OUTSIDE = "box outside of its picture"
-OTHER_SIZE = "picture of another size than annotated, its boxes not used"
+OUTSIDE = "box outside of its image"
+OTHER_SIZE = "image of another size than annotated, its boxes not used"
 
 
 class StoppedError(Exception):
@@ -54,7 +54,7 @@ def finished(folder: Path, name: str, format: str) -> dict[str, Any] | None:
     """
     place = folder / name if format == "npy" else folder
     marker = place / shards.SHARD if format == "npy" else folder / f"{name}.json"
-    remedy = f"remove {place if format == 'npy' else marker} to have it made anew"
+    remedy = f"remove {place if format == 'npy' else marker} to have it rebuilt"
     try:
         facts: dict[str, Any] | None = shards.read_json(marker)
     except ValueError:

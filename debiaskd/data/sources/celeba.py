@@ -15,7 +15,7 @@ from debiaskd.data.sources.records import Source, Split, choose_splits, relative
 
 SPLITS = ("train", "val", "test")
 _CONTRADICTS = "row that contradicts an earlier one, not used"
-_NEITHER = "attribute that is neither 1 nor -1, its picture left out"
+_NEITHER = "attribute that is neither 1 nor -1, its image left out"
 _ATTRIBUTES, _PARTITION, _PICTURES = "list_attr_celeba", "list_eval_partition", "img_align_celeba"
 
 
@@ -67,7 +67,7 @@ def read(
         pictures = problems.tally(name_of_split, "pictures")
         pictures.total += 1
         if name not in known:
-            problems.add("picture without attributes, left out", where, pictures)
+            problems.add("image without attributes, left out", where, pictures)
         elif (group := known[name]) is None:
             pictures.skip(_NEITHER, where)
         else:
@@ -75,15 +75,15 @@ def read(
             split.add(name, target=group // 2, group=group, annotated=False)
     for name in known:
         if name not in seen:
-            problems.add("picture without a partition, left out", f"{attributes.name}: {name}")
+            problems.add("image without a partition, left out", f"{attributes.name}: {name}")
     with os.scandir(folder) as entries:
         for name in sorted(entry.name for entry in entries if entry.name.lower().endswith(".jpg")):
             if name not in known and name not in seen:
-                problems.add("picture without attributes, left out", f"{folder.name}/{name}")
+                problems.add("image without attributes, left out", f"{folder.name}/{name}")
     present = [name for name in SPLITS if name in found]
     chosen = choose_splits(present, splits, path, lambda: present)
     if not chosen:
-        raise DataError(f"{partition}: there are no pictures in it{problems.why()}")
+        raise DataError(f"{partition}: there are no images in it{problems.why()}")
     classes = f"not {target}", target
     groups = tuple(f"{first}, {second}" for first in classes for second in (f"not {bias}", bias))
     made = {name: found[name] for name in chosen}
@@ -100,7 +100,7 @@ def _list(path: Path, folder: str, name: str) -> Path:
 def _pictures(path: Path) -> Path:
     folder = next((f for f in (path / _PICTURES, path / "Img" / _PICTURES) if f.is_dir()), None)
     if folder is None:
-        raise DataError(f"{path / _PICTURES}: no such folder; it should hold the pictures")
+        raise DataError(f"{path / _PICTURES}: no such folder; it should hold the images")
     return folder / _PICTURES if (folder / _PICTURES).is_dir() else folder
 
 
@@ -128,7 +128,7 @@ def _read_attributes(file: Path, target: str, bias: str, problems: Problems) -> 
             problems.add(_NEITHER, f"{file.name}, line {places[name]}: {name}")
             known[name] = None
     if stated and stated[0] != len(known):
-        problems.add("list of another length than it says", f"{file.name}: {len(known)} pictures, not {stated[0]}")
+        problems.add("list of another length than it says", f"{file.name}: {len(known)} images, not {stated[0]}")
     return known
 
 
@@ -155,7 +155,7 @@ def _rows(file: Path, wanted: list[str], stated: list[int] | None) -> Iterator[t
             elif stated is not None:
                 count = " ".join(next(rows, (0, []))[1])
                 if not count.isdecimal():
-                    raise DataError(f"{file}: its first line must be the number of pictures, got {count[:60]!r}")
+                    raise DataError(f"{file}: its first line must be the number of images, got {count[:60]!r}")
                 stated.append(int(count))
                 names = next(rows, (0, []))[1]
             columns = _columns(file, names, wanted)

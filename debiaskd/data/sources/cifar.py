@@ -98,7 +98,7 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
                 raise DataError(f"{batch.file}: its classes differ from those of the other split")
         made[name] = _split(name, folder, batches, layout.columns[labels], len(classes), problems)
         if not len(made[name]):
-            raise DataError(f"{batches[0].file}: there are no pictures in it{problems.why()}")
+            raise DataError(f"{batches[0].file}: there are no images in it{problems.why()}")
     return Source("cifar", path, classes, False, (), made, {"labels": labels} if labels else {})
 
 

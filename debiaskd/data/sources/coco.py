@@ -69,16 +69,16 @@ def read(
     present = {name: found for name, file in files.items() if (found := _pictures(path, file.stem[len(_PREFIX) :]))}
     chosen = choose_splits(list(files), splits, path, lambda: list(present))
     if not chosen:
-        raise DataError(f"{path}: none of the folders with the pictures is here: {', '.join(by_stem)}")
+        raise DataError(f"{path}: none of the folders with the images is here: {', '.join(by_stem)}")
     classes: tuple[str, ...] | None = None
     made = {}
     for name in files:
         if name not in chosen:
             if splits is None:
-                problems.add("annotations without a folder of pictures", files[name].name)
+                problems.add("annotations without a folder of images", files[name].name)
             continue
         if name not in present:
-            raise DataError(f"{path / name}: no such folder; it should hold the pictures of {files[name].name}")
+            raise DataError(f"{path / name}: no such folder; it should hold the images of {files[name].name}")
         names, made[name] = _read_split(name, files[name], path, present[name], problems, crowd, masks)
         if classes not in (None, names):
             raise DataError(f"{files[name]}: its categories differ from those of the other splits")
@@ -113,7 +113,7 @@ def _read_split(
     for entry in document["annotations"]:
         annotations.add(entry)
     if not document["annotations"]:
-        problems.note("file without annotations, whose pictures count as not annotated", file.name)
+        problems.note("file without annotations, whose images count as not annotated", file.name)
     split, outlines = Split(root), Outlines()
     split.masks = outlines if masks else None
     for key, (picture, size) in images.items():
@@ -203,9 +203,7 @@ def _images(
             continue
         if first.setdefault(name, key) != key:
             aliases[key] = first[name]
-            problems.note(
-                "picture with several image ids, read once with all of its annotations", f"{file.name}: {name}"
-            )
+            problems.note("image with several image ids, read once with all of its annotations", f"{file.name}: {name}")
             tally.total -= 1
             continue
         height, width = side_length(entry.get("height")), side_length(entry.get("width"))

@@ -142,7 +142,7 @@ def read(
     Args:
         path: what the manifest names as the source.
         problems: stays empty.
-        splits: among "train", "val" and "test"; None: all. The others' pictures do not depend on it.
+        splits: among "train", "val" and "test"; None: all. The others' images do not depend on it.
         size, seed, agreement, train, val, test: see `load`; `val` is its `validation`.
 
     Raises:

@@ -55,7 +55,7 @@ def read(
         raise DataError(f"{path}: no folders with classes here")
     found = _Found(path, parts, {name: list(_pictures(folder)) for name, folder in parts.items()})
     if not any(found.pictures[name] for name in chosen):
-        raise DataError(f"{path}: no pictures here ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{path}: no images here ({', '.join(EXTENSIONS)})")
     names = fold_case({name: map(_class, pictures) for name, pictures in found.pictures.items()}, problems)
     _odd_folders(found, names, problems)
     classes = sorted(set(names.values()))
@@ -70,19 +70,19 @@ def read(
         tally, tally_boxes = problems.tally(name, "pictures"), problems.tally(name, "boxes")
         for loose in _loose(parts[name]):
             tally.total += 1
-            problems.add("picture in no class's folder, left out", found.prefix(name) + loose, tally)
+            problems.add("image in no class's folder, left out", found.prefix(name) + loose, tally)
         for picture in found.pictures[name]:
             whole, target, group = found.prefix(name) + picture, index[_class(picture)], -1
             tally.total += 1
             if known is not None:
                 if whole not in known:
-                    problems.add("picture without a bias, left out", whole, tally)
+                    problems.add("image without a bias, left out", whole, tally)
                     continue
                 group = target * len(biases) + biases[known[whole]]
             usable, annotated = _usable(rows.get(whole), target, tally_boxes, problems)
             split.add(picture, usable, target=target, group=group, annotated=annotated)
     if not any(len(split) for split in made.values()):
-        raise DataError(f"{bias_file}: none of the pictures of {', '.join(chosen)} has a bias")
+        raise DataError(f"{bias_file}: none of the images of {', '.join(chosen)} has a bias")
     groups = tuple(f"{label}, {name}" for label in classes for name in biases)
     return Source("folder", path, tuple(classes), False, groups, made)
 
@@ -121,7 +121,7 @@ def _odd_folders(found: _Found, names: Mapping[str, str], problems: Problems) ->
     for split, folder in found.parts.items():
         for entry in _folders(folder):
             if entry.name not in names:
-                problems.note("folder without a picture, no class", found.prefix(split) + entry.name)
+                problems.note("folder without an image, no class", found.prefix(split) + entry.name)
     if list(found.parts.values()) != [found.path]:
         return
     (pictures,) = found.pictures.values()
@@ -138,7 +138,7 @@ def _odd_folders(found: _Found, names: Mapping[str, str], problems: Problems) ->
             )
         elif len({split_name(folder) for folder in splits}) > 1:
             problems.refuse(
-                f"{found.path / name}: holds {', '.join(splits)}, which would be pictures of one class; the folders of "
+                f"{found.path / name}: holds {', '.join(splits)}, which would be images of one class; the folders of "
                 "splits must be above those of classes, SRC/train/CLASS"
             )
         else:
@@ -247,11 +247,9 @@ def _biases(file: Path, found: _Found, problems: Problems) -> dict[str, str]:
     names = sorted(set(made.values()))
     if not names:
         example = next(found.all())
-        raise DataError(
-            f"{file}: no bias of a picture that is here; its paths must be like {example!r}{problems.why()}"
-        )
+        raise DataError(f"{file}: no bias of an image that is here; its paths must be like {example!r}{problems.why()}")
     if len(names) == 1:
-        raise DataError(f"{file}: there must be two biases or more, and all pictures that have one have {names[0]!r}")
+        raise DataError(f"{file}: there must be two biases or more, and all images that have one have {names[0]!r}")
     return made
 
 

@@ -16,13 +16,13 @@ from debiaskd.data.sources.problems import DataError
 from debiaskd.data.sources.segmentation import rasterize
 
 MISSING = "missing mask"
-OTHER_SIZE = "mask of another size than its picture, not used"
+OTHER_SIZE = "mask of another size than its image, not used"
 UNREADABLE = "mask that cannot be read"
 EMPTY = "mask without a pixel, not used"
 NO_CLASS = "mask with a value that is no class, not used"
 #: One class of a mask is wrong, the others are used.
 CLASS_EMPTY = "class without a pixel in its mask, its boxes used"
-CLASS_UNKNOWN = "mask of a class that its picture is not annotated with, left out"
+CLASS_UNKNOWN = "mask of a class that its image is not annotated with, left out"
 FAULTS = (MISSING, OTHER_SIZE, UNREADABLE, EMPTY, NO_CLASS)
 #: What VOC draws around objects: neither background nor a class.
 VOID = 255
@@ -82,7 +82,7 @@ class Outlines:
         for label, outline in marshal.loads(self.images[i]):
             own = outline.get("size") if isinstance(outline, dict) else None
             if own is not None and own != list(size):
-                raise MaskFault(OTHER_SIZE, f"{own[1]}×{own[0]}, the picture {size[1]}×{size[0]}")
+                raise MaskFault(OTHER_SIZE, f"{own[1]}×{own[0]}, the image {size[1]}×{size[0]}")
             mask = rasterize(outline, *size)
             if mask is None:
                 mask = np.zeros(size, np.bool_)
@@ -120,7 +120,7 @@ class MaskFiles:
             raise MaskFault(MISSING, str(file))
         values = _levels(file)
         if values.shape != size:
-            raise MaskFault(OTHER_SIZE, f"{values.shape[1]}×{values.shape[0]}, the picture {size[1]}×{size[0]}")
+            raise MaskFault(OTHER_SIZE, f"{values.shape[1]}×{values.shape[0]}, the image {size[1]}×{size[0]}")
         if not self.classes:
             if not values.any():
                 raise MaskFault(EMPTY, str(file))
@@ -154,5 +154,5 @@ def files_of(folder: Path, classes: int, *, optional: bool = False) -> Callable[
         DataError: there is no such folder.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it should hold the masks, PNG files at the paths of the pictures")
+        raise DataError(f"{folder}: no such folder; it should hold the masks, PNG files at the paths of the images")
     return lambda: MaskFiles(folder, classes, optional)

@@ -45,7 +45,7 @@ class Pixels(Protocol):
 class Split:
     """One part of a data set: where each image lies and what is known about it.
 
-    Columns grow by `add`: paths (relative to `root`; with `pictures`, which then have the pixels, names alone), class
+    Columns grow by `add`: paths (relative to `root`; with `images`, which then have the pixels, names alone), class
     or -1 where the boxes tell, group or -1, recorded size (height, width) or zeros, whether the boxes are known, and
     the boxes themselves as float64 (x0, y0, x1, y1) in half-open pixels of the stored image, with label and flags.
     """

@@ -124,9 +124,9 @@ class _Reader:
             try:
                 root = ElementTree.fromstring(annotation.read_bytes())
             except FileNotFoundError:
-                self.problems.add("picture without annotation, left out", annotation.name, pictures)
+                self.problems.add("image without annotation, left out", annotation.name, pictures)
             except (ElementTree.ParseError, ValueError, LookupError) as error:
-                kind = "annotation that is not XML, its picture left out"
+                kind = "annotation that is not XML, its image left out"
                 self.problems.add(kind, f"{annotation.name} ({error})", pictures)
             else:
                 self.read_files.add(name)

@@ -58,7 +58,7 @@ def read(path: Path, problems: Problems, *, splits: Sequence[str] | None = None,
     present = [name for name in SPLITS if name in found]
     chosen = choose_splits(present, splits, path, lambda: present)
     if not chosen:
-        raise DataError(f"{file}: there are no pictures in it{problems.why()}")
+        raise DataError(f"{file}: there are no images in it{problems.why()}")
     return Source("waterbirds", path, CLASSES, False, GROUPS, {name: found[name] for name in chosen})
 
 
@@ -140,7 +140,7 @@ def _birds(
         made.faults.pop(name, None)
     if rows and not used:
         there = f"{count} rows" if count else "nothing"
-        problems.refuse(f"{file}: {there} in it, and no box of a picture in {metadata.name}{problems.why()}")
+        problems.refuse(f"{file}: {there} in it, and no box of an image in {metadata.name}{problems.why()}")
     return made
 
 
