@@ -278,3 +278,13 @@ def open_split(data: Data, key: str, *, training: bool = False, option: str | No
         return Split(data, key, training=training)
     except DataError as error:
         raise RecipeError(f"{option or f'data.{key}'}: {error}") from None
+
+
+def grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+    """Lists of `count` batches, the passes of a step; what is left over is no whole one."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == count:
+            yield group
+            group = []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from debiaskd.data import Batch
 from debiaskd.recipe import Compute, Schedule
 from debiaskd.terms import Draws, Ranks, StepTotals
-from debiaskd.training.batches import SplitLoader
+from debiaskd.training.batches import SplitLoader, grouped
 from debiaskd.training.checkpoint import Checkpoints
 from debiaskd.training.divergence import check_weights, diverged_loss
 from debiaskd.training.fabric import seed_device
@@ -112,7 +112,7 @@ class TrainingLoop:
             per_pass = self.plan.loader.dataloader.batch_size
             self.plan.loader.sampler.start_at(epoch, done * schedule.accumulate * per_pass)
             self.module.train()
-            for passes in _grouped(iter(self.plan.loader.dataloader), schedule.accumulate):
+            for passes in grouped(iter(self.plan.loader.dataloader), schedule.accumulate):
                 self._step(passes, epoch)
                 if self.step % self.steps == 0:
                     break  # what is left over is no whole step
@@ -290,12 +290,3 @@ class TrainingLoop:
         self.fabric.barrier()
         self.plan.selector.prune(write=self.fabric.is_global_zero)
         self.logs.resume(self.step, self.step // self.steps - 1, self.steps)
-
-
-def _grouped(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == count:
-            yield group
-            group = []
