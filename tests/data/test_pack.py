@@ -160,7 +160,7 @@ BOX = {"image": image(0), "target": 0}
     [
         (image(1), r"must be \(image, target\) or a mapping with image and target, got Image"),
         ((image(1), 0, 1), "got tuple of 3"),
-        ({"picture": 1, "label": 0}, "must have image, got a mapping with image, label"),
+        ({"picture": 1, "label": 0}, "must have image, got a mapping with picture, label"),
         (("a.png", 0), "image must be a PIL image, an array or a tensor, got str"),
         ((torch.full((3, 8, 8), -1.5), 0), r"float images must lie in 0..1, got -1.5..-1.5; normalization"),
         ((torch.zeros(3, 8, 8, dtype=torch.int64), 0), r"must be uint8, or float in 0..1, got int64 \[3, 8, 8\]"),

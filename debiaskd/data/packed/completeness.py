@@ -75,7 +75,7 @@ def check_decoded(source: Source, whole: _Facts, problems: Problems) -> None:
     """
     for name, split in source.splits.items():
         mine = [facts for (part, _), facts in sorted(whole.items()) if part == name]
-        pictures, boxes = problems.tally(name, "pictures"), problems.tally(name, "boxes")
+        pictures, boxes = problems.tally(name, "images"), problems.tally(name, "boxes")
         counts = _counts(split) * np.frombuffer(split.annotated, np.bool_)
         if not pictures.total:
             pictures.total = len(split)

@@ -64,7 +64,7 @@ def read(
             problems.add("row with unknown partition", f"{where}: {value!r}", rows)
             continue
         name_of_split = SPLITS[number_of_split]
-        pictures = problems.tally(name_of_split, "pictures")
+        pictures = problems.tally(name_of_split, "images")
         pictures.total += 1
         if name not in known:
             problems.add("image without attributes, left out", where, pictures)

@@ -151,7 +151,7 @@ def _split(
     name_of_split: str, root: Path, batches: Sequence[Batch], column: str, classes: int, problems: Problems
 ) -> Split:
     images = Images(batches)
-    split, tally = Split(root, images), problems.tally(name_of_split, "pictures")
+    split, tally = Split(root, images), problems.tally(name_of_split, "images")
     for index, batch in enumerate(batches):
         for row, label in enumerate(batch.labels[column].tolist()):
             name = f"{batch.file.name}:{row}"

@@ -108,7 +108,7 @@ def _read_split(
 ) -> tuple[tuple[str, ...], Split]:
     document = _load(file, masks)
     classes, names = _categories(document["categories"], file)
-    images, aliases = _images(document["images"], file, path, root, problems, problems.tally(name, "pictures"))
+    images, aliases = _images(document["images"], file, path, root, problems, problems.tally(name, "images"))
     annotations = _Annotations(file, classes, images, aliases, crowd, problems, problems.tally(name, "boxes"))
     for entry in document["annotations"]:
         annotations.add(entry)

@@ -67,7 +67,7 @@ def read(
     biases = {name: i for i, name in enumerate(sorted(set((known or {}).values())))}
     made = {name: Split(parts[name]) for name in chosen}
     for name, split in made.items():
-        tally, tally_boxes = problems.tally(name, "pictures"), problems.tally(name, "boxes")
+        tally, tally_boxes = problems.tally(name, "images"), problems.tally(name, "boxes")
         for loose in _loose(parts[name]):
             tally.total += 1
             problems.add("image in no class's folder, left out", found.prefix(name) + loose, tally)
@@ -258,7 +258,7 @@ def _placed(rows: dict[str, list[_T]], found: _Found, file: Path, problems: Prob
     unknown = set(rows)
     unknown.difference_update(found.all())
     renamed = match_paths(unknown, found.all(), found.path.resolve().name) if unknown else {}
-    tally = problems.tally(file.name, "pictures", of_file=True)
+    tally = problems.tally(file.name, "images", of_file=True)
     made: dict[str, list[_T]] = {}
     for picture, items in rows.items():
         tally.total += 1

@@ -110,7 +110,7 @@ class _Reader:
 
     def read(self, split_name: str, file: Path) -> Split:
         split, seen = Split(self.year / "JPEGImages"), set()
-        pictures = self.problems.tally(split_name, "pictures")
+        pictures = self.problems.tally(split_name, "images")
         self.by_split[split_name] = {}
         for line in _lines(file):
             pictures.total += 1
