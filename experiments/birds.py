@@ -140,6 +140,7 @@ class Waterbirds95:
     #: What each student's recipe has besides, and its teachers; the most telling first.
     methods: ClassVar[tuple[tuple[str, Document, str | None], ...]] = (
         ("dett", DETT, "group_dro"),
+        ("dett, λ = 5", {**DETT, "weights": {**DETT["weights"], "up": 5}}, "group_dro"),
         ("kd", {"terms": {"kd": {}}}, "group_dro"),
         ("plain", {"terms": {"supervised": {}}}, None),
         ("simkd", SIMKD, "group_dro"),
