@@ -128,16 +128,22 @@ def own_maps_block() -> str:
     return "\n".join(lines)
 
 
-def voc_block() -> str:
-    document = json.loads((RESULTS / "voc2012_sample.json").read_text())
+def _typed(document: dict[str, Any]) -> list[str]:
+    """Commands and what they print, and where that was."""
     lines = ["```"]
     for said in document["said"]:
         lines += [f"$ {said['command']}", *said["output"].rstrip().split("\n")]
-    lines += [
-        "```",
-        "",
-        f"AMD EPYC, {document['environment']['threads']} threads, torch {document['environment']['torch']}.",
-    ]
+    where = document["environment"]
+    return [*lines, "```", "", f"CPU, {where['threads']} threads, torch {where['torch']}."]
+
+
+def distill_block() -> str:
+    return "\n".join(_typed(json.loads((RESULTS / "distill.json").read_text())))
+
+
+def voc_block() -> str:
+    document = json.loads((RESULTS / "voc2012_sample.json").read_text())
+    lines = _typed(document)
     for name in document["pictures"]:
         lines += [
             "",
@@ -293,6 +299,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "metrics": metrics_block,
     "peers": peers_block,
     "voc": voc_block,
+    "distill": distill_block,
     "training": training_block,
     **comparisons.blocks(),
     **{op: (lambda op=op: op_block(op)) for op in OPS},

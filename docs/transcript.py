@@ -1,8 +1,11 @@
-"""The commands of docs/guidance.md as a new user types them, with what they print, and their images.
+"""Commands of the documentation as a new user types them, with what they print.
 
-    python docs/transcript.py SRC      SRC: a VOCdevkit/VOC2012 with its split trainval
+    python docs/transcript.py voc2012 SRC   SRC: a VOCdevkit/VOC2012 with its split trainval; the commands of
+                                            docs/guidance.md: docs/results/voc2012_sample.json and voc2012_*.png
+    python docs/transcript.py distill       an image folder with bias.csv, of generated digits; the command of
+                                            docs/guides/own_data.md: docs/results/distill.json
 
-Runs in a folder of its own; writes docs/results/voc2012_sample.json and docs/results/voc2012_*.png.
+Each runs in a folder of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -29,31 +34,80 @@ COMMANDS = (
 )
 
 
-def main(source: Path) -> None:
+#: Options of the generated digits: 19 of 20 training images have the background of their class.
+DIGITS = {"train": 2000, "val": 400, "test": 800, "agreement": 0.95, "seed": 0}
+DISTILL = "debiaskd distill images/ --teacher resnet10t --student mobilenetv3_small_050 --minutes 4 --out runs/digits"
+
+
+def typed(commands: Iterable[str], folder: Path, replaced: Mapping[str, str]) -> list[dict[str, str]]:
+    """Run commands in a folder and return what they print; `replaced` words stand for paths."""
     said = []
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        for command in COMMANDS:
-            real = command.replace("SRC", str(source.resolve())).replace("RECIPES", str(ROOT / "recipes"))
-            done = subprocess.run(
-                real, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=True
-            )
-            said.append({"command": command, "output": done.stdout.replace(str(source.resolve()), "SRC")})
-            print(f"$ {command}\n{done.stdout}", flush=True)
-        for old in RESULTS.glob("voc2012_*.png"):
-            old.unlink()
-        pictures = sorted(Path(folder, "runs", "voc", "explanations").glob("*.png"))
-        for path in pictures:
-            shutil.copy(path, RESULTS / f"voc2012_{path.name}")
-        shutil.copy(Path(folder, "runs", "voc", "student", "pareto.png"), RESULTS / "voc2012_pareto.png")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in commands:
+        real = command
+        for word, path in replaced.items():
+            real = real.replace(word, path)
+        done = subprocess.run(real, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        output = done.stdout
+        for word, path in replaced.items():
+            output = output.replace(path, word)
+        said.append({"command": command, "output": output})
+        print(f"$ {command}\n{output}", flush=True)
+    return said
+
+
+def write(name: str, said: list[dict[str, str]], **more: Any) -> None:
     sys.path.insert(0, str(ROOT))
     from debiaskd.cli import doctor
 
-    document = {"said": said, "pictures": [path.name for path in pictures], "environment": doctor.environment()}
-    (RESULTS / "voc2012_sample.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    document = {"said": said, **more, "environment": doctor.environment()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def voc2012(source: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        replaced = {"SRC": str(source.resolve()), "RECIPES": str(ROOT / "recipes")}
+        said = typed(COMMANDS, Path(folder), replaced)
+        for old in RESULTS.glob("voc2012_*.png"):
+            old.unlink()
+        images = sorted(Path(folder, "runs", "voc", "explanations").glob("*.png"))
+        for path in images:
+            shutil.copy(path, RESULTS / f"voc2012_{path.name}")
+        shutil.copy(Path(folder, "runs", "voc", "student", "pareto.png"), RESULTS / "voc2012_pareto.png")
+    write("voc2012_sample", said, pictures=[path.name for path in images])
+
+
+def distill() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        image_folder(Path(folder, "images"))
+        write("distill", typed([DISTILL], Path(folder), {}), digits=DIGITS)
+
+
+def image_folder(out: Path) -> None:
+    """Write generated digits as images in class folders, and bias.csv with the background of each."""
+    from PIL import Image
+
+    from debiaskd.data import PackedDataset, prepare
+
+    rows = ["path,bias"]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare("digits", None, folder, **DIGITS)
+        for split in ("train", "val", "test"):
+            data = PackedDataset(folder, split)
+            for number in range(len(data)):
+                image, target, *_ = data[number]
+                group = data.groups[int(data.group_ids[number])]
+                path = Path(split, data.classes[int(target)], f"{number:04d}.png")
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / path)
+                rows.append(f"{path},{group.rpartition(' ')[2]}")
+    (out / "bias.csv").write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if sys.argv[1:2] == ["voc2012"] and len(sys.argv) == 3:
+        voc2012(Path(sys.argv[2]))
+    elif sys.argv[1:] == ["distill"]:
+        distill()
+    else:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
