@@ -134,7 +134,8 @@ def _typed(document: dict[str, Any]) -> list[str]:
     for said in document["said"]:
         lines += [f"$ {said['command']}", *said["output"].rstrip().split("\n")]
     where = document["environment"]
-    return [*lines, "```", "", f"CPU, {where['threads']} threads, torch {where['torch']}."]
+    threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
+    return [*lines, "```", "", f"CPU, {threads}, torch {where['torch']}."]
 
 
 def distill_block() -> str:

@@ -36,7 +36,7 @@ COMMANDS = (
 
 #: Options of the generated digits: 19 of 20 training images have the background of their class.
 DIGITS = {"train": 2000, "val": 400, "test": 800, "agreement": 0.95, "seed": 0}
-DISTILL = "debiaskd distill images/ --teacher resnet10t --student mobilenetv3_small_050 --minutes 4 --out runs/digits"
+DISTILL = "debiaskd distill images/ --teacher resnet10t --student test_resnet --minutes 4 --out runs/digits"
 
 
 def typed(commands: Iterable[str], folder: Path, replaced: Mapping[str, str]) -> list[dict[str, str]]:
