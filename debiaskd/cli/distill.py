@@ -99,6 +99,9 @@ def run(options: argparse.Namespace, progress: Callable[[], Any]) -> Iterator[st
         yield notes[-1]
     yield f"the debiased student, on test: {distillation.bias_in_words(table['debiased student'], found.groups)}"
     yield from _table(table)
+    if (warning := distillation.no_gain(table["plain student"], table["debiased student"])) is not None:
+        notes.append(warning)
+        yield warning
     runs = [out / name for name, document in plan.recipes.items() if document is not None]
     order = [out / name for name in ("teacher", "plain", "debiased") if out / name in runs]
     with progress() as say:

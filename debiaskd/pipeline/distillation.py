@@ -253,3 +253,15 @@ def bias_in_words(figures: Mapping[str, float | None], groups: tuple[str, ...]) 
     gap = average - worst
     judged = "biased" if gap > GAP else "hardly biased"
     return f"{said}, {100 * worst:.1f} % in its worst group{where}: {judged}, {100 * gap:.1f} points apart"
+
+
+def no_gain(plain: Mapping[str, float | None], debiased: Mapping[str, float | None]) -> str | None:
+    """A warning if the debiased student's worst group is not above the plain one's; else None, as without groups."""
+    before, after = plain.get("worst_group_accuracy"), debiased.get("worst_group_accuracy")
+    if before is None or after is None or after > before:
+        return None
+    return (
+        f"warning: the debiased student is no better than the plain one in its worst group, {100 * after:.1f} and "
+        f"{100 * before:.1f} %: more epochs (--minutes), pretrained weights (--pretrained), or other sample weights "
+        "(debiaskd tune on recipe.yaml, --over weights.up=1,5,20,50) may help"
+    )
